@@ -1,0 +1,1 @@
+"""How long and how many bytes: compute, communication, memory, reallocation; hardware profiles."""

@@ -1,0 +1,1 @@
+"""What to run: algorithms as dataflow graphs and pure functions, recipes, data preparation."""

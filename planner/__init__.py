@@ -1,0 +1,1 @@
+"""Which plan: candidates, simulator, search, explanations."""

@@ -1,0 +1,59 @@
+"""What an RLHF algorithm is to the rest of realloc: a dataflow graph and a module of functions.
+
+An algorithm knows nothing of meshes and strategies. Its tensor functions live in a module of
+their own that only `runtime` loads, so that planning never imports torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+from realloc.dataflow import DataflowGraph
+from realloc.errors import InputError
+from realloc.files import Reader, nearest
+
+if TYPE_CHECKING:
+    from realloc.experiment import Experiment
+
+BUILT_IN: Mapping[str, str] = {
+    "ppo": "experiments.ppo:PPO",
+    "sft": "experiments.sft:SFT",
+}
+
+
+class Algorithm(Protocol):
+    """Builds the graph of an experiment. Implementations are stateless."""
+
+    name: str
+    functions: str
+    """Dotted name of the module that holds the functions the graph's calls name."""
+
+    def hyperparameters(self, reader: Reader) -> Mapping[str, Any]:
+        """Validated hyperparameters with every default filled in. Raises InputError."""
+
+    def graph(self, experiment: Experiment) -> DataflowGraph:
+        """The calls of one iteration. Raises InputError when the experiment lacks something."""
+
+
+def resolve(name: str, where: str) -> Algorithm:
+    """The algorithm of that name: a built-in one, or `my_module:MyAlgorithm`.
+
+    Raises InputError when it is unknown or cannot be imported.
+    """
+    entry = BUILT_IN.get(name, name)
+    module_name, colon, attribute = entry.partition(":")
+    if not colon:
+        raise InputError(
+            f"{where}: algorithm '{name}' is not known (or write your own as module:Class)."
+            f"{nearest(name, BUILT_IN)}"
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise InputError(f"{where}: cannot import '{module_name}': {error}.") from None
+    if not hasattr(module, attribute):
+        raise InputError(f"{where}: module '{module_name}' has no '{attribute}'.")
+    algorithm: Algorithm = getattr(module, attribute)()
+    return algorithm

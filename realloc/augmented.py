@@ -1,0 +1,229 @@
+"""Augmented graphs: the calls of one iteration plus what a plan implies between them.
+
+The planner prices these nodes, the runtime executes them, the trace reports them. Nothing else
+happens in an iteration.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import networkx as nx
+
+from realloc.dataflow import Call, CallKind, DataflowGraph
+from realloc.errors import PlanError
+from realloc.mesh import DeviceMesh
+from realloc.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where and how one call runs."""
+
+    mesh: DeviceMesh
+    strategy: Strategy
+
+    @property
+    def layout_key(self) -> tuple[DeviceMesh, int, int, int]:
+        """Placements with equal keys hold a role's parameters in the same places."""
+        return (self.mesh, self.strategy.dp, self.strategy.tp, self.strategy.pp)
+
+    def __str__(self) -> str:
+        return f"{self.mesh} {self.strategy}"
+
+
+class NodeKind(StrEnum):
+    CALL = "call"
+    TRANSFER = "transfer"
+    REALLOCATE = "reallocate"
+
+
+@dataclass(frozen=True)
+class Node:
+    """One node. It occupies all of its `ranks` while it runs.
+
+    call: `call` runs. transfer: `keys` go from where `src` wrote them to where `dst` reads them.
+    reallocate: the parameters of `role` go from the layout of call `src` (which trained them) to
+    that of call `dst`.
+    """
+
+    name: str
+    kind: NodeKind
+    ranks: tuple[int, ...]
+    call: str | None = None
+    src: str | None = None
+    dst: str | None = None
+    role: str | None = None
+    keys: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Edge:
+    """`dst` of iteration t + lag starts after `src` of iteration t has ended."""
+
+    src: str
+    dst: str
+    lag: int = 0
+
+
+@dataclass(frozen=True)
+class AugmentedGraph:
+    nodes: tuple[Node, ...]
+    edges: tuple[Edge, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Node]:
+        return {node.name: node for node in self.nodes}
+
+    def predecessors(self, name: str) -> tuple[Edge, ...]:
+        return self._incoming.get(name, ())
+
+    @cached_property
+    def _incoming(self) -> Mapping[str, tuple[Edge, ...]]:
+        incoming: dict[str, tuple[Edge, ...]] = {}
+        for edge in self.edges:
+            incoming[edge.dst] = (*incoming.get(edge.dst, ()), edge)
+        return incoming
+
+    def default_order(self) -> tuple[str, ...]:
+        """A topological order of one iteration, as close to `nodes` as the edges allow."""
+        within = nx.DiGraph()
+        within.add_nodes_from(node.name for node in self.nodes)
+        within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)
+        position = {node.name: i for i, node in enumerate(self.nodes)}
+        return tuple(nx.lexicographical_topological_sort(within, key=position.__getitem__))
+
+    def check_order(self, order: Sequence[str], where: str) -> None:
+        """Raises PlanError unless `order` holds every node once, each after what it waits for."""
+        position = {name: i for i, name in enumerate(order)}
+        missing = [node.name for node in self.nodes if node.name not in position]
+        unknown = [name for name in order if name not in self.by_name]
+        if missing or unknown or len(position) != len(order):
+            problem = (
+                f"lacks '{missing[0]}'"
+                if missing
+                else f"has the unknown node '{unknown[0]}'"
+                if unknown
+                else "has a node twice"
+            )
+            raise PlanError(
+                f"{where}: the order {problem}; delete the key to have it derived from the plan."
+            )
+        for edge in self.edges:
+            if edge.lag == 0 and position[edge.src] > position[edge.dst]:
+                raise PlanError(
+                    f"{where}: the order runs {edge.dst} before {edge.src}, which it waits for; "
+                    f"delete the key to have it derived from the plan."
+                )
+
+
+def home_call(graph: DataflowGraph, role: str) -> Call:
+    """The call whose layout is the role's home: its train_step, else its first call.
+
+    The home layout of a trainable role holds the optimizer state and is where checkpoints are
+    written from.
+    """
+    return graph.trainer(role) or graph.calls_of(role)[0]
+
+
+def reallocation_name(role: str, dst: str) -> str:
+    return f"reallocate:{role}:{dst}"
+
+
+def transfer_name(src: str, dst: str) -> str:
+    return f"transfer:{src}:{dst}"
+
+
+def needs_transfer(src: Placement, dst: Placement) -> bool:
+    """Whether data may have to move between two calls.
+
+    Not when every rank of both is one and the same, nor when one mesh holds one replica on one
+    stage for both: then each rank of the mesh has all the data already.
+    """
+    single = src.strategy.dp == src.strategy.pp == dst.strategy.dp == dst.strategy.pp == 1
+    return not (src.mesh == dst.mesh and single)
+
+
+def reallocations(
+    graph: DataflowGraph, placements: Mapping[str, Placement]
+) -> Mapping[str, tuple[str, str]]:
+    """Call -> (role, node name) for every call whose parameters come by reallocation.
+
+    Calls of a role that share a layout share the node, which is named after the first of them.
+    Frozen roles are loaded into each of their layouts once and need none.
+    """
+    result: dict[str, tuple[str, str]] = {}
+    for role in graph.roles:
+        trainer = graph.trainer(role)
+        if trainer is None:
+            continue
+        home = placements[trainer.name].layout_key
+        first: dict[object, str] = {}
+        for call in graph.calls_of(role):
+            key = placements[call.name].layout_key
+            if key != home:
+                name = first.setdefault(key, reallocation_name(role, call.name))
+                result[call.name] = (role, name)
+    return result
+
+
+def augment(graph: DataflowGraph, placements: Mapping[str, Placement]) -> AugmentedGraph:
+    """The augmented graph that the placements imply."""
+    nodes: list[Node] = []
+    edges: list[Edge] = []
+    moved = reallocations(graph, placements)
+    incoming: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+    for (src, dst), keys in graph.data_edges().items():
+        incoming.setdefault(dst, []).append((src, keys))
+    for call in graph.calls:
+        placement = placements[call.name]
+        for src, keys in incoming.get(call.name, []):
+            if not needs_transfer(placements[src], placement):
+                edges.append(Edge(src, call.name))
+                continue
+            name = transfer_name(src, call.name)
+            ranks = _union(placements[src].mesh, placement.mesh)
+            nodes.append(Node(name, NodeKind.TRANSFER, ranks, src=src, dst=call.name, keys=keys))
+            edges += [Edge(src, name), Edge(name, call.name)]
+        nodes.append(
+            Node(call.name, NodeKind.CALL, tuple(placement.mesh.ranks), call=call.name, role=call.role)
+        )
+    for role in graph.roles:
+        _add_versions(graph, placements, role, moved, nodes, edges)
+    return AugmentedGraph(tuple(nodes), tuple(edges))
+
+
+def _add_versions(
+    graph: DataflowGraph,
+    placements: Mapping[str, Placement],
+    role: str,
+    moved: Mapping[str, tuple[str, str]],
+    nodes: list[Node],
+    edges: list[Edge],
+) -> None:
+    """Edges from a role's train_step to its calls of the next iteration, by reallocation or not."""
+    trainer = graph.trainer(role)
+    if trainer is None:
+        return
+    edges.append(Edge(trainer.name, trainer.name, lag=1))
+    for call in graph.calls_of(role):
+        if call.kind is CallKind.TRAIN_STEP:
+            continue
+        if call.name not in moved:
+            edges += [Edge(call.name, trainer.name), Edge(trainer.name, call.name, lag=1)]
+            continue
+        name = moved[call.name][1]
+        if name == reallocation_name(role, call.name):
+            ranks = _union(placements[trainer.name].mesh, placements[call.name].mesh)
+            nodes.append(
+                Node(name, NodeKind.REALLOCATE, ranks, src=trainer.name, dst=call.name, role=role)
+            )
+            edges.append(Edge(trainer.name, name))
+        edges += [Edge(call.name, name), Edge(name, call.name, lag=1)]
+
+
+def _union(a: DeviceMesh, b: DeviceMesh) -> tuple[int, ...]:
+    return tuple(sorted({*a.ranks, *b.ranks}))

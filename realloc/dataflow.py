@@ -1,0 +1,218 @@
+"""Dataflow graphs: the calls of one iteration and the data they exchange.
+
+Edges are never written down: they follow from the keys that calls read and write, and from which
+calls train a role that others use.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+
+import networkx as nx
+
+from realloc.errors import InputError
+from realloc.files import nearest
+
+
+class CallKind(StrEnum):
+    GENERATE = "generate"
+    INFERENCE = "inference"
+    TRAIN_STEP = "train_step"
+    COMPUTE = "compute"
+
+
+class Per(StrEnum):
+    """How many elements of a data key one sequence has."""
+
+    SEQUENCE = "sequence"
+    PROMPT_TOKEN = "prompt_token"
+    RESPONSE_TOKEN = "response_token"
+    TOKEN = "token"
+
+
+class Output(StrEnum):
+    """What a model computes for each sequence in `inference` and `train_step`.
+
+    `logprobs`: the log-probability of each response token given what precedes it.
+    `values`: the scalar head at the position that precedes each response token.
+    `scores`: the scalar head at the last token, one number per sequence.
+    """
+
+    LOGPROBS = "logprobs"
+    VALUES = "values"
+    SCORES = "scores"
+
+
+@dataclass(frozen=True)
+class DataKey:
+    """A named piece of data of every sequence: its elements and their type.
+
+    `dtype` is `int64` or `float32`.
+    """
+
+    name: str
+    per: Per
+    dtype: str = "float32"
+
+    @property
+    def bytes_per_element(self) -> int:
+        return 8 if self.dtype == "int64" else 4
+
+
+@dataclass(frozen=True)
+class Call:
+    """One use of one role in an iteration.
+
+    `sequence` names the key that holds the token ids the call works on: the prompts for
+    `generate`, prompt + response for the other kinds. `output` is what the model computes.
+    `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
+    algorithm's functions module, or `module:function`; `runtime` loads them, nothing else does
+    (contracts: `realloc.functions`). `prepared` are the keys that `prepare` adds for the loss.
+    `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes.
+    """
+
+    name: str
+    kind: CallKind
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    role: str | None = None
+    sequence: str | None = None
+    output: Output | None = None
+    prepare: str | None = None
+    prepared: tuple[str, ...] = ()
+    loss: str | None = None
+    function: str | None = None
+    mini_batches: int = 1
+    epochs: int = 1
+
+
+@dataclass(frozen=True)
+class DataflowGraph:
+    """The calls of one iteration, in the order in which the algorithm states them.
+
+    `keys` describes all data; `source_keys` come from the data set, the others are written by
+    calls.
+    """
+
+    calls: tuple[Call, ...]
+    keys: tuple[DataKey, ...]
+    source_keys: tuple[str, ...]
+
+    @cached_property
+    def by_name(self) -> Mapping[str, Call]:
+        return {call.name: call for call in self.calls}
+
+    @cached_property
+    def key(self) -> Mapping[str, DataKey]:
+        return {key.name: key for key in self.keys}
+
+    @cached_property
+    def producer(self) -> Mapping[str, str]:
+        """Key -> name of the call that writes it."""
+        return {key: call.name for call in self.calls for key in call.writes}
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(call.role for call in self.calls if call.role is not None))
+
+    def trainer(self, role: str) -> Call | None:
+        """The train_step of the role, None when the role is frozen."""
+        for call in self.calls:
+            if call.role == role and call.kind is CallKind.TRAIN_STEP:
+                return call
+        return None
+
+    def calls_of(self, role: str) -> tuple[Call, ...]:
+        return tuple(call for call in self.calls if call.role == role)
+
+    def data_edges(self) -> Mapping[tuple[str, str], tuple[str, ...]]:
+        """(producer, consumer) -> the keys that pass between them."""
+        edges: dict[tuple[str, str], tuple[str, ...]] = {}
+        for call in self.calls:
+            for key in call.reads:
+                if key in self.producer:
+                    edge = (self.producer[key], call.name)
+                    edges[edge] = (*edges.get(edge, ()), key)
+        return edges
+
+    def as_networkx(self) -> nx.DiGraph:
+        """Calls as nodes; data edges have `keys`, parameter-version edges have `lag` 1."""
+        graph = nx.DiGraph()
+        graph.add_nodes_from(call.name for call in self.calls)
+        for (src, dst), keys in self.data_edges().items():
+            graph.add_edge(src, dst, keys=keys, lag=0)
+        for role in self.roles:
+            trainer = self.trainer(role)
+            for call in self.calls_of(role) if trainer else ():
+                if trainer and call.name != trainer.name and not graph.has_edge(trainer.name, call.name):
+                    graph.add_edge(trainer.name, call.name, keys=(), lag=1)
+        return graph
+
+    def check(self) -> None:
+        """Proves that the graph can run.
+
+        Raises InputError: a cycle within an iteration, two producers of a key, a key that nobody
+        writes, a call that lacks what its kind needs, two train_steps of one role.
+        """
+        names = [call.name for call in self.calls]
+        for name in names:
+            if names.count(name) > 1:
+                raise InputError(f"dataflow graph: two calls are named '{name}'.")
+        writers: dict[str, str] = dict.fromkeys(self.source_keys, "the data set")
+        for call in self.calls:
+            for key in call.writes:
+                if key in writers:
+                    raise InputError(
+                        f"dataflow graph: '{key}' is written by {writers[key]} and by {call.name}."
+                    )
+                writers[key] = call.name
+        for call in self.calls:
+            for key in (*call.reads, *call.writes, *call.prepared):
+                if key not in self.key:
+                    raise InputError(
+                        f"dataflow graph: {call.name} uses '{key}', which is not declared."
+                        f"{nearest(key, self.key)}"
+                    )
+            for key in call.reads:
+                if key not in writers:
+                    raise InputError(
+                        f"dataflow graph: {call.name} reads '{key}', which nobody writes."
+                    )
+            _check_call(call)
+        for role in self.roles:
+            trainers = [c.name for c in self.calls_of(role) if c.kind is CallKind.TRAIN_STEP]
+            if len(trainers) > 1:
+                raise InputError(f"dataflow graph: role {role} is trained by {', '.join(trainers)}.")
+        self._check_acyclic()
+
+    def _check_acyclic(self) -> None:
+        within = nx.DiGraph()
+        within.add_nodes_from(call.name for call in self.calls)
+        within.add_edges_from(self.data_edges())
+        try:
+            cycle = nx.find_cycle(within)
+        except nx.NetworkXNoCycle:
+            return
+        path = " -> ".join([cycle[0][0], *(edge[1] for edge in cycle)])
+        raise InputError(f"dataflow graph: a cycle within one iteration: {path}.")
+
+
+def _check_call(call: Call) -> None:
+    needs: dict[CallKind, tuple[str, ...]] = {
+        CallKind.GENERATE: ("role", "sequence"),
+        CallKind.INFERENCE: ("role", "sequence", "output"),
+        CallKind.TRAIN_STEP: ("role", "sequence", "output", "loss"),
+        CallKind.COMPUTE: ("function",),
+    }
+    for field in needs[call.kind]:
+        if getattr(call, field) is None:
+            raise InputError(f"dataflow graph: {call.name} is a {call.kind} and needs '{field}'.")
+    if call.sequence is not None and call.sequence not in call.reads:
+        raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
+    if call.mini_batches < 1 or call.epochs < 1:
+        raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch and epoch.")
+    if call.kind is not CallKind.TRAIN_STEP and not call.writes:
+        raise InputError(f"dataflow graph: {call.name} writes nothing.")

@@ -1,0 +1,299 @@
+"""Experiments: the algorithm, its models, its workload, its data and, optionally, its cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from realloc.algorithm import Algorithm, resolve
+from realloc.cluster import Cluster, cluster_content, parse_cluster
+from realloc.dataflow import CallKind, DataflowGraph, Output, Per
+from realloc.errors import InputError
+from realloc.files import Reader, nearest, read_file
+from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
+from realloc.model_zoo import named_shapes
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """AdamW of one trainable role. `clip_norm` 0 clips nothing; the rate warms up linearly."""
+
+    learning_rate: float = 1e-5
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup_steps: int = 0
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A role's model: a Hugging Face folder (absolute path) or the name of a shape."""
+
+    role: str
+    model: str
+    shape: ModelShape
+    optimizer: OptimizerSpec
+
+    @property
+    def has_weights(self) -> bool:
+        return self.model not in named_shapes()
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Lengths of prompts or responses in tokens; `mean == maximum` when all are equal."""
+
+    mean: float
+    maximum: int
+
+
+@dataclass(frozen=True)
+class Workload:
+    """One iteration: how many sequences, how long. Responses stop at `response.maximum`."""
+
+    sequences: int
+    prompt: Lengths
+    response: Lengths
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """A JSONL file and its columns. Rows are shuffled by the experiment's seed."""
+
+    path: str
+    prompt: str = "prompt"
+    response: str | None = None
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How `generate` picks tokens: `temperature` 0 is greedy."""
+
+    temperature: float = 1.0
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True)
+class Experiment:
+    algorithm: str
+    models: Mapping[str, ModelSpec]
+    workload: Workload
+    iterations: int = 1
+    data: DataSpec | None = None
+    reward: str | None = None
+    hyperparameters: Mapping[str, Any] | None = None
+    sampling: Sampling = Sampling()
+    dtype: str = "float32"
+    seed: int = 0
+    cluster: Cluster | None = None
+
+    @property
+    def dtype_bytes(self) -> int:
+        return DTYPE_BYTES[self.dtype]
+
+    def resolve_algorithm(self) -> Algorithm:
+        return resolve(self.algorithm, "experiment: algorithm")
+
+    def graph(self) -> DataflowGraph:
+        """The checked dataflow graph, every role of which has a model. Raises InputError."""
+        graph = self.resolve_algorithm().graph(self)
+        graph.check()
+        for role in graph.roles:
+            if role not in self.models:
+                raise InputError(
+                    f"experiment: models: {self.algorithm} needs a model for the role '{role}'."
+                )
+        for role in self.models:
+            if role not in graph.roles:
+                raise InputError(
+                    f"experiment: models: {self.algorithm} has no role '{role}'."
+                    f"{nearest(role, graph.roles)}"
+                )
+        return graph
+
+    def role_shape(self, graph: DataflowGraph, role: str) -> ModelShape:
+        """The shape of a role, with the head that its calls need.
+
+        Raises InputError when its calls need both heads.
+        """
+        heads = set()
+        for call in graph.calls_of(role):
+            if call.kind is CallKind.GENERATE or call.output is Output.LOGPROBS:
+                heads.add("lm")
+            elif call.output is not None:
+                heads.add("scalar")
+        if len(heads) > 1:
+            raise InputError(f"dataflow graph: the calls of role {role} need two different heads.")
+        return replace(self.models[role].shape, head=heads.pop() if heads else "lm")
+
+    def mean_elements(self, per: Per) -> float:
+        """Mean number of elements that a key of this kind has for one sequence."""
+        prompt, response = self.workload.prompt.mean, self.workload.response.mean
+        return {
+            Per.SEQUENCE: 1.0,
+            Per.PROMPT_TOKEN: prompt,
+            Per.RESPONSE_TOKEN: response,
+            Per.TOKEN: prompt + response,
+        }[per]
+
+
+def read_experiment(path: str | Path) -> Experiment:
+    """Reads an `experiment/1` file; paths in it are relative to its folder. Raises InputError."""
+    return parse_experiment(read_file(path, "experiment"), Path(path).resolve().parent)
+
+
+def parse_experiment(reader: Reader, folder: Path) -> Experiment:
+    """Reads an experiment from a mapping and checks it against its algorithm's graph."""
+    algorithm = reader.get("algorithm", str)
+    models_reader = reader.child("models")
+    models = {
+        role: _parse_model(models_reader, role, folder) for role in models_reader.keys()
+    }
+    data_reader = reader.optional_child("data")
+    sampling_reader = reader.optional_child("sampling")
+    cluster_reader = reader.optional_child("cluster")
+    experiment = Experiment(
+        algorithm=algorithm,
+        models=models,
+        workload=_parse_workload(reader.child("workload")),
+        iterations=reader.integer("iterations", 1, minimum=1),
+        data=None if data_reader is None else _parse_data(data_reader, folder),
+        reward=reader.get("reward", str, None),
+        sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
+        dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
+        seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
+        cluster=None if cluster_reader is None else parse_cluster(cluster_reader, folder),
+    )
+    given = reader.raw("hyperparameters", None)
+    hyper_reader = Reader({} if given is None else given, reader.at("hyperparameters"))
+    reader.done()
+    algorithm_object = resolve(algorithm, reader.at("algorithm"))
+    hyperparameters = algorithm_object.hyperparameters(hyper_reader)
+    hyper_reader.done()
+    experiment = replace(experiment, hyperparameters=hyperparameters)
+    graph = experiment.graph()
+    for role in graph.roles:
+        experiment.role_shape(graph, role)
+    _check_lengths(experiment, reader.where)
+    return experiment
+
+
+def _parse_model(models: Reader, role: str, folder: Path) -> ModelSpec:
+    value = models.raw(role)
+    where = models.at(role)
+    if isinstance(value, str):
+        value = {"path": value}
+    reader = Reader(value, where)
+    model = reader.get("path", str)
+    optimizer_reader = reader.optional_child("optimizer")
+    reader.done()
+    if model not in named_shapes():
+        candidate = (folder / Path(model).expanduser()).resolve()
+        # a bare word that is no folder is more likely a misspelt shape than a path
+        if candidate.exists() or "/" in model:
+            model = str(candidate)
+    optimizer = OptimizerSpec() if optimizer_reader is None else _parse_optimizer(optimizer_reader)
+    return ModelSpec(role, model, resolve_shape(model, where), optimizer)
+
+
+def _parse_optimizer(reader: Reader) -> OptimizerSpec:
+    default = OptimizerSpec()
+    spec = OptimizerSpec(
+        learning_rate=reader.number("learning_rate", default.learning_rate, minimum=0.0),
+        beta1=reader.number("beta1", default.beta1, minimum=0.0, maximum=0.9999999),
+        beta2=reader.number("beta2", default.beta2, minimum=0.0, maximum=0.9999999),
+        eps=reader.number("eps", default.eps, minimum=0.0),
+        weight_decay=reader.number("weight_decay", default.weight_decay, minimum=0.0),
+        clip_norm=reader.number("clip_norm", default.clip_norm, minimum=0.0),
+        warmup_steps=reader.integer("warmup_steps", default.warmup_steps, minimum=0),
+    )
+    reader.done()
+    return spec
+
+
+def _parse_workload(reader: Reader) -> Workload:
+    workload = Workload(
+        sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
+        prompt=_parse_lengths(reader, "prompt_tokens"),
+        response=_parse_lengths(reader, "response_tokens"),
+    )
+    reader.done()
+    return workload
+
+
+def _parse_lengths(reader: Reader, key: str) -> Lengths:
+    value = reader.raw(key)
+    if isinstance(value, dict):
+        child = Reader(value, reader.at(key))
+        maximum = child.integer("max", minimum=1, maximum=100_000_000)
+        mean = child.number("mean", float(maximum), minimum=1.0, maximum=maximum)
+        child.done()
+        return Lengths(mean, maximum)
+    count = reader.integer(key, minimum=1, maximum=100_000_000)
+    return Lengths(float(count), count)
+
+
+def _parse_data(reader: Reader, folder: Path) -> DataSpec:
+    path = (folder / Path(reader.get("path", str)).expanduser()).resolve()
+    data = DataSpec(
+        path=str(path),
+        prompt=reader.get("prompt", str, "prompt"),
+        response=reader.get("response", str, None),
+    )
+    reader.done()
+    return data
+
+
+def _parse_sampling(reader: Reader) -> Sampling:
+    sampling = Sampling(
+        temperature=reader.number("temperature", 1.0, minimum=0.0, maximum=100.0),
+        ignore_eos=reader.get("ignore_eos", bool, False),
+    )
+    reader.done()
+    return sampling
+
+
+def _check_lengths(experiment: Experiment, where: str) -> None:
+    total = experiment.workload.prompt.maximum + experiment.workload.response.maximum
+    for spec in experiment.models.values():
+        if total > spec.shape.max_positions:
+            raise InputError(
+                f"{where}: workload: prompts of up to {experiment.workload.prompt.maximum} tokens "
+                f"plus responses of up to {experiment.workload.response.maximum} make {total}, but "
+                f"{spec.role}'s model has a context of {spec.shape.max_positions}; shorten one."
+            )
+
+
+def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
+    """The experiment as a mapping that `parse_experiment` reads back to an equal value."""
+    content: dict[str, Any] = {"algorithm": experiment.algorithm}
+    default = OptimizerSpec()
+    models: dict[str, Any] = {}
+    for role, spec in experiment.models.items():
+        entry: dict[str, Any] = {"path": spec.model}
+        if spec.optimizer != default:
+            entry["optimizer"] = dict(vars(spec.optimizer))
+        models[role] = entry
+    content["models"] = models
+    workload = experiment.workload
+    content["workload"] = {
+        "sequences": workload.sequences,
+        "prompt_tokens": {"mean": workload.prompt.mean, "max": workload.prompt.maximum},
+        "response_tokens": {"mean": workload.response.mean, "max": workload.response.maximum},
+    }
+    content["iterations"] = experiment.iterations
+    if experiment.data is not None:
+        content["data"] = {k: v for k, v in vars(experiment.data).items() if v is not None}
+    if experiment.reward is not None:
+        content["reward"] = experiment.reward
+    content["hyperparameters"] = dict(experiment.hyperparameters or {})
+    content["sampling"] = dict(vars(experiment.sampling))
+    content["dtype"] = experiment.dtype
+    content["seed"] = experiment.seed
+    if experiment.cluster is not None:
+        content["cluster"] = cluster_content(experiment.cluster)
+    return content

@@ -1,0 +1,82 @@
+"""Contracts of the functions that algorithms and users supply, and that the runtime calls.
+
+Tensors are typed `Any` here: this package knows no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished sequence as text, for reward functions.
+
+    `row` is the row of the data set that the prompt came from. `finished` says whether the
+    response ended by itself rather than at the length limit.
+    """
+
+    id: int
+    prompt: str
+    response: str
+    finished: bool
+    row: Mapping[str, Any] = field(default_factory=dict)
+
+
+class RewardFunction(Protocol):
+    """`compute` call: one finite number for each sample, in order."""
+
+    def __call__(self, samples: Sequence[Sample]) -> Sequence[float]: ...
+
+
+class Batch(Protocol):
+    """Sequences of one data-parallel rank, packed without padding.
+
+    `batch[key]` is a 1-D tensor: the values of all sequences one after the other.
+    `batch.lengths(key)` is an int64 tensor [num_sequences]: how many each sequence has.
+    """
+
+    @property
+    def num_sequences(self) -> int:
+        """Sequences in this batch on this rank."""
+
+    @property
+    def global_sequences(self) -> int:
+        """Sequences over all data-parallel ranks (of the mini-batch, inside a loss)."""
+
+    @property
+    def global_elements(self) -> int:
+        """Elements of the model's output over all data-parallel ranks (of the mini-batch)."""
+
+    def __getitem__(self, key: str) -> Any: ...
+
+    def lengths(self, key: str) -> Any: ...
+
+    def sum(self, value: Any) -> Any:
+        """Sum of a tensor over all data-parallel ranks (every rank must call it)."""
+
+
+class PrepareFunction(Protocol):
+    """Runs once per iteration before a `train_step`, on the whole share of each rank.
+
+    Returns the packed values of the call's `prepared` keys. Statistics over the whole batch go
+    through `batch.sum`, so that they do not depend on the plan.
+    """
+
+    def __call__(self, batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+
+class LossFunction(Protocol):
+    """The loss of one micro-batch.
+
+    `output` is what the model computed (`Call.output`), packed. Returns a scalar tensor and
+    metrics (name -> scalar tensor). Both are contributions: summed over all micro-batches and
+    data-parallel ranks they give the mini-batch's loss and metrics, so divide by
+    `batch.global_elements` or `batch.global_sequences`.
+    """
+
+    def __call__(
+        self, output: Any, batch: Batch, hyperparameters: Mapping[str, Any]
+    ) -> tuple[Any, Mapping[str, Any]]: ...

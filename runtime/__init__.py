@@ -1,0 +1,1 @@
+"""Doing it: launch, workers, programs, the decoder, generation, training, reallocation, traces."""
