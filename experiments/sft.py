@@ -1,0 +1,57 @@
+"""Supervised fine-tuning as a dataflow graph: one call, which trains on the data set's responses.
+
+Decides nothing about tokens or lengths: those come from the data set.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.errors import InputError
+from realloc.experiment import Experiment
+from realloc.files import Reader
+
+
+class SFT:
+    """One role, `actor`, trained on prompt + response; only response tokens count in the loss."""
+
+    name = "sft"
+    functions = "experiments.sft_functions"
+
+    def hyperparameters(self, reader: Reader) -> Mapping[str, Any]:
+        """`mini_batches` (optimizer steps per pass) and `epochs` (passes). Raises InputError."""
+        return {
+            "mini_batches": reader.integer("mini_batches", 1, minimum=1, maximum=100_000),
+            "epochs": reader.integer("epochs", 1, minimum=1, maximum=1000),
+        }
+
+    def graph(self, experiment: Experiment) -> DataflowGraph:
+        """Raises InputError when the data name no response column, or mini-batches would be empty."""
+        given = experiment.hyperparameters
+        if given is None:
+            given = self.hyperparameters(Reader({}, "experiment: hyperparameters"))
+        if experiment.data is not None and experiment.data.response is None:
+            raise InputError(
+                "experiment: data: SFT trains on responses; name their column with the key 'response'."
+            )
+        if given["mini_batches"] > experiment.workload.sequences:
+            raise InputError(
+                f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be made "
+                f"of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
+                f"workload.sequences."
+            )
+        train = Call(
+            name="actor_train",
+            kind=CallKind.TRAIN_STEP,
+            reads=("tokens",),
+            writes=(),
+            role="actor",
+            sequence="tokens",
+            output=Output.LOGPROBS,
+            loss="sft_loss",
+            mini_batches=given["mini_batches"],
+            epochs=given["epochs"],
+        )
+        return DataflowGraph((train,), (DataKey("tokens", Per.TOKEN, "int64"),), ("tokens",))
