@@ -1,0 +1,139 @@
+"""PPO's tensor functions: per-token rewards, advantages, and the two clipped losses.
+
+Works on packed sequences (no padding) of one data-parallel rank; knows neither models nor ranks. Everything
+that spans the batch goes through `batch.sum`, so results do not depend on how the batch is split.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from realloc.functions import Batch
+
+VARIANCE_FLOOR = 1e-8
+
+
+def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """`advantages`, one per response token, whitened over the whole batch if so asked."""
+    advantages = _advantages(batch, hyperparameters)
+    if hyperparameters["whiten_advantages"]:
+        advantages = _whiten(advantages, batch)
+    return {"advantages": advantages}
+
+
+def prepare_critic(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
+    """`returns`, one per response token: the advantage (not whitened) plus the value it was measured from."""
+    return {"returns": _advantages(batch, hyperparameters) + batch["values"]}
+
+
+def actor_loss(
+    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over response tokens.
+
+    `output`: log-probabilities of the response tokens now. `approx_kl` estimates the divergence from the policy
+    that generated, by the mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL divergence");
+    `ref_kl` that from the reference model, by the mean log ratio at generation.
+    """
+    tokens, sequences = batch.global_elements, batch.global_sequences
+    advantages, clip = batch["advantages"], hyperparameters["clip_range"]
+    log_ratio = output - batch["logprobs"]
+    ratio = log_ratio.exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    loss = torch.maximum(unclipped, clipped).sum() / tokens
+    with torch.no_grad():
+        metrics = {
+            "policy_loss": loss.detach(),
+            "clip_fraction": (clipped > unclipped).sum() / tokens,
+            "approx_kl": (ratio - 1.0 - log_ratio).sum() / tokens,
+            "ref_kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / tokens,
+            "advantage": advantages.sum() / tokens,
+            "score": batch["scores"].sum() / sequences,
+            "response_tokens": batch.lengths("logprobs").sum() / sequences,
+        }
+    return loss, metrics
+
+
+def critic_loss(
+    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """Half the squared error to the returns, mean over response tokens; the larger of the error of the value and
+    of the value clipped to within `value_clip_range` of the old one.
+
+    `output`: values now, at the positions that precede the response tokens.
+    """
+    tokens, clip = batch.global_elements, hyperparameters["value_clip_range"]
+    returns, old = batch["returns"], batch["values"]
+    error = (output - returns).square()
+    clipped = (old + (output - old).clamp(-clip, clip) - returns).square() if clip > 0 else error
+    loss = 0.5 * torch.maximum(error, clipped).sum() / tokens
+    with torch.no_grad():
+        metrics = {
+            "value_loss": loss.detach(),
+            "value_clip_fraction": (clipped > error).sum() / tokens,
+            "value": output.detach().sum() / tokens,
+            "return": returns.sum() / tokens,
+        }
+    return loss, metrics
+
+
+def _rewards(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """The penalty for leaving the reference at every response token, the score added at the last one."""
+    rewards: Tensor = -hyperparameters["kl_coef"] * (batch["logprobs"] - batch["ref_logprobs"])
+    scores, limit = batch["scores"], hyperparameters["reward_clip"]
+    if limit > 0:
+        scores = scores.clamp(-limit, limit)
+    lengths = batch.lengths("logprobs")
+    has_tokens = lengths > 0
+    last = lengths.cumsum(0) - 1
+    return rewards.index_add(0, last[has_tokens], scores[has_tokens].to(rewards.dtype))
+
+
+def _advantages(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """Generalised advantage estimates (Schulman et al. 2016, arXiv 1506.02438, equations 11 and 16), packed.
+
+    A response ends its episode, also where the length limit cut it: the value after its last token is 0.
+    """
+    gamma, decay = hyperparameters["gamma"], hyperparameters["gamma"] * hyperparameters["gae_lambda"]
+    values = batch["values"]
+    remaining = _remaining(batch.lengths("values"), values.numel())
+    next_values = torch.where(remaining >= 1, values.roll(-1), 0.0)
+    delta = _rewards(batch, hyperparameters) + gamma * next_values - values
+    return _discounted_suffix_sums(delta, remaining, decay)
+
+
+def _remaining(lengths: Tensor, total: int) -> Tensor:
+    """How many elements of the same sequence follow each element; int64 [total]."""
+    ends = lengths.cumsum(0).repeat_interleave(lengths, output_size=total)
+    return ends - 1 - torch.arange(total, device=lengths.device)
+
+
+def _discounted_suffix_sums(terms: Tensor, remaining: Tensor, decay: float) -> Tensor:
+    """Within each sequence, sum over k >= 0 of decay^k * terms[t + k].
+
+    By doubling: after step j an element holds its first 2^j terms. So about log2(longest) passes over the packed
+    tensor, and no padding.
+    """
+    longest = int(remaining.max()) + 1 if remaining.numel() else 0
+    total, span = terms, 1
+    while span < longest:
+        following = torch.where(remaining >= span, total.roll(-span), 0.0)
+        total = total + decay**span * following
+        span *= 2
+    return total
+
+
+def _whiten(values: Tensor, batch: Batch) -> Tensor:
+    """Shifted and scaled to mean 0 and variance 1 over all ranks; sums in float64, whatever the split."""
+    wide = values.double()
+    count = torch.full_like(wide.sum(), wide.numel())
+    count, total = batch.sum(torch.stack([count, wide.sum()]))
+    mean = total / count
+    variance = batch.sum((wide - mean).square().sum()) / count
+    whitened: Tensor = (wide - mean) * (variance + VARIANCE_FLOOR).rsqrt()
+    return whitened.to(values.dtype)
