@@ -54,8 +54,9 @@ class PPO:
         mini_batches, epochs = given["mini_batches"], given["epochs"]
         if mini_batches > experiment.workload.sequences:
             raise InputError(
-                f"experiment: hyperparameters.mini_batches: {mini_batches} mini-batches cannot be made of the "
-                f"{experiment.workload.sequences} sequences of an iteration; lower it, or raise workload.sequences."
+                f"experiment: hyperparameters.mini_batches: {mini_batches} mini-batches cannot be made of "
+                f"the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
+                f"workload.sequences."
             )
         inference = CallKind.INFERENCE
         calls = (

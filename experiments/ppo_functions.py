@@ -33,11 +33,11 @@ def prepare_critic(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[
 def actor_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over response tokens.
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over tokens.
 
-    `output`: log-probabilities of the response tokens now. `approx_kl` estimates the divergence from the policy
-    that generated, by the mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL divergence");
-    `ref_kl` that from the reference model, by the mean log ratio at generation.
+    `output`: log-probabilities of the response tokens now. `approx_kl` estimates the divergence from the
+    policy that generated, by the mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
+    divergence"); `ref_kl` that from the reference model, by the mean log ratio at generation.
     """
     tokens, sequences = batch.global_elements, batch.global_sequences
     advantages, clip = batch["advantages"], hyperparameters["clip_range"]
@@ -62,8 +62,10 @@ def actor_loss(
 def critic_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Half the squared error to the returns, mean over response tokens; the larger of the error of the value and
-    of the value clipped to within `value_clip_range` of the old one.
+    """Half the squared error to the returns, mean over response tokens.
+
+    With a `value_clip_range`, the larger of the errors of the value and of the value clipped to within that
+    range of the old one.
 
     `output`: values now, at the positions that precede the response tokens.
     """
@@ -116,8 +118,8 @@ def _remaining(lengths: Tensor, total: int) -> Tensor:
 def _discounted_suffix_sums(terms: Tensor, remaining: Tensor, decay: float) -> Tensor:
     """Within each sequence, sum over k >= 0 of decay^k * terms[t + k].
 
-    By doubling: after step j an element holds its first 2^j terms. So about log2(longest) passes over the packed
-    tensor, and no padding.
+    By doubling: after step j an element holds its first 2^j terms. So about log2(longest) passes over the
+    packed tensor, and no padding.
     """
     longest = int(remaining.max()) + 1 if remaining.numel() else 0
     total, span = terms, 1

@@ -38,8 +38,8 @@ class SFT:
             )
         if given["mini_batches"] > experiment.workload.sequences:
             raise InputError(
-                f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be made "
-                f"of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
+                f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be "
+                f"made of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
                 f"workload.sequences."
             )
         train = Call(
