@@ -128,4 +128,6 @@ def _score_call(experiment: Experiment) -> Call:
             f"experiment: reward: '{experiment.reward}' is not of the form module:function, such as "
             f"experiments.rewards:sentiment."
         )
-    return Call("rew_inf", CallKind.COMPUTE, ("tokens",), ("scores",), function=experiment.reward)
+    return Call(
+        "rew_inf", CallKind.COMPUTE, ("tokens",), ("scores",), sequence="tokens", function=experiment.reward
+    )

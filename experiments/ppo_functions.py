@@ -39,22 +39,19 @@ def actor_loss(
     policy that generated, by the mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
     divergence"); `ref_kl` that from the reference model, by the mean log ratio at generation.
     """
-    tokens, sequences = batch.global_elements, batch.global_sequences
-    advantages, clip = batch["advantages"], hyperparameters["clip_range"]
-    log_ratio = output - batch["logprobs"]
+    tokens, clip = batch.global_elements, hyperparameters["clip_range"]
+    advantages, behaviour = batch["advantages"], batch["logprobs"]
+    log_ratio = output - behaviour
     ratio = log_ratio.exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     loss = torch.maximum(unclipped, clipped).sum() / tokens
     with torch.no_grad():
         metrics = {
-            "policy_loss": loss.detach(),
             "clip_fraction": (clipped > unclipped).sum() / tokens,
             "approx_kl": (ratio - 1.0 - log_ratio).sum() / tokens,
-            "ref_kl": (batch["logprobs"] - batch["ref_logprobs"]).sum() / tokens,
+            "ref_kl": (behaviour - batch["ref_logprobs"]).sum() / tokens,
             "advantage": advantages.sum() / tokens,
-            "score": batch["scores"].sum() / sequences,
-            "response_tokens": batch.lengths("logprobs").sum() / sequences,
         }
     return loss, metrics
 
@@ -76,9 +73,7 @@ def critic_loss(
     loss = 0.5 * torch.maximum(error, clipped).sum() / tokens
     with torch.no_grad():
         metrics = {
-            "value_loss": loss.detach(),
             "value_clip_fraction": (clipped > error).sum() / tokens,
-            "value": output.detach().sum() / tokens,
             "return": returns.sum() / tokens,
         }
     return loss, metrics
