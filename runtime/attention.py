@@ -1,0 +1,175 @@
+"""Causal attention over packed sequences, and over a key/value cache.
+
+Decides which kernel runs. Knows nothing of parallelism: it sees the heads of one shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
+
+import torch
+import torch.nn.functional as F
+
+ONE_BY_ONE = 1 << 14
+"""Sequences longer than this many tokens do not share a kernel call with their neighbours."""
+
+
+@dataclass(frozen=True, eq=False)
+class PackedSequences:
+    """How sequences lie one after the other in a packed tensor of `num_tokens` rows.
+
+    `lengths` are in tokens, none is 0. `device` is where the index tensors are made.
+    """
+
+    lengths: tuple[int, ...]
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.lengths)
+
+    @cached_property
+    def lengths_tensor(self) -> torch.Tensor:
+        """int64 [num_sequences]."""
+        return torch.tensor(self.lengths, dtype=torch.int64, device=self.device)
+
+    @cached_property
+    def cu_seqlens(self) -> torch.Tensor:
+        """int32 [num_sequences + 1]: where each sequence starts, and the end."""
+        return F.pad(self.lengths_tensor.cumsum(0), (1, 0)).to(torch.int32)
+
+    @cached_property
+    def sequence_index(self) -> torch.Tensor:
+        """int64 [num_tokens]: the sequence each token belongs to."""
+        index = torch.arange(len(self.lengths), device=self.device)
+        return torch.repeat_interleave(index, self.lengths_tensor, output_size=self.num_tokens)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [num_tokens]: each token's place in its sequence, from 0."""
+        starts = self.cu_seqlens[:-1].to(torch.int64)
+        return torch.arange(self.num_tokens, device=self.device) - starts[self.sequence_index]
+
+    @cached_property
+    def last_index(self) -> torch.Tensor:
+        """int64 [num_sequences]: the row of each sequence's last token."""
+        return self.cu_seqlens[1:].to(torch.int64) - 1
+
+    @cached_property
+    def runs(self) -> Sequence[tuple[int, int, int]]:
+        """(first row, how many, length) of each run of neighbours of equal length."""
+        result, start = [], 0
+        for length, run in groupby(self.lengths):
+            count = len(list(run))
+            step = max(1, ONE_BY_ONE // length)
+            for first in range(0, count, step):
+                number = min(step, count - first)
+                result.append((start, number, length))
+                start += number * length
+        return result
+
+
+def pack(lengths: torch.Tensor | Sequence[int], device: torch.device | None = None) -> PackedSequences:
+    """PackedSequences of these lengths; on the lengths' own device where it is a tensor."""
+    if isinstance(lengths, torch.Tensor):
+        return PackedSequences(tuple(lengths.tolist()), device or lengths.device)
+    return PackedSequences(tuple(lengths), device or torch.device("cpu"))
+
+
+def packed_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, packed: PackedSequences
+) -> torch.Tensor:
+    """Causal attention within each packed sequence.
+
+    q [T, heads, dim], k and v [T, kv heads, dim] -> [T, heads, dim]. Query head i uses kv head
+    i // (heads / kv heads). One kernel call per run of equal lengths; kernels for ragged
+    sequences would take `packed.cu_seqlens` here.
+    """
+    gqa = q.shape[1] != k.shape[1]
+    parts = []
+    for start, count, length in packed.runs:
+        rows = slice(start, start + count * length)
+        part = F.scaled_dot_product_attention(
+            q[rows].unflatten(0, (count, length)).transpose(1, 2),
+            k[rows].unflatten(0, (count, length)).transpose(1, 2),
+            v[rows].unflatten(0, (count, length)).transpose(1, 2),
+            is_causal=True,
+            enable_gqa=gqa,
+        )
+        parts.append(part.transpose(1, 2).flatten(0, 1))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+class KVCache:
+    """Keys and values of up to `slots` sequences for the layers of one stage, kv heads of one shard.
+
+    Live sequences fill the first slots without gaps, so that decoding works on plain slices.
+    Allocated once; nothing grows.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        slots: int,
+        kv_heads: int,
+        max_tokens: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        size = (num_layers, slots, kv_heads, max_tokens, head_dim)
+        # zeros, not empty: masked positions still enter the kernel, and 0 * NaN is NaN
+        self.keys = torch.zeros(size, dtype=dtype, device=device)
+        self.values = torch.zeros(size, dtype=dtype, device=device)
+
+    def write(
+        self, layer: int, slots: torch.Tensor, positions: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> None:
+        """Stores k and v [T, kv heads, dim] at (slots[t], positions[t])."""
+        self.keys[layer][slots, :, positions] = k
+        self.values[layer][slots, :, positions] = v
+
+    def move(self, src: torch.Tensor, dst: torch.Tensor, num_tokens: int) -> None:
+        """Copies the first `num_tokens` of slots `src` over slots `dst`, in all layers."""
+        for store in (self.keys, self.values):
+            store[:, dst, :, :num_tokens] = store[:, src, :, :num_tokens]
+
+
+@dataclass(frozen=True, eq=False)
+class DecodeStep:
+    """One decoding step: live slots 0..n-1 each take one token at `positions` [n].
+
+    `context` is how many cached tokens the longest sequence has after this step.
+    """
+
+    positions: torch.Tensor
+    context: int
+    dtype: torch.dtype
+
+    @cached_property
+    def slots(self) -> torch.Tensor:
+        return torch.arange(self.positions.shape[0], device=self.positions.device)
+
+    @cached_property
+    def mask(self) -> torch.Tensor:
+        """[n, 1, 1, context]: 0 where a sequence has a token, else -inf."""
+        index = torch.arange(self.context, device=self.positions.device)
+        outside = index > self.positions[:, None]
+        bias = torch.zeros(outside.shape, dtype=self.dtype, device=outside.device)
+        return bias.masked_fill_(outside, float("-inf"))[:, None, None, :]
+
+
+def decode_attention(q: torch.Tensor, cache: KVCache, layer: int, step: DecodeStep) -> torch.Tensor:
+    """Attention of one query per live slot over its cached tokens: q [n, heads, dim] -> the same.
+
+    The heads that share a kv head become the kernel's query dimension, so nothing is repeated.
+    """
+    num = q.shape[0]
+    keys = cache.keys[layer, :num, :, : step.context]
+    values = cache.values[layer, :num, :, : step.context]
+    grouped = q.view(num, keys.shape[1], -1, q.shape[2])
+    out = F.scaled_dot_product_attention(grouped, keys, values, attn_mask=step.mask)
+    return out.reshape(q.shape)

@@ -1,0 +1,266 @@
+"""The decoder: one tensor shard of one pipeline stage of a transformer, driven by a ModelShape.
+
+The same code trains, infers and decodes, so that log-probabilities agree between rollout and
+training. It decides the mathematics and what crosses the tensor-parallel group. It does not know
+where parameters come from, how stages exchange hidden states, or what optimizes the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+from realloc.layout import Box, shard_boxes
+from realloc.model_shape import ModelShape
+from realloc.params import EMBED, FINAL_NORM, HEAD, stage_layers
+from runtime import tensor_parallel as tp
+from runtime.attention import DecodeStep, KVCache, PackedSequences, decode_attention, packed_attention
+from runtime.parallel import ParallelContext
+from runtime.rope import Rotary, inverse_frequencies
+
+DTYPES: Mapping[str, torch.dtype] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+"""(layer within the stage, q [T, heads, dim], k and v [T, kv heads, dim]) -> [T, heads, dim]"""
+
+
+def empty_params(
+    boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Uninitialised tensors of the boxes' shapes."""
+    return {name: torch.empty(box.shape, dtype=dtype, device=device) for name, box in boxes.items()}
+
+
+class Decoder:
+    """A shard of the model, over parameters that it does not own.
+
+    `params` maps names of `realloc.params` to local tensors of the shapes that `shard_boxes`
+    gives for this rank; decoders of one role with one layout share the dict. The decoder reads
+    the dict at each use, so entries may be filled, updated or replaced at any time between calls.
+    """
+
+    def __init__(
+        self,
+        shape: ModelShape,
+        context: ParallelContext,
+        dtype: torch.dtype,
+        params: MutableMapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        self.shape = shape
+        self.context = context
+        self.dtype = dtype
+        at, strategy = context.at, context.strategy
+        self.boxes = shard_boxes(shape, strategy.tp, strategy.pp, at.tp, at.pp)
+        self.params = empty_params(self.boxes, dtype, context.device) if params is None else params
+        for name, box in self.boxes.items():
+            assert self.params[name].shape == box.shape, (name, self.params[name].shape, box.shape)
+        self.layers = stage_layers(shape, strategy.pp, at.pp)
+        self.num_heads = shape.num_heads // strategy.tp
+        self.num_kv_heads = max(1, shape.num_kv_heads // strategy.tp)
+        self._tp = context.tp_group
+        self._freqs = inverse_frequencies(shape).to(context.device)
+        self._activation = activation(shape.activation)
+
+    @property
+    def vocab_start(self) -> int:
+        """First vocabulary row of this shard's embedding or head."""
+        return self.boxes[self._head_name if self.context.is_last else EMBED].start[0]
+
+    @property
+    def _head_name(self) -> str:
+        return HEAD if HEAD in self.boxes else EMBED
+
+    def new_cache(self, slots: int, max_tokens: int) -> KVCache:
+        """A cache for `slots` sequences of up to `max_tokens` tokens on this shard and stage."""
+        return KVCache(
+            len(self.layers),
+            slots,
+            self.num_kv_heads,
+            max_tokens,
+            self.shape.head_dim,
+            self.dtype,
+            self.context.device,
+        )
+
+    def forward(self, x: torch.Tensor, packed: PackedSequences, cache: KVCache | None = None) -> torch.Tensor:
+        """Packed sequences through this stage.
+
+        x: token ids [T] int64 on the first stage, hidden states [T, hidden] on the others.
+        Returns hidden states [T, hidden], normed for the head on the last stage. With a `cache`,
+        keys and values of sequence i are also stored in its slot i.
+        """
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            if cache is not None:
+                cache.write(layer, packed.sequence_index, packed.positions, k, v)
+            return packed_attention(q, k, v, packed)
+
+        return self._run(x, packed.positions, attend)
+
+    def decode(self, x: torch.Tensor, step: DecodeStep, cache: KVCache) -> torch.Tensor:
+        """One token per live slot through this stage, appended to the cache.
+
+        x: token ids [n] int64 on the first stage, hidden states [n, hidden] on the others;
+        returns hidden states [n, hidden] as `forward` does.
+        """
+
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            cache.write(layer, step.slots, step.positions, k, v)
+            return decode_attention(q, cache, layer, step)
+
+        return self._run(x, step.positions, attend)
+
+    def head_weight(self) -> torch.Tensor:
+        """[local vocabulary, hidden] of the lm head (a tied embedding serves), [1, hidden] if scalar."""
+        return self.params[self._head_name]
+
+    def logprobs(self, hidden: torch.Tensor, targets: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+        """Log-probabilities of `targets` [T'] under the distribution at `temperature`, float32 [T'].
+
+        `hidden` [T', hidden] are rows of the last stage's output. Temperature divides the
+        logits: these are the log-probabilities that sampling at that temperature reports.
+        """
+        return tp.target_logprobs(
+            hidden, self.head_weight(), targets, self.vocab_start, self._tp, temperature
+        )
+
+    def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The scalar head: rows of the last stage's output [T', hidden] -> float32 [T']."""
+        return F.linear(hidden, self.head_weight()).squeeze(-1).float()
+
+    def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits of this shard's part of the vocabulary, [T', local vocabulary]."""
+        return F.linear(hidden, self.head_weight()).float()
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """float32 logits over the whole vocabulary, gathered; differentiable only with tp 1."""
+        widths = [
+            stop - start
+            for start, stop in (self._vocab_range(rank) for rank in range(self.context.strategy.tp))
+        ]
+        return tp.gather_columns(self.local_logits(hidden), widths, self._tp)
+
+    def _vocab_range(self, tp_rank: int) -> tuple[int, int]:
+        strategy = self.context.strategy
+        box = shard_boxes(self.shape, strategy.tp, strategy.pp, tp_rank, self.context.at.pp)[self._head_name]
+        return box.start[0], box.stop[0]
+
+    def _run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        if self.context.is_first:
+            x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], self._tp)
+        rotary = Rotary(self._freqs, positions, x.dtype)
+        for index, layer in enumerate(self.layers):
+            x = self._layer(x, f"layers.{layer}", index, rotary, attend)
+        return self._norm(x, FINAL_NORM) if self.context.is_last else x
+
+    def _layer(self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend) -> torch.Tensor:
+        attn_in = tp.copy_to_region(self._norm(x, f"{name}.attn_norm"), self._tp)
+        attn = self._attention(attn_in, f"{name}.attn", index, rotary, attend)
+        if self.shape.parallel_residual:
+            mlp_in = tp.copy_to_region(self._norm(x, f"{name}.mlp_norm"), self._tp)
+            both = attn + self._mlp(mlp_in, f"{name}.mlp")
+            x = x + tp.reduce_from_region(both, self._tp)
+            return self._add_bias(self._add_bias(x, f"{name}.attn.o"), f"{name}.mlp.down")
+        x = self._add_bias(x + tp.reduce_from_region(attn, self._tp), f"{name}.attn.o")
+        mlp_in = tp.copy_to_region(self._norm(x, f"{name}.mlp_norm"), self._tp)
+        mlp = tp.reduce_from_region(self._mlp(mlp_in, f"{name}.mlp"), self._tp)
+        return self._add_bias(x + mlp, f"{name}.mlp.down")
+
+    def _attention(
+        self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend
+    ) -> torch.Tensor:
+        """This shard's part of the attention output, to be summed over shards, without o's bias."""
+        dim = self.shape.head_dim
+        q = self._linear(x, f"{name}.q").unflatten(-1, (self.num_heads, dim))
+        k = self._linear(x, f"{name}.k").unflatten(-1, (self.num_kv_heads, dim))
+        v = self._linear(x, f"{name}.v").unflatten(-1, (self.num_kv_heads, dim))
+        if self.shape.qk_norm:
+            q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
+        out = attend(index, rotary(q), rotary(k), v)
+        return F.linear(out.flatten(-2), self.params[f"{name}.o.weight"])
+
+    def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """This shard's part of the MLP output, to be summed over shards, without down's bias."""
+        inner = self._linear(x, f"{name}.up")
+        if self.shape.gated_mlp:
+            inner = self._activation(self._linear(x, f"{name}.gate")) * inner
+        else:
+            inner = self._activation(inner)
+        return F.linear(inner, self.params[f"{name}.down.weight"])
+
+    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        return F.linear(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
+
+    def _add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """Biases of row-split matrices are added once, after the sum over shards."""
+        bias = self.params.get(f"{name}.bias")
+        return x if bias is None else x + bias
+
+    def _norm(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        weight = self.params[f"{name}.weight"]
+        eps = self.shape.norm_eps
+        if self.shape.norm == "layer" and f"{name}.bias" in self.params:
+            return F.layer_norm(x, weight.shape, weight, self.params[f"{name}.bias"], eps)
+        return F.rms_norm(x, weight.shape, weight, eps)
+
+
+def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The MLP's activation by its Hugging Face name."""
+    if name == "silu":
+        return F.silu
+    if name == "gelu":
+        return F.gelu
+    assert name in ("gelu_new", "gelu_fast", "gelu_pytorch_tanh"), name
+    return lambda x: F.gelu(x, approximate="tanh")
+
+
+def partial_gradients(shape: ModelShape, tp_degree: int, boxes: Mapping[str, Box]) -> frozenset[str]:
+    """Parameters whose local gradient is only one tensor-parallel rank's part of the whole.
+
+    These are what several ranks hold and each uses on its own heads alone: q/k norms, and kv
+    heads that are replicated because there are fewer of them than ranks. All other gradients
+    are complete: of split parameters as they are, of norms, biases and scalar heads because every
+    rank computes them alike.
+    """
+    if tp_degree == 1:
+        return frozenset()
+    endings = (".attn.q_norm.weight", ".attn.k_norm.weight") if shape.qk_norm else ()
+    if shape.num_kv_heads < tp_degree:
+        endings += (".attn.k.weight", ".attn.v.weight", ".attn.k.bias", ".attn.v.bias")
+    return frozenset(name for name in boxes if endings and name.endswith(endings))
+
+
+@torch.no_grad()
+def reduce_partial_gradients(decoder: Decoder, grads: Mapping[str, torch.Tensor]) -> None:
+    """Completes, in place, the gradients that `partial_gradients` names.
+
+    Call once per optimizer step, after the last backward and before clipping, on all ranks of the
+    tensor-parallel group. `grads` maps parameter names to local gradients. One all-reduce.
+    """
+    group, shape = decoder.context.tp_group, decoder.shape
+    degree = decoder.context.strategy.tp
+    names = sorted(partial_gradients(shape, degree, decoder.boxes))
+    if group is None or not names:
+        return
+    # a replicated kv head has its own place in the buffer, and each rank adds to its head's
+    flat, places = [], []
+    for name in names:
+        grad = grads[name]
+        heads = 1 if "norm" in name else shape.num_kv_heads
+        mine = 0 if heads == 1 else decoder.boxes[name].start[0] // shape.head_dim
+        buffer = grad.new_zeros(heads, grad.numel())
+        buffer[mine] = grad.reshape(-1)
+        flat.append(buffer.view(-1))
+        places.append((name, buffer.shape, mine))
+    joined = torch.cat(flat)
+    dist.all_reduce(joined, group=group)
+    parts = joined.split([part.numel() for part in flat])
+    for (name, size, mine), part in zip(places, parts, strict=True):
+        grads[name].copy_(part.view(size)[mine].view(grads[name].shape))

@@ -1,0 +1,47 @@
+"""Rotary position embeddings (arXiv 2104.09864), halves rotated against each other as in NeoX."""
+
+from __future__ import annotations
+
+from math import pi
+
+import torch
+
+from realloc.model_shape import ModelShape
+
+
+def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
+    """float32 [rotary_dim / 2]: radians per position of each rotated pair.
+
+    With `rope_scaling`, frequencies are divided by its factor: all of them (linear), or, as
+    published with Llama 3.1, those whose wavelength exceeds original_positions / low_freq_factor,
+    and smoothly fewer up to original_positions / high_freq_factor.
+    """
+    exponents = torch.arange(0, shape.rotary_dim, 2, dtype=torch.float32) / shape.rotary_dim
+    freqs = 1.0 / (shape.rope_theta**exponents)
+    scaling = shape.rope_scaling
+    if scaling is None:
+        return freqs
+    if not scaling.original_positions:
+        return freqs / scaling.factor
+    turns = scaling.original_positions * freqs / (2 * pi)
+    width = scaling.high_freq_factor - scaling.low_freq_factor
+    unscaled = ((turns - scaling.low_freq_factor) / width).clamp(0.0, 1.0)
+    return unscaled * freqs + (1.0 - unscaled) * freqs / scaling.factor
+
+
+class Rotary:
+    """Cosines and sines of a batch of positions, made once and used by all layers."""
+
+    def __init__(self, freqs: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> None:
+        """freqs [rotary_dim / 2] float32, positions [T]."""
+        angles = positions.to(torch.float32)[:, None] * freqs
+        self._cos = angles.cos().to(dtype)[:, None]
+        self._sin = angles.sin().to(dtype)[:, None]
+        self._half = freqs.shape[0]
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Rotates the first rotary_dim dimensions of x [T, heads, dim]."""
+        half, dim = self._half, x.shape[-1]
+        a, b, rest = x.split([half, half, dim - 2 * half], dim=-1)
+        rotated = [a * self._cos - b * self._sin, b * self._cos + a * self._sin]
+        return torch.cat([*rotated, rest] if rest.shape[-1] else rotated, dim=-1)

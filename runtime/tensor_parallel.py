@@ -1,0 +1,196 @@
+"""Tensor parallelism on plain local tensors: what crosses the tensor-parallel group, and when.
+
+Two autograd functions surround a pair of column-split and row-split matrices (Megatron-LM,
+arXiv 1909.08053, section 3); embedding and head are split over the vocabulary. Shards may be
+uneven. Everything works without a group (one shard) and then communicates nothing. This module
+knows no model: which matrix is split how is the decoder's affair.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+Group = dist.ProcessGroup | None
+
+CHUNK_ELEMENTS = 1 << 22
+"""Logits computed at a time by `target_logprobs` (tokens x local vocabulary)."""
+KEEP_ELEMENTS = 1 << 25
+"""Up to this many logits are kept for the backward pass; beyond, they are computed twice."""
+
+
+class _CopyToRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        # a clone, because autograd may hand the same gradient tensor to another branch
+        grad = grads[0].clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(grad, group=ctx.group)
+        return grad, None
+
+
+class _ReduceFromRegion(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.mark_dirty(x)
+        dist.all_reduce(x, group=group)
+        return x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grads[0], None
+
+
+def copy_to_region(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """Identity; its backward sums the gradient over the group.
+
+    Put before column-split matrices: each rank computes only its columns' part of dL/dx.
+    """
+    return x if group is None else _CopyToRegion.apply(x, group)  # type: ignore[no-any-return]
+
+
+def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """The sum of `x` over the group; its backward is the identity.
+
+    Put after row-split matrices. Reduces in place: `x` must be fresh, contiguous and no view.
+    """
+    return x if group is None else _ReduceFromRegion.apply(x, group)  # type: ignore[no-any-return]
+
+
+def embedding(tokens: torch.Tensor, weight: torch.Tensor, vocab_start: int, group: Group) -> torch.Tensor:
+    """Rows of a vocabulary-split embedding: tokens [T] int64 -> [T, hidden].
+
+    `weight` holds the rows from `vocab_start` on.
+    """
+    if group is None:
+        return F.embedding(tokens, weight)
+    local, inside = _local_tokens(tokens, vocab_start, weight.shape[0])
+    rows = F.embedding(local, weight).masked_fill(~inside[:, None], 0.0)
+    return reduce_from_region(rows, group)
+
+
+def _local_tokens(
+    tokens: torch.Tensor, vocab_start: int, vocab_local: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row numbers in this shard (0 for tokens of other shards) and which tokens are inside."""
+    local = tokens - vocab_start
+    inside = (local >= 0) & (local < vocab_local)
+    return local.where(inside, torch.zeros_like(local)), inside
+
+
+class _TargetLogprobs(torch.autograd.Function):
+    """log softmax(inv_temperature * hidden @ weight^T) at the targets, over all vocabulary shards.
+
+    Works through the tokens in chunks, so that at most CHUNK_ELEMENTS logits exist at a time.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        targets: torch.Tensor,
+        vocab_start: int,
+        inv_temperature: float,
+        group: Group,
+    ) -> torch.Tensor:
+        vocab = weight.shape[0]
+        local, inside = _local_tokens(targets, vocab_start, vocab)
+        wants_grad = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        keep = wants_grad and hidden.shape[0] * vocab <= KEEP_ELEMENTS
+        kept: list[torch.Tensor] = []
+        # one row each: largest logit of the shard, sum of exp(logit - largest), target's logit
+        stats = torch.empty(3, hidden.shape[0], device=hidden.device)
+        for part in _chunks(hidden.shape[0], vocab):
+            logits = _logits(hidden[part], weight, inv_temperature)
+            torch.amax(logits, 1, out=stats[0, part])
+            torch.gather(logits, 1, local[part, None], out=stats[2, part].unsqueeze(1))
+            logits.sub_(stats[0, part, None]).exp_()
+            torch.sum(logits, 1, out=stats[1, part])
+            if keep:
+                kept.append(logits)
+        largest = stats[0].clone()
+        if group is not None:
+            dist.all_reduce(stats[0], op=dist.ReduceOp.MAX, group=group)
+            stats[1] *= torch.exp(largest - stats[0])
+            stats[2].masked_fill_(~inside, 0.0)
+            dist.all_reduce(stats[1:], group=group)
+        log_total = stats[0] + stats[1].log()
+        ctx.save_for_backward(hidden, weight, local, inside, log_total, largest, *kept)
+        ctx.inv_temperature = inv_temperature
+        return stats[2] - log_total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """d logprob / d logit = [target] - softmax; `dL/dhidden` is this shard's part of it."""
+        hidden, weight, local, inside, log_total, largest, *kept = ctx.saved_tensors
+        grad = grads[0].float() * ctx.inv_temperature
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for i, part in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
+            if kept:
+                scale = -grad[part] * torch.exp(largest[part] - log_total[part])
+                grad_logits = kept[i] * scale[:, None]
+            else:
+                logits = _logits(hidden[part], weight, ctx.inv_temperature)
+                grad_logits = logits.sub_(log_total[part, None]).exp_().mul_(-grad[part, None])
+            target_grad = (grad[part] * inside[part])[:, None]
+            grad_logits.scatter_add_(1, local[part, None], target_grad)
+            grad_logits = grad_logits.to(weight.dtype)
+            grad_hidden[part] = grad_logits @ weight
+            if weight.dtype == torch.float32:
+                grad_weight.addmm_(grad_logits.t(), hidden[part])
+            else:
+                grad_weight += grad_logits.t() @ hidden[part]
+        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+
+
+def _logits(hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float) -> torch.Tensor:
+    """Scaled fp32 logits [T, local vocabulary], a fresh tensor."""
+    logits = F.linear(hidden, weight).float()
+    return logits if inv_temperature == 1.0 else logits.mul_(inv_temperature)
+
+
+def _chunks(num_tokens: int, vocab: int) -> list[slice]:
+    step = max(1, CHUNK_ELEMENTS // vocab)
+    return [slice(i, min(i + step, num_tokens)) for i in range(0, num_tokens, step)]
+
+
+def target_logprobs(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    targets: torch.Tensor,
+    vocab_start: int,
+    group: Group,
+    temperature: float = 1.0,
+) -> torch.Tensor:
+    """Log-probability of each target under softmax(hidden @ weight^T / temperature).
+
+    hidden [T, hidden], weight [local vocabulary, hidden] from row `vocab_start` on, targets [T]
+    int64 (global ids) -> [T] float32, the same on all ranks of the group. Differentiable in
+    hidden and weight. Communicates 3 numbers per token in two all-reduces.
+    """
+    hidden = copy_to_region(hidden, group)
+    result: torch.Tensor = _TargetLogprobs.apply(
+        hidden, weight, targets, vocab_start, 1.0 / temperature, group
+    )
+    return result
+
+
+def gather_columns(x: torch.Tensor, widths: list[int], group: Group) -> torch.Tensor:
+    """[T, width of this rank] -> [T, sum(widths)], columns in rank order. Not differentiable."""
+    if group is None:
+        return x
+    # padded to the widest shard: all_gather wants equal sizes
+    padded = x.new_zeros(x.shape[0], max(widths))
+    padded[:, : x.shape[1]] = x
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded, group=group)
+    return torch.cat([part[:, :width] for part, width in zip(parts, widths, strict=True)], dim=1)
