@@ -8,5 +8,10 @@ from __future__ import annotations
 
 import os
 
+from hypothesis import settings
+
 # One thread per process: ranks share the cores, and a forked child must not inherit an OpenMP pool.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("suite", derandomize=True, deadline=None)
+settings.load_profile("suite")
