@@ -126,7 +126,5 @@ def make_groups(
     for placement in placements:
         for ranks in group_ranks(placement):
             if len(ranks) > 1 and rank in ranks and ranks not in made:
-                made[ranks] = new_group(
-                    list(ranks), timeout=timeout, use_local_synchronization=True
-                )
+                made[ranks] = new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
     return Groups(rank, made)

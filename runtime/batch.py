@@ -1,0 +1,41 @@
+"""The view of packed sequences that algorithm functions get (`realloc.functions.Batch`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from runtime.data_store import IterationData
+
+
+@dataclass
+class PackedBatch:
+    """Sequences at `positions` of one iteration's data, on one data-parallel rank."""
+
+    data: IterationData
+    positions: Sequence[int]
+    global_sequences: int
+    global_elements: int
+    device: torch.device
+    dp_group: dist.ProcessGroup | None = None
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.positions)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        return self.data.packed(key, self.positions).to(self.device)
+
+    def lengths(self, key: str) -> torch.Tensor:
+        lengths = self.data.key_lengths(key)
+        return torch.tensor([lengths[p] for p in self.positions], dtype=torch.int64, device=self.device)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        if self.dp_group is None:
+            return value
+        total = value.detach().clone()
+        dist.all_reduce(total, group=self.dp_group)
+        return total

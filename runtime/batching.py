@@ -1,0 +1,65 @@
+"""Which sequence goes where: mini-batches, data-parallel shares, micro-batches.
+
+Pure functions of lengths, the same on every rank. Mini-batches depend on positions alone, never
+on the plan; shares and micro-batches are balanced by length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from realloc.params import split_range
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """`shares[mini_batch][dp]` are positions in the batch, in ascending order."""
+
+    shares: tuple[tuple[tuple[int, ...], ...], ...]
+
+    def of(self, dp: int) -> tuple[int, ...]:
+        """All positions of one data-parallel rank, in ascending order."""
+        return tuple(sorted(p for mini_batch in self.shares for p in mini_batch[dp]))
+
+    def owners(self) -> dict[int, int]:
+        """Position -> the data-parallel rank that has it."""
+        return {
+            position: dp
+            for mini_batch in self.shares
+            for dp, share in enumerate(mini_batch)
+            for position in share
+        }
+
+
+def balanced_split(lengths: Sequence[int], parts: int) -> list[list[int]]:
+    """Indices of `lengths` in `parts` groups of nearly equal total length.
+
+    Longest first, each to the least loaded group (ties: the group with fewer members, then the
+    first), so no group is empty when there are enough sequences. Groups list indices ascending.
+    """
+    loads = [(0, 0, part) for part in range(parts)]
+    groups: list[list[int]] = [[] for _ in range(parts)]
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        load, members, part = min(loads)
+        loads[part] = (load + lengths[index], members + 1, part)
+        groups[part].append(index)
+    return [sorted(group) for group in groups]
+
+
+def assign(lengths: Sequence[int], mini_batches: int, dp: int) -> Assignment:
+    """Mini-batches by position, each split over `dp` ranks by length."""
+    shares = []
+    for part in range(mini_batches):
+        first, stop = split_range(len(lengths), mini_batches, part)
+        split = balanced_split(lengths[first:stop], dp)
+        shares.append(tuple(tuple(first + i for i in group) for group in split))
+    return Assignment(tuple(shares))
+
+
+def micro_batches(positions: Sequence[int], lengths: Sequence[int], count: int) -> list[tuple[int, ...]]:
+    """`positions` in at most `count` non-empty groups, balanced by `lengths[position]`."""
+    if not positions:
+        return []
+    groups = balanced_split([lengths[p] for p in positions], min(count, len(positions)))
+    return [tuple(positions[i] for i in group) for group in groups]

@@ -1,0 +1,298 @@
+"""Executing one model function call on one rank: generate, inference, train_step, compute.
+
+Each takes what it reads from the iteration's data, runs this rank's part, and puts what it writes
+back. Nothing here knows other calls or where data goes next.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from realloc.augmented import Placement
+from realloc.dataflow import Call, CallKind, Output, Per
+from realloc.errors import RunError
+from realloc.experiment import Experiment
+from realloc.functions import Sample
+from runtime.attention import PackedSequences
+from runtime.batch import PackedBatch
+from runtime.batching import Assignment, micro_batches
+from runtime.data_store import IterationData
+from runtime.dataset import Dataset
+from runtime.decoder import Decoder
+from runtime.functions import FunctionTable
+from runtime.generation import generate
+from runtime.metrics import Metrics
+from runtime.parallel import ParallelContext
+from runtime.pipeline import MicroBatch, run_forward, run_training
+from runtime.training import Trainer
+from runtime.transfer import assignment_of
+
+
+@dataclass(frozen=True)
+class CallExecutor:
+    """One call on this rank. `decoder` is None for compute, `trainer` but for train_step."""
+
+    call: Call
+    context: ParallelContext
+    experiment: Experiment
+    functions: FunctionTable
+    dataset: Dataset
+    decoder: Decoder | None = None
+    trainer: Trainer | None = None
+
+    def run(self, data: IterationData, iteration: int) -> Metrics:
+        """Runs this rank's share; returns its contribution to the call's metrics."""
+        self._announce_lengths(data)
+        if self.call.kind is CallKind.GENERATE:
+            return self._generate(data, iteration)
+        assignment = self._assignment(data)
+        if self.call.kind is CallKind.INFERENCE:
+            return self._inference(data, assignment)
+        if self.call.kind is CallKind.TRAIN_STEP:
+            return self._train(data, assignment)
+        return self._compute(data, assignment, iteration)
+
+    @property
+    def reports(self) -> bool:
+        """Whether this rank is the one of its data replica that reports metrics."""
+        return self.context.is_last and self.context.at.tp == 0
+
+    def _assignment(self, data: IterationData) -> Assignment:
+        placement = Placement(self.context.mesh, self.context.strategy)
+        return assignment_of(self.call, placement, data)
+
+    def _announce_lengths(self, data: IterationData) -> None:
+        """Sets the lengths of written keys that follow from those of the sequence."""
+        key = self.call.sequence
+        if self.call.kind is CallKind.GENERATE or key is None:
+            return
+        totals = data.key_lengths(key)
+        responses = [n - p for n, p in zip(totals, data.prompt_lengths, strict=True)]
+        for written in (*self.call.writes, *self.call.prepared):
+            per = data.keys[written].per
+            if per in (Per.RESPONSE_TOKEN, Per.TOKEN):
+                data.lengths[written] = responses if per is Per.RESPONSE_TOKEN else totals
+
+    # generate -------------------------------------------------------------------------------
+
+    def _generate(self, data: IterationData, iteration: int) -> Metrics:
+        key = self._sequence
+        share = self._assignment(data).of(self.context.at.dp)
+        prompts = data.packed(key, share) if self.context.is_first else None
+        result = generate(
+            self._model,
+            prompts=prompts,
+            prompt_lengths=[data.prompt_lengths[p] for p in share],
+            sequence_ids=[iteration * data.num_sequences + p for p in share],
+            max_new_tokens=self.experiment.workload.response.maximum,
+            eos_ids=self.dataset.eos_ids,
+            sampling=self.experiment.sampling,
+            seed=self.experiment.seed,
+            iteration=iteration,
+            micro_batches=self.context.strategy.micro_batches,
+        )
+        responses = self._share_lengths(data, share, result.response_lengths)
+        tokens_key, logprobs_key = self.call.writes
+        data.lengths[tokens_key] = [p + r for p, r in zip(data.prompt_lengths, responses, strict=True)]
+        data.lengths[logprobs_key] = responses
+        metrics = Metrics()
+        if self.context.is_last:
+            data.put(tokens_key, share, result.tokens.cpu())
+            data.put(logprobs_key, share, result.logprobs.float().cpu())
+            mine = [responses[p] for p in share]
+            longest = self.experiment.workload.response.maximum
+            metrics.add("response_tokens", sum(mine), len(mine))
+            metrics.add("truncated", sum(n == longest for n in mine), len(mine))
+        return metrics
+
+    def _share_lengths(
+        self, data: IterationData, share: Sequence[int], response_lengths: Sequence[int]
+    ) -> list[int]:
+        """Response lengths of the whole batch, from every replica's own."""
+        lengths = torch.zeros(data.num_sequences, dtype=torch.int64)
+        lengths[list(share)] = torch.tensor(list(response_lengths), dtype=torch.int64)
+        if self.context.dp_group is not None:
+            lengths = lengths.to(self.context.device)
+            dist.all_reduce(lengths, group=self.context.dp_group)
+        result: list[int] = lengths.tolist()
+        return result
+
+    # inference ------------------------------------------------------------------------------
+
+    def _inference(self, data: IterationData, assignment: Assignment) -> Metrics:
+        share = assignment.of(self.context.at.dp)
+        metrics = Metrics()
+        (written,) = self.call.writes
+
+        def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
+            output = self._output(hidden, batch, data).float().cpu()
+            data.put(written, batch.positions, output)
+            metrics.add(f"{written}", output.double().sum().item(), output.numel())
+
+        run_forward(self._model, self.context, self._micro_batches(data, share), finish)
+        return metrics
+
+    # train_step -----------------------------------------------------------------------------
+
+    def _train(self, data: IterationData, assignment: Assignment) -> Metrics:
+        metrics = Metrics()
+        self._prepare(data, assignment)
+        for _ in range(self.call.epochs):
+            for mini_batch in assignment.shares:
+                self._mini_batch(data, mini_batch, metrics)
+        return metrics
+
+    def _mini_batch(self, data: IterationData, shares: Sequence[Sequence[int]], metrics: Metrics) -> None:
+        if self.trainer is None or self.call.loss is None:
+            raise AssertionError(f"{self.call.name} cannot train")
+        positions = [p for share in shares for p in share]
+        elements = self._num_elements(data, positions)
+        function = self.functions.loss(self.call.loss)
+        replicas = self.context.strategy.dp
+
+        def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            output = self._output(hidden, batch, data)
+            view = PackedBatch(
+                data, batch.positions, len(positions), elements, self.context.device, self.context.dp_group
+            )
+            value, extra = function(output, view, self.experiment.hyperparameters or {})
+            metrics.add_contribution("loss", value.detach().double().item())
+            for name, contribution in extra.items():
+                metrics.add_contribution(name, float(contribution))
+            result: torch.Tensor = value
+            return result
+
+        self.trainer.zero_gradients()
+        batches = self._micro_batches(data, shares[self.context.at.dp])
+        run_training(self._model, self.context, batches, loss)
+        for name, value in self.trainer.step().items():
+            metrics.add_contribution(name, value / replicas)
+        metrics.end_step(1.0 / replicas)
+
+    def _prepare(self, data: IterationData, assignment: Assignment) -> None:
+        """Runs the algorithm's `prepare` where its inputs are: on the last stage."""
+        if self.call.prepare is None or not self.context.is_last:
+            return
+        share = assignment.of(self.context.at.dp)
+        everyone = range(data.num_sequences)
+        batch = PackedBatch(
+            data,
+            share,
+            data.num_sequences,
+            self._num_elements(data, everyone),
+            self.context.device,
+            self.context.dp_group,
+        )
+        function = self.functions.prepare(self.call.prepare)
+        prepared = function(batch, self.experiment.hyperparameters or {})
+        for key in self.call.prepared:
+            data.put(key, share, prepared[key].detach().cpu())
+
+    # compute --------------------------------------------------------------------------------
+
+    def _compute(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
+        if self.call.function is None:
+            raise AssertionError(f"{self.call.name} has no function")
+        share = assignment.of(self.context.at.dp)
+        samples = [self._sample(data, p, iteration) for p in share]
+        rewards = self.functions.reward(self.call.function)(samples)
+        values = _checked_rewards(self.call, samples, rewards)
+        (written,) = self.call.writes
+        data.put(written, share, torch.tensor(values, dtype=torch.float32))
+        metrics = Metrics()
+        metrics.add(written, sum(values), len(values))
+        return metrics
+
+    def _sample(self, data: IterationData, position: int, iteration: int) -> Sample:
+        tokens = data.packed(self._sequence, [position]).tolist()
+        prompt = data.prompt_lengths[position]
+        return Sample(
+            id=iteration * data.num_sequences + position,
+            prompt=self.dataset.decode(tokens[:prompt]),
+            response=self.dataset.decode(tokens[prompt:]),
+            finished=tokens[-1] in self.dataset.eos_ids and len(tokens) > prompt,
+            row=self.dataset.row(iteration, position),
+        )
+
+    # shared ---------------------------------------------------------------------------------
+
+    @property
+    def _sequence(self) -> str:
+        if self.call.sequence is None:
+            raise AssertionError(f"{self.call.name} has no sequence key")
+        return self.call.sequence
+
+    @property
+    def _model(self) -> Decoder:
+        if self.decoder is None:
+            raise AssertionError(f"{self.call.name} has no model")
+        return self.decoder
+
+    def _micro_batches(self, data: IterationData, share: Sequence[int]) -> list[MicroBatch]:
+        key, context = self._sequence, self.context
+        lengths = data.key_lengths(key)
+        result = []
+        for positions in micro_batches(share, lengths, context.strategy.micro_batches):
+            packed = PackedSequences(tuple(lengths[p] for p in positions), context.device)
+            ends = context.is_first or context.is_last
+            tokens = data.packed(key, positions).to(context.device) if ends else None
+            result.append(MicroBatch(positions, packed, tokens))
+        return result
+
+    def _num_elements(self, data: IterationData, positions: Sequence[int]) -> int:
+        """Elements of the model's output for these sequences."""
+        if self.call.output is Output.SCORES:
+            return len(positions)
+        lengths = data.key_lengths(self._sequence)
+        return sum(lengths[p] - data.prompt_lengths[p] for p in positions)
+
+    def _output(self, hidden: torch.Tensor, batch: MicroBatch, data: IterationData) -> torch.Tensor:
+        """What the call's model computes for a micro-batch, from the last stage's hidden."""
+        lengths = data.key_lengths(self._sequence)
+        totals = [lengths[p] for p in batch.positions]
+        if self.call.output is Output.SCORES:
+            last = torch.tensor(totals, device=hidden.device).cumsum(0) - 1
+            return self._model.scalar(hidden[last])
+        rows = response_rows(totals, [data.prompt_lengths[p] for p in batch.positions])
+        rows = rows.to(hidden.device)
+        if self.call.output is Output.VALUES:
+            return self._model.scalar(hidden[rows])
+        if batch.tokens is None:
+            raise AssertionError("the last stage has no tokens")
+        temperature = self.experiment.sampling.temperature or 1.0
+        return self._model.logprobs(hidden[rows], batch.tokens[rows + 1], temperature)
+
+
+def response_rows(totals: Sequence[int], prompts: Sequence[int]) -> torch.Tensor:
+    """Rows of a packed batch that predict its response tokens: prompt end - 1 to end - 2."""
+    rows: list[int] = []
+    start = 0
+    for total, prompt in zip(totals, prompts, strict=True):
+        rows.extend(range(start + prompt - 1, start + total - 1))
+        start += total
+    return torch.tensor(rows, dtype=torch.int64)
+
+
+def _checked_rewards(call: Call, samples: Sequence[Sample], rewards: Any) -> list[float]:
+    """The rewards as finite floats, one for each sample; RunError names what is wrong."""
+    if not isinstance(rewards, Sequence) or len(rewards) != len(samples):
+        got = len(rewards) if isinstance(rewards, Sequence) else type(rewards).__name__
+        raise RunError(
+            f"{call.name}: {call.function} returned {got} for {len(samples)} samples; "
+            f"it must return a list with one number for each."
+        )
+    values = []
+    for sample, reward in zip(samples, rewards, strict=True):
+        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
+            raise RunError(
+                f"{call.name}: {call.function} returned {reward!r} for sample {sample.id}, "
+                f"expected a finite number. Response: {sample.response[:80]!r}"
+            )
+        values.append(float(reward))
+    return values

@@ -1,0 +1,177 @@
+"""The engine: executes this rank's instructions, iteration after iteration.
+
+It decides nothing: what runs, and in which order, stands in the program. It records what each
+instruction took and reports each call's metrics.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from realloc.augmented import Node, NodeKind
+from realloc.dataflow import DataKey, Per
+from realloc.errors import InputError
+from realloc.layout import layout
+from realloc.plan import ExecutionPlan
+from realloc.reallocation import schedule
+from runtime.calls import CallExecutor
+from runtime.data_store import IterationData
+from runtime.dataset import DataBatch, Dataset
+from runtime.functions import FunctionTable
+from runtime.parallel import Groups
+from runtime.program import Instruction, Program
+from runtime.reallocation import Reallocator
+from runtime.roles import RankRole
+from runtime.tracing import Recorder
+from runtime.transfer import TransferExecutor
+
+Sums = dict[str, tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Observer:
+    """What the engine tells the outside: where it is, and what an iteration's calls measured."""
+
+    entering: Callable[[int, int], None]
+    """(iteration, instruction index), before each instruction."""
+    report: Callable[[int, Sums], None]
+    """(iteration, metric -> numerator and denominator), after each iteration."""
+
+
+class Engine:
+    """One rank's executors, one for each of its instructions."""
+
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        program: Program,
+        rank: int,
+        groups: Groups,
+        roles: Mapping[str, RankRole],
+        dataset: Dataset,
+        device: torch.device,
+    ) -> None:
+        self._plan, self._rank, self._roles, self._dataset = plan, rank, roles, dataset
+        self._groups, self._device = groups, device
+        self._functions = FunctionTable(plan.experiment.resolve_algorithm().functions)
+        self._instructions = program.of(rank)
+        self._calls: dict[str, CallExecutor] = {}
+        self._transfers: dict[str, TransferExecutor] = {}
+        self._reallocators: dict[str, Reallocator] = {}
+        for instruction in self._instructions:
+            self._build(instruction.node)
+
+    def run(self, iterations: range, recorder: Recorder, observer: Observer) -> None:
+        """Executes whole iterations. Whatever an instruction raises passes through."""
+        for iteration in iterations:
+            data = self._source(iteration)
+            sums: Sums = {}
+            for instruction in self._instructions:
+                observer.entering(iteration, instruction.index)
+                self._execute(instruction, iteration, data, recorder, sums)
+            observer.report(iteration, sums)
+
+    def _execute(
+        self,
+        instruction: Instruction,
+        iteration: int,
+        data: IterationData,
+        recorder: Recorder,
+        sums: Sums,
+    ) -> None:
+        node = instruction.node
+        start = recorder.now()
+        sent = 0
+        if node.kind is NodeKind.CALL:
+            executor = self._calls[node.name]
+            metrics = executor.run(data, iteration)
+            if executor.reports:
+                sums.update({f"{node.name}/{k}": v for k, v in metrics.sums.items()})
+        elif node.kind is NodeKind.TRANSFER:
+            sent = self._transfers[node.name].run(data)
+        else:
+            sent = self._reallocators[node.name].run()
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        recorder.add(
+            iteration,
+            node.name,
+            str(node.kind),
+            start,
+            predicted_s=instruction.predicted_s,
+            sent_bytes=sent,
+        )
+
+    def _source(self, iteration: int) -> IterationData:
+        """The iteration's data as the data set gives it; the same on every rank."""
+        graph = self._plan.graph
+        batch = self._dataset.batch(iteration)
+        data = IterationData(graph.key, [len(prompt) for prompt in batch.prompts])
+        for key in graph.source_keys:
+            sequences = source_sequences(batch, graph.key[key])
+            data.lengths[key] = [len(sequence) for sequence in sequences]
+            data.values[key] = {
+                position: torch.tensor(sequence, dtype=torch.int64)
+                for position, sequence in enumerate(sequences)
+            }
+        return data
+
+    def _build(self, node: Node) -> None:
+        placements = self._plan.placements
+        if node.kind is NodeKind.CALL:
+            self._calls[node.name] = self._call_executor(node)
+        elif node.kind is NodeKind.TRANSFER:
+            src, dst = placements[str(node.src)], placements[str(node.dst)]
+            self._transfers[node.name] = TransferExecutor(self._plan.graph, node, src, dst, self._rank)
+        else:
+            self._reallocators[node.name] = self._reallocator(node)
+
+    def _call_executor(self, node: Node) -> CallExecutor:
+        call = self._plan.graph.by_name[node.name]
+        context = self._groups.context(self._plan.placements[node.name], self._device)
+        if context is None:
+            raise AssertionError(f"rank {self._rank} has no part in {node.name}")
+        role = None if call.role is None else self._roles[call.role]
+        trains = role is not None and call == self._plan.graph.trainer(str(call.role))
+        return CallExecutor(
+            call=call,
+            context=context,
+            experiment=self._plan.experiment,
+            functions=self._functions,
+            dataset=self._dataset,
+            decoder=None if role is None else role.by_call[node.name].decoder,
+            trainer=role.trainer if role is not None and trains else None,
+        )
+
+    def _reallocator(self, node: Node) -> Reallocator:
+        role = self._roles[str(node.role)]
+        ends = [self._plan.placements[str(name)] for name in (node.src, node.dst)]
+        src, dst = (layout(role.shape, end.mesh, end.strategy) for end in ends)
+        models = [role.by_call.get(str(name)) for name in (node.src, node.dst)]
+        src_params, dst_params = (None if m is None else m.params.views for m in models)
+        return Reallocator(
+            schedule(src, dst, self._plan.cluster.gpus_per_node),
+            self._rank,
+            src=src,
+            dst=dst,
+            src_params=src_params,
+            dst_params=dst_params,
+        )
+
+
+def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:
+    """The token ids that a source key has for each sequence: prompts, or prompts and responses.
+
+    Raises InputError when the data have no responses and the key needs them.
+    """
+    if key.per is Per.PROMPT_TOKEN:
+        return list(batch.prompts)
+    if batch.responses is None:
+        raise InputError(
+            f"experiment: data: the algorithm trains on '{key.name}', prompts with their responses; "
+            f"name the column of the responses (data.response)."
+        )
+    return [p + r for p, r in zip(batch.prompts, batch.responses, strict=True)]

@@ -1,0 +1,52 @@
+"""Loads the functions that a graph names: the algorithm's own, and `module:function` of a user."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from realloc.dataflow import DataflowGraph
+from realloc.errors import InputError
+from realloc.functions import LossFunction, PrepareFunction, RewardFunction
+
+
+@dataclass(frozen=True)
+class FunctionTable:
+    """Functions by the names that calls use. `module` is the algorithm's functions module."""
+
+    module: str
+
+    def loss(self, name: str) -> LossFunction:
+        function: LossFunction = self._load(name)
+        return function
+
+    def prepare(self, name: str) -> PrepareFunction:
+        function: PrepareFunction = self._load(name)
+        return function
+
+    def reward(self, name: str) -> RewardFunction:
+        function: RewardFunction = self._load(name)
+        return function
+
+    def check(self, graph: DataflowGraph) -> None:
+        """Loads every function the graph names. Raises InputError for one that is not there."""
+        for call in graph.calls:
+            for name in (call.prepare, call.loss, call.function):
+                if name is not None:
+                    self._load(name)
+
+    def _load(self, name: str) -> Callable[..., Any]:
+        module_name, colon, attribute = name.rpartition(":")
+        if not colon:
+            module_name = self.module
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            raise InputError(f"function '{name}': cannot import '{module_name}': {error}.") from None
+        function = getattr(module, attribute, None)
+        if not callable(function):
+            raise InputError(f"function '{name}': module '{module_name}' has no such function.")
+        result: Callable[..., Any] = function
+        return result

@@ -1,0 +1,187 @@
+"""Starting a run on this machine: torchrun's elastic agent, a store, a monitor, and the verdict.
+
+Everything a user can get wrong is checked before the first rank starts. Ranks are forked from
+this process, which has imported torch once, so four of them are up in about a second.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from realloc.errors import InputError, RunError
+from realloc.files import write_text
+from realloc.plan import ExecutionPlan, plan_text, read_plan
+from realloc.trace import Trace
+from runtime.dataset import open_dataset
+from runtime.engine import source_sequences
+from runtime.functions import FunctionTable
+from runtime.metrics import MetricsChannel
+from runtime.monitor import Monitor, comparison
+from runtime.program import Program, compile_program
+from runtime.tracing import merge_traces, read_status
+from runtime.worker import WorkerSpec, reporting_ranks, run_worker
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """`timeout_s`: how long a rank waits for another before it gives up."""
+
+    iterations: int | None = None
+    overwrite: bool = False
+    timeout_s: float = 600.0
+
+
+def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
+    """Runs a plan on this machine and writes everything under `out`.
+
+    `out` gets plan.yaml, metrics.jsonl, trace.jsonl, TensorBoard events, logs, and the trained
+    models as Hugging Face folders. Raises InputError before anything starts, RunError when a rank
+    fails.
+    """
+    plan = read_plan(plan_path)
+    program = compile_program(plan)
+    _check_runnable(plan)
+    prepare_folder(out, overwrite=options.overwrite)
+    write_text(out / "plan.yaml", plan_text(plan))
+    iterations = options.iterations or plan.experiment.iterations
+    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    spec = WorkerSpec(
+        plan=str(out / "plan.yaml"),
+        out=str(out),
+        iterations=iterations,
+        store_host=LOOPBACK,
+        store_port=store.port,
+        timeout_s=options.timeout_s,
+    )
+    collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
+    channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
+    with Monitor(plan, channel, out, iterations) as monitor:
+        _launch(plan, program, spec)
+        monitor.finish()
+    traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
+    trace = merge_traces(traces, out / "trace.jsonl")
+    print(comparison(plan, trace))
+    print(
+        f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"
+    )
+    return trace
+
+
+def prepare_folder(out: Path, *, overwrite: bool) -> None:
+    """Makes an empty output folder. Raises InputError when there is something in it."""
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out}: is a file, expected a folder for the run's output.")
+    if out.is_dir() and any(out.iterdir()):
+        if not overwrite:
+            raise InputError(
+                f"{out}: is not empty; give another --out, or --overwrite to delete what is there."
+            )
+        if not (out / "plan.yaml").exists():
+            raise InputError(f"{out}: holds no run of realloc, so --overwrite will not delete it.")
+        shutil.rmtree(out)
+    try:
+        for name in ("status", "trace", "errors", "logs"):
+            (out / name).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be made: {error.strerror}.") from None
+
+
+def _check_runnable(plan: ExecutionPlan) -> None:
+    """What the ranks would stumble over, found before they start."""
+    experiment = plan.experiment
+    for role, spec in experiment.models.items():
+        if not spec.has_weights:
+            raise InputError(
+                f"experiment: models.{role}: '{spec.model}' is a shape without weights, good for "
+                f"planning; give the folder of a Hugging Face checkpoint to run it."
+            )
+    if plan.cluster.num_nodes > 1:
+        raise InputError(
+            f"plan: cluster: {plan.cluster.num_nodes} nodes; this version runs plans of one node."
+        )
+    if torch.cuda.is_available() and torch.cuda.device_count() < plan.cluster.num_gpus:
+        raise InputError(
+            f"plan: cluster: needs {plan.cluster.num_gpus} GPUs, this machine has "
+            f"{torch.cuda.device_count()}."
+        )
+    FunctionTable(experiment.resolve_algorithm().functions).check(plan.graph)
+    dataset = open_dataset(experiment)
+    for key in plan.graph.source_keys:
+        source_sequences(dataset.batch(0), plan.graph.key[key])
+    print(dataset.summary())
+
+
+def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
+    out = Path(spec.out)
+    ranks = plan.cluster.num_gpus
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint=f"{LOOPBACK}:0",
+        rdzv_configs={"is_host": True},
+        local_addr=LOOPBACK,
+        max_restarts=0,
+        monitor_interval=0.1,
+        start_method="fork",
+        logs_specs=DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL),
+    )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    try:
+        elastic_launch(config, run_worker)(spec)
+    except ChildFailedError as error:
+        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        raise RunError(describe_failure(out, program, exit_codes)) from None
+
+
+def describe_failure(out: Path, program: Program, exit_codes: Mapping[int, int]) -> str:
+    """One message that names the rank that failed first, the iteration, the call and the cause.
+
+    `exit_codes` are those that the agent saw; a rank killed by a signal goes before ranks that
+    raised, since their errors follow from its death.
+    """
+    errors = []
+    for path in sorted((out / "errors").glob("rank-*.json")):
+        errors.append(json.loads(path.read_text(encoding="utf-8")))
+    killed = [r for r, code in sorted(exit_codes.items()) if code < 0 and -code != signal.SIGTERM]
+    if killed:
+        rank, code = killed[0], -exit_codes[killed[0]]
+        cause = f"was killed by signal {code} ({signal.Signals(code).name})"
+        if code == signal.SIGKILL:
+            cause += "; if nobody killed it, the machine may have run out of memory"
+    elif errors:
+        first = min(errors, key=lambda e: e["time_s"])
+        rank = first["rank"]
+        kind = "" if first["is_for_users"] else f"{first['type']}: "
+        cause = f"failed: {kind}{first['message'].strip()}"
+    else:
+        rank, code = next(iter(exit_codes.items()), (0, 1))
+        cause = f"ended with exit code {code}"
+    return f"rank {rank}{_place(out, program, rank)} {cause}\nLogs of all ranks: {out / 'logs'}"
+
+
+def _place(out: Path, program: Program, rank: int) -> str:
+    status = read_status(out / "status" / f"rank-{rank}")
+    if status is None:
+        return " (before the first iteration)"
+    iteration, index = status
+    return f" (iteration {iteration}, {program.instructions[index].node.name})"

@@ -1,0 +1,71 @@
+"""Metrics: what ranks report of an iteration, added up over ranks.
+
+A metric is a ratio of two sums over ranks, so that a rank reports its own share without any
+communication. Reports travel as JSON through the run's key-value store.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch.distributed as dist
+
+
+@dataclass
+class Metrics:
+    """Numerators and denominators of one call on one rank."""
+
+    sums: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _step: dict[str, float] = field(default_factory=dict)
+
+    def add(self, name: str, numerator: float, denominator: float) -> None:
+        a, b = self.sums.get(name, (0.0, 0.0))
+        self.sums[name] = (a + numerator, b + denominator)
+
+    def add_contribution(self, name: str, value: float) -> None:
+        """Adds to a metric of the current optimizer step, whose total is a sum over ranks."""
+        self._step[name] = self._step.get(name, 0.0) + value
+
+    def end_step(self, weight: float) -> None:
+        """Closes an optimizer step; metrics average over steps. `weight` is 1 / reporters."""
+        for name, value in self._step.items():
+            self.add(name, value, weight)
+        self._step.clear()
+
+
+def combine(reports: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:
+    """Metric -> value, from the reports of all ranks."""
+    totals: dict[str, tuple[float, float]] = {}
+    for report in reports:
+        for name, (numerator, denominator) in report.items():
+            a, b = totals.get(name, (0.0, 0.0))
+            totals[name] = (a + numerator, b + denominator)
+    return {name: a / b for name, (a, b) in totals.items() if b}
+
+
+class MetricsChannel:
+    """Carries reports to one collector through a key-value store, never blocking a reporter."""
+
+    def __init__(self, store: dist.Store, reporters: Iterable[int]) -> None:
+        self._store = store
+        self.reporters = frozenset(reporters)
+
+    def report(self, iteration: int, rank: int, sums: Mapping[str, tuple[float, float]]) -> None:
+        self._store.set(_key(iteration, rank), json.dumps(sums))
+
+    def collect(self, iteration: int, *, wait: bool) -> dict[str, float] | None:
+        """The iteration's metrics; None when some rank has not reported and `wait` is false."""
+        keys = [_key(iteration, rank) for rank in sorted(self.reporters)]
+        if not wait and not self._store.check(keys):
+            return None
+        reports = []
+        for key in keys:
+            reports.append({k: tuple(v) for k, v in json.loads(self._store.get(key)).items()})
+            self._store.delete_key(key)
+        return combine(reports)
+
+
+def _key(iteration: int, rank: int) -> str:
+    return f"{iteration}/{rank}"

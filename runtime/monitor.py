@@ -1,0 +1,178 @@
+"""Watching a run: collects metrics, writes them down, shows progress, compares with the plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Protocol
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from realloc.dataflow import CallKind, DataflowGraph
+from realloc.plan import ExecutionPlan
+from realloc.trace import Trace
+from runtime.metrics import MetricsChannel
+
+POLL_S = 0.05
+
+
+class _Writer(Protocol):
+    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
+    def close(self) -> None: ...
+
+
+class Monitor:
+    """Collects each iteration's metrics in a thread, in the launcher's process."""
+
+    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path, iterations: int) -> None:
+        self._plan, self._channel, self._iterations = plan, channel, iterations
+        self._file = (out / "metrics.jsonl").open("w", encoding="utf-8")
+        self._events = _tensorboard(out / "tensorboard")
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
+        self._progress = _progress(iterations) if sys.stdout.isatty() else None
+        self._console = self._progress.console if self._progress else Console(highlight=False)
+
+    def __enter__(self) -> Monitor:
+        if self._progress:
+            self._progress.start()
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stop.set()
+        self._thread.join(timeout=10)
+        if self._progress:
+            self._progress.stop()
+        self._file.close()
+        if self._events:
+            self._events.close()
+
+    def finish(self) -> None:
+        """Waits until the last iteration's metrics are written."""
+        self._thread.join(timeout=60)
+
+    def _watch(self) -> None:
+        started = time.monotonic()
+        for iteration in range(self._iterations):
+            while (metrics := self._channel.collect(iteration, wait=False)) is None:
+                if self._stop.wait(POLL_S):
+                    return
+            seconds = time.monotonic() - started
+            started += seconds
+            self._show(iteration, metrics, seconds)
+
+    def _show(self, iteration: int, metrics: Mapping[str, float], seconds: float) -> None:
+        tokens = self._tokens(metrics)
+        record = {
+            "iteration": iteration,
+            "seconds": round(seconds, 4),
+            "tokens_per_s": round(tokens / seconds, 1),
+            **metrics,
+        }
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        if self._events:
+            for name, value in metrics.items():
+                self._events.add_scalar(name, value, iteration)
+            self._events.add_scalar("tokens_per_s", tokens / seconds, iteration)
+        line = headline(self._plan.graph, metrics)
+        speed = f"{tokens / seconds:,.0f} tokens/s"
+        if self._progress:
+            self._progress.update(self._progress.task_ids[0], advance=1, status=f"{line}  {speed}")
+        else:
+            self._console.print(
+                f"iteration {iteration + 1}/{self._iterations}  {line}  {speed}  {seconds:.2f} s",
+                soft_wrap=True,
+            )
+
+    def _tokens(self, metrics: Mapping[str, float]) -> float:
+        """Tokens, prompts and responses, of one iteration."""
+        workload = self._plan.experiment.workload
+        generated = [v for k, v in metrics.items() if k.endswith("/response_tokens")]
+        response = sum(generated) / len(generated) if generated else workload.response.mean
+        return workload.sequences * (workload.prompt.mean + response)
+
+
+def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:
+    """The few numbers that a person watches: scores, KL, losses."""
+    parts = []
+    for call in graph.calls:
+        if call.kind is CallKind.COMPUTE or (call.output is not None and call.output == "scores"):
+            parts += [
+                f"reward {metrics[name]:.3f}"
+                for key in call.writes
+                if (name := f"{call.name}/{key}") in metrics
+            ]
+        if call.kind is CallKind.TRAIN_STEP:
+            if (name := f"{call.name}/approx_kl") in metrics:
+                parts.append(f"kl {metrics[name]:.4f}")
+            if (name := f"{call.name}/loss") in metrics:
+                parts.append(f"{call.role} loss {metrics[name]:.4f}")
+    return "  ".join(parts)
+
+
+def comparison(plan: ExecutionPlan, trace: Trace) -> str:
+    """A table of predicted against measured seconds, node by node."""
+    predicted = {} if plan.predictions is None else plan.predictions.node_s
+    measured = trace.node_seconds()
+    table = Table(title="seconds per iteration, predicted and measured", title_justify="left")
+    for name in ("node", "where", "predicted", "measured", "ratio"):
+        table.add_column(name, justify="left" if name in ("node", "where") else "right")
+    for name in plan.node_order:
+        node = plan.augmented.by_name[name]
+        where = str(plan.placements[name]) if name in plan.placements else _span(node.ranks)
+        table.add_row(name, where, *_numbers(predicted.get(name), measured.get(name)))
+    table.add_section()
+    total = None if plan.predictions is None else plan.predictions.iteration_s
+    table.add_row("iteration", "", *_numbers(total, trace.iteration_seconds()))
+    console = Console(width=110, highlight=False)
+    with console.capture() as capture:
+        console.print(table)
+    return capture.get().rstrip()
+
+
+def _numbers(predicted: float | None, measured: float | None) -> tuple[str, str, str]:
+    def text(value: float | None) -> str:
+        return "-" if value is None else f"{value:.4f}"
+
+    ratio = f"{measured / predicted:.2f}" if predicted and measured else "-"
+    return text(predicted), text(measured), ratio
+
+
+def _span(ranks: tuple[int, ...]) -> str:
+    return f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
+
+
+def _progress(iterations: int) -> Progress:
+    progress = Progress(
+        TextColumn("iteration"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[status]}"),
+    )
+    progress.add_task("run", total=iterations, status="starting")
+    return progress
+
+
+def _tensorboard(folder: Path) -> _Writer | None:
+    """A TensorBoard writer, where the package is installed."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        return None
+    writer: _Writer = SummaryWriter(log_dir=str(folder))
+    return writer

@@ -1,0 +1,44 @@
+"""Parameters of one role in one layout, as views of one flat buffer.
+
+The flat buffer is what gradients are reduced over and what the optimizer steps; the views are
+what the decoder computes with. Loading and reallocation write into the views.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from realloc.layout import Box
+
+
+@dataclass(frozen=True)
+class FlatParameters:
+    """`views[name]` has the shape of `boxes[name]` and shares memory with `flat`."""
+
+    boxes: Mapping[str, Box]
+    flat: torch.Tensor
+    views: Mapping[str, torch.Tensor]
+
+    def span(self, name: str) -> slice:
+        """Where the parameter lies in `flat`."""
+        start = self.views[name].storage_offset() - self.flat.storage_offset()
+        return slice(start, start + self.views[name].numel())
+
+
+def allocate(boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device) -> FlatParameters:
+    """Uninitialised parameters for these boxes."""
+    total = sum(box.num_elements for box in boxes.values())
+    flat = torch.empty(total, dtype=dtype, device=device)
+    return FlatParameters(boxes, flat, views_of(flat, boxes))
+
+
+def views_of(flat: torch.Tensor, boxes: Mapping[str, Box]) -> Mapping[str, torch.Tensor]:
+    """Views of a flat buffer, box after box."""
+    views, start = {}, 0
+    for name, box in boxes.items():
+        views[name] = flat[start : start + box.num_elements].view(box.shape)
+        start += box.num_elements
+    return views

@@ -1,0 +1,102 @@
+"""The models of a plan on one rank: parameters per layout, decoders, trainers.
+
+Calls of one role whose placements have the same layout share one set of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from realloc.augmented import Placement, home_call
+from realloc.errors import InputError
+from realloc.layout import shard_boxes
+from realloc.model_shape import ModelShape
+from realloc.plan import ExecutionPlan
+from runtime.decoder import Decoder
+from runtime.hf import load_boxes
+from runtime.parallel import Groups, ParallelContext
+from runtime.parameters import FlatParameters, allocate
+from runtime.training import Trainer
+
+DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass
+class RankModel:
+    """One role in one layout on this rank."""
+
+    params: FlatParameters
+    decoder: Decoder
+
+
+@dataclass
+class RankRole:
+    """One role on this rank: its models by the name of each call that this rank takes part in."""
+
+    shape: ModelShape
+    home: Placement
+    by_call: dict[str, RankModel] = field(default_factory=dict)
+    contexts: dict[str, ParallelContext] = field(default_factory=dict)
+    trainer: Trainer | None = None
+
+    @property
+    def home_model(self) -> RankModel | None:
+        return next((self.by_call[name] for name in self._home_names()), None)
+
+    def _home_names(self) -> list[str]:
+        return [
+            name
+            for name, context in self.contexts.items()
+            if Placement(context.mesh, context.strategy).layout_key == self.home.layout_key
+        ]
+
+
+def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dict[str, RankRole]:
+    """Allocates and loads every layout of every role that this rank holds a part of.
+
+    Raises InputError when a role has no weights to load, or a checkpoint does not match.
+    """
+    graph, experiment = plan.graph, plan.experiment
+    dtype = DTYPES[experiment.dtype]
+    roles: dict[str, RankRole] = {}
+    for name in graph.roles:
+        spec = experiment.models[name]
+        if not spec.has_weights:
+            raise InputError(
+                f"experiment: models.{name}: '{spec.model}' is a shape without weights, good for "
+                f"planning; give the folder of a Hugging Face checkpoint to run it."
+            )
+        shape = experiment.role_shape(graph, name)
+        role = RankRole(shape, plan.placements[home_call(graph, name).name])
+        layouts: dict[object, RankModel] = {}
+        for call in graph.calls_of(name):
+            placement = plan.placements[call.name]
+            context = groups.context(placement, device)
+            if context is None:
+                continue
+            key = placement.layout_key
+            if key not in layouts:
+                layouts[key] = _load(spec.model, shape, context, dtype)
+            role.by_call[call.name] = layouts[key]
+            role.contexts[call.name] = context
+        trainer = graph.trainer(name)
+        if trainer is not None and trainer.name in role.by_call:
+            model = role.by_call[trainer.name]
+            context = role.contexts[trainer.name]
+            role.trainer = Trainer(name, shape, model.decoder, model.params, context, spec.optimizer)
+        roles[name] = role
+    return roles
+
+
+def _load(folder: str, shape: ModelShape, context: ParallelContext, dtype: torch.dtype) -> RankModel:
+    strategy, at = context.strategy, context.at
+    boxes = shard_boxes(shape, strategy.tp, strategy.pp, at.tp, at.pp)
+    params = allocate(boxes, dtype, context.device)
+    loaded = load_boxes(folder, shape, boxes, dtype, context.device)
+    with torch.no_grad():
+        for name, view in params.views.items():
+            view.copy_(loaded[name])
+    return RankModel(params, Decoder(shape, context, dtype, dict(params.views)))

@@ -1,0 +1,145 @@
+"""One rank's process: joins the group, loads its models, runs its program, exports weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import traceback
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from realloc.augmented import home_call
+from realloc.errors import ReallocError
+from realloc.plan import ExecutionPlan, read_plan
+from runtime.dataset import open_dataset
+from runtime.engine import Engine, Observer, Sums
+from runtime.export import export_role
+from runtime.metrics import MetricsChannel
+from runtime.parallel import Groups, make_groups
+from runtime.program import compile_program
+from runtime.roles import RankRole, load_roles
+from runtime.tracing import Recorder, Status, write_trace
+
+
+@dataclass(frozen=True)
+class WorkerSpec:
+    """What every rank of a run is told. `store_port` is where the launcher's store listens."""
+
+    plan: str
+    out: str
+    iterations: int
+    store_host: str
+    store_port: int
+    timeout_s: float
+
+
+@dataclass(frozen=True)
+class RankError:
+    """How a rank failed, written to `errors/rank-N.json` as it dies."""
+
+    rank: int
+    time_s: float
+    type: str
+    message: str
+    is_for_users: bool
+
+
+def run_worker(spec: WorkerSpec) -> None:
+    """Runs one rank; RANK and WORLD_SIZE come from the environment, set by the launcher's agent."""
+    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    try:
+        _run(spec, rank, world_size)
+    except BaseException as error:
+        # the last chance to say why this process dies: the launcher reads it, then we die anyway
+        traceback.print_exc()
+        _write_error(Path(spec.out), rank, error)
+        raise
+
+
+def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    out = Path(spec.out)
+    timeout = timedelta(seconds=spec.timeout_s)
+    device = pick_device()
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+    dist.init_process_group(
+        f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend,
+        store=dist.PrefixStore("ranks", store),
+        rank=rank,
+        world_size=world_size,
+        timeout=timeout,
+    )
+    plan = read_plan(spec.plan)
+    program = compile_program(plan)
+    dataset = open_dataset(plan.experiment)
+    groups = make_plan_groups(plan, rank, timeout)
+    roles = load_roles(plan, groups, device)
+    engine = Engine(plan, program, rank, groups, roles, dataset, device)
+    status = Status(out / "status" / f"rank-{rank}")
+    channel = MetricsChannel(dist.PrefixStore("metrics", store), reporting_ranks(plan))
+    dist.barrier()
+    recorder = Recorder(rank, _shared_epoch(rank))
+
+    def report(iteration: int, sums: Sums) -> None:
+        if rank in channel.reporters:
+            channel.report(iteration, rank, sums)
+
+    engine.run(range(spec.iterations), recorder, Observer(status.set, report))
+    write_trace(out / "trace" / f"rank-{rank}.jsonl", world_size, recorder.records)
+    export_models(plan, roles, out / "models", rank)
+    dist.barrier()
+    status.close()
+    dist.destroy_process_group()
+
+
+def make_plan_groups(plan: ExecutionPlan, rank: int, timeout: timedelta) -> Groups:
+    """The process groups of all placements, in the order of the graph's calls."""
+    return make_groups((plan.placements[c.name] for c in plan.graph.calls), rank, timeout)
+
+
+def reporting_ranks(plan: ExecutionPlan) -> tuple[int, ...]:
+    """The ranks that report metrics: last stage, first tensor shard, of any call."""
+    ranks = set()
+    for placement in plan.placements.values():
+        for index, rank in enumerate(placement.mesh.ranks):
+            at = placement.strategy.coordinates(index)
+            if at.pp == placement.strategy.pp - 1 and at.tp == 0:
+                ranks.add(rank)
+    return tuple(sorted(ranks))
+
+
+def export_models(plan: ExecutionPlan, roles: dict[str, RankRole], folder: Path, rank: int) -> None:
+    """Writes every trained role as a Hugging Face folder `folder/ROLE`."""
+    for name, role in roles.items():
+        trainer = plan.graph.trainer(name)
+        if trainer is not None and home_call(plan.graph, name) == trainer:
+            source = plan.experiment.models[name].model
+            export_role(role, source, folder / name, rank, plan.cluster.gpus_per_node)
+
+
+def pick_device() -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _shared_epoch(rank: int) -> float:
+    """The moment the run begins, the same number on every rank."""
+    epoch = torch.tensor([time.time() if rank == 0 else 0.0], dtype=torch.float64)
+    dist.all_reduce(epoch)
+    return float(epoch.item())
+
+
+def _write_error(out: Path, rank: int, error: BaseException) -> None:
+    folder = out / "errors"
+    folder.mkdir(parents=True, exist_ok=True)
+    record = RankError(rank, time.time(), type(error).__name__, str(error), isinstance(error, ReallocError))
+    (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
