@@ -7,6 +7,7 @@ their own that only `runtime` loads, so that planning never imports torch.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -21,6 +22,8 @@ BUILT_IN: Mapping[str, str] = {
     "ppo": "experiments.ppo:PPO",
     "sft": "experiments.sft:SFT",
 }
+
+_ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")
 
 
 class Algorithm(Protocol):
@@ -43,8 +46,8 @@ def resolve(name: str, where: str) -> Algorithm:
     Raises InputError when it is unknown or cannot be imported.
     """
     entry = BUILT_IN.get(name, name)
-    module_name, colon, attribute = entry.partition(":")
-    if not colon:
+    module_name, _, attribute = entry.partition(":")
+    if not _ENTRY.fullmatch(entry):
         raise InputError(
             f"{where}: algorithm '{name}' is not known (or write your own as module:Class)."
             f"{nearest(name, BUILT_IN)}"
@@ -55,5 +58,12 @@ def resolve(name: str, where: str) -> Algorithm:
         raise InputError(f"{where}: cannot import '{module_name}': {error}.") from None
     if not hasattr(module, attribute):
         raise InputError(f"{where}: module '{module_name}' has no '{attribute}'.")
-    algorithm: Algorithm = getattr(module, attribute)()
+    found = getattr(module, attribute)
+    # a plan may come from elsewhere: call nothing that does not look like an algorithm
+    needed = ("name", "functions", "hyperparameters", "graph")
+    missing = [part for part in needed if not hasattr(found, part)]
+    if missing or not isinstance(found, type):
+        lacks = f"it lacks '{missing[0]}'" if missing else "it is no class"
+        raise InputError(f"{where}: '{entry}' is not an algorithm: {lacks}.")
+    algorithm: Algorithm = found()
     return algorithm

@@ -90,7 +90,7 @@ class AugmentedGraph:
 
     def default_order(self) -> tuple[str, ...]:
         """A topological order of one iteration, as close to `nodes` as the edges allow."""
-        within = nx.DiGraph()
+        within: nx.DiGraph[str] = nx.DiGraph()
         within.add_nodes_from(node.name for node in self.nodes)
         within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)
         position = {node.name: i for i, node in enumerate(self.nodes)}
@@ -109,9 +109,7 @@ class AugmentedGraph:
                 if unknown
                 else "has a node twice"
             )
-            raise PlanError(
-                f"{where}: the order {problem}; delete the key to have it derived from the plan."
-            )
+            raise PlanError(f"{where}: the order {problem}; delete the key to have it derived from the plan.")
         for edge in self.edges:
             if edge.lag == 0 and position[edge.src] > position[edge.dst]:
                 raise PlanError(
@@ -147,9 +145,7 @@ def needs_transfer(src: Placement, dst: Placement) -> bool:
     return not (src.mesh == dst.mesh and single)
 
 
-def reallocations(
-    graph: DataflowGraph, placements: Mapping[str, Placement]
-) -> Mapping[str, tuple[str, str]]:
+def reallocations(graph: DataflowGraph, placements: Mapping[str, Placement]) -> Mapping[str, tuple[str, str]]:
     """Call -> (role, node name) for every call whose parameters come by reallocation.
 
     Calls of a role that share a layout share the node, which is named after the first of them.
@@ -218,9 +214,7 @@ def _add_versions(
         name = moved[call.name][1]
         if name == reallocation_name(role, call.name):
             ranks = _union(placements[trainer.name].mesh, placements[call.name].mesh)
-            nodes.append(
-                Node(name, NodeKind.REALLOCATE, ranks, src=trainer.name, dst=call.name, role=role)
-            )
+            nodes.append(Node(name, NodeKind.REALLOCATE, ranks, src=trainer.name, dst=call.name, role=role))
             edges.append(Edge(trainer.name, name))
         edges += [Edge(call.name, name), Edge(name, call.name, lag=1)]
 

@@ -95,8 +95,8 @@ def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -
     search = commands.add_parser(
         "search",
         help="find the fastest execution plan that fits in memory",
-        description="Finds an execution plan for an experiment and explains it. The cluster is the experiment's "
-        "own unless options give another.",
+        description="Finds an execution plan for an experiment and explains it. The cluster is the "
+        "experiment's own unless options give another.",
         allow_abbrev=False,
     )
     search.add_argument("experiment", metavar="EXPERIMENT", type=Path, help="the experiment's YAML file")
@@ -292,8 +292,8 @@ def _about(experiment: Experiment) -> str:
     models = ", ".join(f"{role} {Path(spec.model).name}" for role, spec in experiment.models.items())
     return (
         f"{experiment.algorithm} of {models}; {_plural(len(experiment.graph().calls), 'call')} and "
-        f"{_plural(workload.sequences, 'sequence')} an iteration, prompts up to {workload.prompt.maximum} and "
-        f"responses up to {workload.response.maximum} tokens"
+        f"{_plural(workload.sequences, 'sequence')} an iteration, prompts up to {workload.prompt.maximum} "
+        f"and responses up to {workload.response.maximum} tokens"
     )
 
 

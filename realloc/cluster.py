@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from realloc.files import Reader, read_file
+from realloc.files import Reader, read_file, resolve_path
 
 GIB = 1 << 30
 
@@ -45,10 +45,10 @@ def read_cluster(path: str | Path) -> Cluster:
 
 def parse_cluster(reader: Reader, folder: Path) -> Cluster:
     """Reads a cluster from a mapping; a profile path is taken relative to `folder`."""
-    memory_gib = reader.number("memory_gib", None, minimum=0.001)
+    memory_gib = reader.number("memory_gib", None, minimum=0.001, maximum=1e6)
     device = reader.get("device", str)
     if device.endswith((".yaml", ".yml")):
-        device = str((folder / device).resolve())
+        device = str(resolve_path(device, folder, reader.at("device")))
     cluster = Cluster(
         num_nodes=reader.integer("nodes", 1, minimum=1, maximum=100_000),
         gpus_per_node=reader.integer("gpus_per_node", minimum=1, maximum=1024),

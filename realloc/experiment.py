@@ -11,7 +11,7 @@ from realloc.algorithm import Algorithm, resolve
 from realloc.cluster import Cluster, cluster_content, parse_cluster
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
-from realloc.files import Reader, nearest, read_file
+from realloc.files import Reader, nearest, read_file, resolve_path
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 
@@ -104,14 +104,11 @@ class Experiment:
         graph.check()
         for role in graph.roles:
             if role not in self.models:
-                raise InputError(
-                    f"experiment: models: {self.algorithm} needs a model for the role '{role}'."
-                )
+                raise InputError(f"experiment: models: {self.algorithm} needs a model for the role '{role}'.")
         for role in self.models:
             if role not in graph.roles:
                 raise InputError(
-                    f"experiment: models: {self.algorithm} has no role '{role}'."
-                    f"{nearest(role, graph.roles)}"
+                    f"experiment: models: {self.algorithm} has no role '{role}'.{nearest(role, graph.roles)}"
                 )
         return graph
 
@@ -150,9 +147,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     """Reads an experiment from a mapping and checks it against its algorithm's graph."""
     algorithm = reader.get("algorithm", str)
     models_reader = reader.child("models")
-    models = {
-        role: _parse_model(models_reader, role, folder) for role in models_reader.keys()
-    }
+    models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
     data_reader = reader.optional_child("data")
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
@@ -192,7 +187,7 @@ def _parse_model(models: Reader, role: str, folder: Path) -> ModelSpec:
     optimizer_reader = reader.optional_child("optimizer")
     reader.done()
     if model not in named_shapes():
-        candidate = (folder / Path(model).expanduser()).resolve()
+        candidate = resolve_path(model, folder, where)
         # a bare word that is no folder is more likely a misspelt shape than a path
         if candidate.exists() or "/" in model:
             model = str(candidate)
@@ -238,7 +233,7 @@ def _parse_lengths(reader: Reader, key: str) -> Lengths:
 
 
 def _parse_data(reader: Reader, folder: Path) -> DataSpec:
-    path = (folder / Path(reader.get("path", str)).expanduser()).resolve()
+    path = resolve_path(reader.get("path", str), folder, reader.at("path"))
     data = DataSpec(
         path=str(path),
         prompt=reader.get("prompt", str, "prompt"),

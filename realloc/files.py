@@ -7,7 +7,10 @@ known key; so are duplicate keys, wrong types and values out of range.
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
+import reprlib
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -20,6 +23,11 @@ from realloc.errors import InputError
 HEADER = "realloc"
 VERSIONS: Mapping[str, int] = {"experiment": 1, "cluster": 1, "plan": 1, "profile": 1, "trace": 1}
 
+_MAX_DEPTH = 50
+"""Nesting that no file of ours needs and that the C parser, which recurses, still survives."""
+_MAX_BITS = 63
+"""Size of the largest whole number in a file."""
+
 _T = TypeVar("_T")
 _MISSING: Any = object()
 
@@ -28,18 +36,27 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
     """Safe YAML that refuses duplicate keys instead of keeping the last one."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        seen: set[Any] = set()
+        seen: set[str] = set()
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(
+                None, None, "tagged as a mapping but is none", node.start_mark
+            )
         for key_node, _ in node.value:
+            if key_node.tag == "tag:yaml.org,2002:merge":
+                # merges of merges grow exponentially
+                raise yaml.constructor.ConstructorError(
+                    None, None, "merge keys (<<) are not supported; write the keys out", key_node.start_mark
+                )
             key = self.construct_object(key_node, deep=True)
             if not isinstance(key, (str, int, float, bool, type(None))):
                 raise yaml.constructor.ConstructorError(
                     None, None, "keys must be plain words", key_node.start_mark
                 )
-            if key in seen:
+            if str(key) in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"the key '{key}' stands twice", key_node.start_mark
                 )
-            seen.add(key)
+            seen.add(str(key))
         result: dict[Any, Any] = super().construct_mapping(node, deep=deep)
         return result
 
@@ -81,12 +98,12 @@ class Reader:
         self._read.add(key)
         if key not in self._value:
             if default is _MISSING:
-                raise InputError(
-                    f"{self.where}: the key '{key}' is missing (expected {_KIND_NAMES[kind]})."
-                )
+                raise InputError(f"{self.where}: the key '{key}' is missing (expected {_KIND_NAMES[kind]}).")
             result: _T = default
             return result
         value = self._value[key]
+        if isinstance(value, int) and value.bit_length() > _MAX_BITS:
+            raise InputError(f"{self.at(key)}: the number is too large to use.")
         if kind is float and isinstance(value, int) and not isinstance(value, bool):
             value = float(value)
         if kind is float and isinstance(value, str):
@@ -95,11 +112,11 @@ class Reader:
             except ValueError:
                 pass
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-            raise InputError(
-                f"{self.at(key)}: expected {_KIND_NAMES[kind]}, found {_describe(value)}."
-            )
-        if isinstance(value, float) and value != value:
-            raise InputError(f"{self.at(key)}: NaN is not a number to use.")
+            raise InputError(f"{self.at(key)}: expected {_KIND_NAMES[kind]}, found {_describe(value)}.")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"{self.at(key)}: {value} is not a number to use.")
+        if isinstance(value, str) and not _is_plain(value):
+            raise InputError(f"{self.at(key)}: {_describe(value)} has characters that no text may have.")
         return value
 
     def integer(
@@ -127,14 +144,15 @@ class Reader:
         value = self.get(key, str, default)
         known = tuple(choices)
         if value is not None and value not in known:
-            raise InputError(f"{self.at(key)}: '{value}' is not known.{nearest(value, known)}")
+            raise InputError(f"{self.at(key)}: {_describe(value)} is not known.{nearest(value, known)}")
         return value
 
     def child(self, key: str) -> Reader:
         return Reader(self.get(key, dict), self.at(key))
 
     def optional_child(self, key: str) -> Reader | None:
-        return self.child(key) if key in self._value and self._value[key] is not None else None
+        self._read.add(key)
+        return self.child(key) if self.has(key) else None
 
     def raw(self, key: str, default: Any = _MISSING) -> Any:
         self._read.add(key)
@@ -168,11 +186,41 @@ _KIND_NAMES: Mapping[type, str] = {
 }
 
 
+class _Describer(reprlib.Repr):
+    """Short text of any value: neither long texts, huge numbers nor shared lists may blow it up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel = 3
+        self.maxstring = 60
+
+    def repr_int(self, x: int, level: int) -> str:
+        return repr(x) if x.bit_length() <= 128 else f"a number of {x.bit_length()} bits"
+
+
 def _describe(value: Any) -> str:
     if value is None:
         return "nothing"
-    text = repr(value)
+    text = _Describer().repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _is_plain(text: str) -> bool:
+    """Whether the text can be part of a path and of a UTF-8 file: no NUL, no lone surrogates."""
+    return "\0" not in text and not any("\ud800" <= c <= "\udfff" for c in text)
+
+
+def resolve_path(text: str, folder: str | Path, where: str) -> Path:
+    """The absolute path that `text` names, taken relative to `folder`; `~` is the home folder.
+
+    Raises InputError when the operating system cannot make a path of it.
+    """
+    try:
+        path = (Path(folder) / Path(text).expanduser()).resolve()
+        path.exists()
+    except (OSError, RuntimeError, ValueError) as error:
+        raise InputError(f"{where}: {_describe(text)} is not a usable path: {error}.") from None
+    return path
 
 
 def read_yaml(path: str | Path) -> Any:
@@ -189,16 +237,33 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: is a directory, expected a file.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read: {error}.") from None
     try:
+        _check_depth(path, text)
         return yaml.load(text, Loader=_StrictLoader)  # noqa: S506 (a subclass of SafeLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = f" line {mark.line + 1}," if mark else ""
         raise InputError(f"{path}:{line} not valid YAML: {error.problem}.") from None
-    except (yaml.YAMLError, RecursionError, ValueError) as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise InputError(f"{path}: not valid YAML: {str(error).splitlines()[0]}.") from None
+    except (AttributeError, IndexError, KeyError, TypeError):
+        # what PyYAML's constructors raise for an explicit tag on a value that is none, as in !!bool 7
+        raise InputError(f"{path}: not valid YAML: a tag (!!) does not fit its value.") from None
+
+
+def _check_depth(path: Path, text: str) -> None:
+    """Raises InputError for deep nesting, on which the parser would exhaust the stack."""
+    depth = 0
+    for event in yaml.parse(text, Loader=_StrictLoader):
+        if isinstance(event, yaml.CollectionStartEvent):
+            depth += 1
+        elif isinstance(event, yaml.CollectionEndEvent):
+            depth -= 1
+        if depth > _MAX_DEPTH:
+            line = f" line {event.start_mark.line + 1}," if event.start_mark else ""
+            raise InputError(f"{path}:{line} nested more than {_MAX_DEPTH} levels deep.")
 
 
 def kind_of(path: str | Path) -> str:
@@ -215,9 +280,7 @@ def read_file(path: str | Path, kind: str) -> Reader:
     if found != kind:
         raise InputError(f"{path}: is a realloc {found} file, expected a {kind} file.")
     if version != VERSIONS[kind]:
-        raise InputError(
-            f"{path}: {kind} version {version}; this realloc reads version {VERSIONS[kind]}."
-        )
+        raise InputError(f"{path}: {kind} version {version}; this realloc reads version {VERSIONS[kind]}.")
     return reader
 
 
@@ -225,11 +288,13 @@ def _split_header(content: Any, where: str) -> tuple[str, int]:
     example = "'realloc: experiment/1'"
     if not isinstance(content, Mapping) or HEADER not in content:
         raise InputError(f"{where}: the first line must say what the file is, such as {example}.")
-    kind, _, version = str(content[HEADER]).partition("/")
+    if not isinstance(content[HEADER], str):
+        raise InputError(f"{where}: realloc: expected text such as {example}.")
+    kind, _, version = content[HEADER].partition("/")
     if kind not in VERSIONS:
-        raise InputError(f"{where}: realloc: unknown kind '{kind}'.{nearest(kind, VERSIONS)}")
-    if not version.isdigit():
-        raise InputError(f"{where}: realloc: '{content[HEADER]}' lacks a version: {example}.")
+        raise InputError(f"{where}: realloc: unknown kind {_describe(kind)}.{nearest(kind, VERSIONS)}")
+    if not re.fullmatch(r"[0-9]{1,6}", version):
+        raise InputError(f"{where}: realloc: {_describe(content[HEADER])} lacks a version: {example}.")
     return kind, int(version)
 
 
@@ -264,8 +329,8 @@ def write_text(path: str | Path, text: str) -> None:
         try:
             with os.fdopen(handle, "w", encoding="utf-8") as stream:
                 stream.write(text)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
+            Path(temporary).chmod(0o644)
+            Path(temporary).replace(path)
         except BaseException:
             Path(temporary).unlink(missing_ok=True)
             raise

@@ -38,9 +38,7 @@ class Box:
 
     def within(self, outer: Box) -> tuple[slice, ...]:
         """Slices that select this box from a tensor that holds `outer`."""
-        return tuple(
-            slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True)
-        )
+        return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
 
     def intersect(self, other: Box) -> Box | None:
         """The common part, None when empty."""
@@ -80,9 +78,7 @@ def on_stage(spec: ParamSpec, shape: ModelShape, pp: int, stage: int) -> bool:
 
 
 @lru_cache(maxsize=4096)
-def shard_boxes(
-    shape: ModelShape, tp: int, pp: int, tp_rank: int, stage: int
-) -> Mapping[str, Box]:
+def shard_boxes(shape: ModelShape, tp: int, pp: int, tp_rank: int, stage: int) -> Mapping[str, Box]:
     """The boxes of one (tensor shard, pipeline stage), the same for all data replicas."""
     return {
         spec.name: shard_box(spec, tp, tp_rank)

@@ -91,8 +91,7 @@ def parse_mesh(text: str, cluster: Cluster, where: str) -> DeviceMesh:
         gpu, last = int(match[2]), int(match[3] or match[2])
         if last >= per_node:
             raise PlanError(
-                f"{where}: mesh {text} lies outside the cluster: its nodes have GPUs "
-                f"0-{per_node - 1}."
+                f"{where}: mesh {text} lies outside the cluster: its nodes have GPUs 0-{per_node - 1}."
             )
         start, size = int(match[1]) * per_node + gpu, last - gpu + 1
     else:

@@ -7,6 +7,7 @@ no weights and no paths.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,8 @@ from realloc.files import nearest
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 FAMILIES = ("llama", "qwen2", "qwen3", "gpt_neox")
+_MAX_LAYERS = 10_000
+_MAX_SIZE = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -77,15 +80,14 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise InputError(
-            f"{where}: model_type '{family}' is not supported.{nearest(str(family), FAMILIES)}"
-        )
+        raise InputError(f"{where}: model_type '{family}' is not supported.{nearest(str(family), FAMILIES)}")
     try:
         shape = _gpt_neox(config) if family == "gpt_neox" else _llama_like(config, str(family))
         shape = _with_rope(shape, config, where)
     except KeyError as error:
         raise InputError(f"{where}: the key {error} is missing from the model's config.") from None
-    except (TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        # text or a list for a number, an infinite number, no heads to divide by, no rope settings
         raise InputError(f"{where}: a value in the model's config is wrong: {error}.") from None
     _check(shape, config, where)
     return shape
@@ -177,14 +179,27 @@ def _check(shape: ModelShape, config: Mapping[str, Any], where: str) -> None:
         "head_dim": shape.head_dim,
         "intermediate_size": shape.ffn_dim,
         "vocab_size": shape.vocab,
+        "max_position_embeddings": shape.max_positions,
     }
     for name, value in numbers.items():
         if value < 1:
             raise InputError(f"{where}: {name} is {value}, must be at least 1.")
+        most = _MAX_LAYERS if name == "num_hidden_layers" else _MAX_SIZE
+        if value > most:
+            raise InputError(f"{where}: {name} is above the most that is supported, {most}.")
+    if not 0 <= shape.rotary_dim <= shape.head_dim or shape.rotary_dim % 2:
+        raise InputError(
+            f"{where}: {shape.rotary_dim} of {shape.head_dim} dimensions of a head are rotated; "
+            f"the number must be even."
+        )
+    if not (math.isfinite(shape.rope_theta) and shape.rope_theta > 0 and 0 <= shape.norm_eps < 1):
+        raise InputError(
+            f"{where}: rope_theta {shape.rope_theta} must be positive, "
+            f"and the norm's eps {shape.norm_eps} between 0 and 1."
+        )
     if shape.num_heads % shape.num_kv_heads:
         raise InputError(
-            f"{where}: {shape.num_heads} attention heads are not a multiple of "
-            f"{shape.num_kv_heads} kv heads."
+            f"{where}: {shape.num_heads} attention heads are not a multiple of {shape.num_kv_heads} kv heads."
         )
     if shape.activation not in ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         raise InputError(f"{where}: hidden_act '{shape.activation}' is not supported.")
@@ -201,7 +216,9 @@ def read_config(folder: str | Path) -> Mapping[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise InputError(f"{folder}: has no config.json, so it is no Hugging Face model.") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(config, dict):
         raise InputError(f"{path}: expected a JSON object.")

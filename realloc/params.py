@@ -120,6 +120,4 @@ def _norm(
     shape: ModelShape, name: str, *, layer: int | None = None, on_last: bool = False
 ) -> list[ParamSpec]:
     names = ("weight", "bias") if shape.norm == "layer" else ("weight",)
-    return [
-        ParamSpec(f"{name}.{part}", (shape.hidden,), layer=layer, on_last=on_last) for part in names
-    ]
+    return [ParamSpec(f"{name}.{part}", (shape.hidden,), layer=layer, on_last=on_last) for part in names]

@@ -68,9 +68,7 @@ class ExecutionPlan:
             placement = self.placements[call.name]
             at = f"{where}: placements.{call.name}"
             placement.mesh.check(self.cluster, at)
-            shape = (
-                None if call.role is None else self.experiment.role_shape(self.graph, call.role)
-            )
+            shape = None if call.role is None else self.experiment.role_shape(self.graph, call.role)
             placement.strategy.check(placement.mesh, shape, at)
             if call.kind is CallKind.COMPUTE and placement.strategy.dp != placement.mesh.size:
                 raise PlanError(f"{at}: a compute call has no model to split: use dp alone.")
@@ -82,8 +80,7 @@ class ExecutionPlan:
         for name in self.placements:
             if name not in self.graph.by_name:
                 raise PlanError(
-                    f"{where}: placements: unknown call '{name}'."
-                    f"{nearest(name, self.graph.by_name)}"
+                    f"{where}: placements: unknown call '{name}'.{nearest(name, self.graph.by_name)}"
                 )
         if self.order is not None:
             self.augmented.check_order(self.order, where)

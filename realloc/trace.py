@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ class Trace:
         for record in self.records:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
         order = sorted(ends)
-        gaps = [ends[b] - ends[a] for a, b in zip(order, order[1:], strict=False)]
+        gaps = [ends[b] - ends[a] for a, b in pairwise(order)]
         if not gaps:
             return ends[order[0]] if order else 0.0
         return median(gaps[max(0, skip_iterations - 1) :] or gaps)
@@ -93,7 +94,7 @@ def read_trace(path: str | Path) -> Trace:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
         raise InputError(f"{path}: no such file.") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read: {error}.") from None
     if not lines:
         raise InputError(f"{path}: is empty; a trace starts with its header line.")
@@ -103,7 +104,7 @@ def read_trace(path: str | Path) -> Trace:
         raise InputError(f"{path}, line 1: is '{found}', expected trace/{VERSIONS['trace']}.")
     world_size = header.integer("world_size", minimum=1)
     header.done()
-    records = [_parse(_json_line(path, i, line)) for i, line in enumerate(lines[1:], 2) if line]
+    records = [_parse(_json_line(path, i, line), world_size) for i, line in enumerate(lines[1:], 2) if line]
     return Trace(world_size, tuple(records))
 
 
@@ -111,15 +112,15 @@ def _json_line(path: Path, number: int, line: str) -> Reader:
     where = f"{path}, line {number}"
     try:
         value: Any = json.loads(line)
-    except (json.JSONDecodeError, RecursionError):
+    except (ValueError, RecursionError):
         raise InputError(f"{where}: not valid JSON.") from None
     return Reader(value, where)
 
 
-def _parse(reader: Reader) -> TraceRecord:
+def _parse(reader: Reader, world_size: int) -> TraceRecord:
     record = TraceRecord(
         iteration=reader.integer("iteration"),
-        rank=reader.integer("rank"),
+        rank=reader.integer("rank", maximum=world_size - 1),
         node=reader.get("node", str),
         kind=reader.get("kind", str),
         start_s=reader.number("start_s"),
@@ -131,4 +132,6 @@ def _parse(reader: Reader) -> TraceRecord:
     )
     reader.raw("predicted_s", None)
     reader.done()
+    if record.end_s < record.start_s:
+        raise InputError(f"{reader.where}: ends at {record.end_s} s, before its start at {record.start_s} s.")
     return record
