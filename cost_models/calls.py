@@ -1,0 +1,271 @@
+"""Seconds of one call under one placement, term by term: what the runtime does, and only that.
+
+generate: a packed prefill, then one decode step for each new token, in groups that circulate
+through the pipeline stages. inference and train_step: packed micro-batches, 1F1B over the stages
+(Narayanan et al., SC 2021); a train_step ends every mini-batch with a gradient all-reduce and AdamW.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cost_models.communication import Communication, group_shape
+from cost_models.compute import ComputeCosts, Pack
+from cost_models.profile import HardwareProfile
+from realloc.dataflow import Call, CallKind, Output
+from realloc.experiment import Workload
+from realloc.mesh import DeviceMesh
+from realloc.params import stage_layers
+from realloc.strategy import Strategy
+
+TERMS = (
+    "compute",
+    "tp_communication",
+    "pp_communication",
+    "bubble",
+    "dp_communication",
+    "optimizer",
+    "overhead",
+)
+# Log-probabilities over a split vocabulary: maximum, sum of exponentials, picked logit.
+_LOGPROB_REDUCTIONS = 3
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A kind of pipeline stage: `count` stages hold as much as stage `index`."""
+
+    index: int
+    count: int
+    layers: int
+    first: bool
+    last: bool
+
+
+@dataclass(frozen=True)
+class Seconds:
+    """What a stage spends on one micro-batch or one decode step."""
+
+    compute: float = 0.0
+    tp: float = 0.0
+
+    @property
+    def total(self) -> float:
+        return self.compute + self.tp
+
+
+def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
+    """The kinds of stages of a pipeline whose stages hold so many layers."""
+    last = len(num_layers_of) - 1
+    kinds: dict[tuple[int, bool, bool], Stage] = {}
+    for index, layers in enumerate(num_layers_of):
+        key = (layers, index == 0, index == last)
+        count = kinds[key].count + 1 if key in kinds else 1
+        first_index = kinds[key].index if key in kinds else index
+        kinds[key] = Stage(first_index, count, *key)
+    return tuple(kinds.values())
+
+
+def share(sequences: int, parts: int) -> int:
+    """Sequences of the part that has most."""
+    return -(-sequences // parts)
+
+
+class CallPricer:
+    """Prices the calls of one model shape under one strategy on meshes of one form."""
+
+    def __init__(
+        self,
+        profile: HardwareProfile,
+        costs: ComputeCosts,
+        mesh: DeviceMesh,
+        strategy: Strategy,
+        workload: Workload,
+    ) -> None:
+        self._profile = profile
+        self._costs = costs
+        self._strategy = strategy
+        self._workload = workload
+        self._communication = Communication(profile, mesh)
+        self._tp_group = group_shape(mesh, 1, strategy.tp)
+        self._dp_group = group_shape(mesh, strategy.tp, strategy.dp)
+        self._mesh_group = group_shape(mesh, 1, mesh.size)
+        self._ends_group = group_shape(
+            mesh, (strategy.pp - 1) * strategy.dp * strategy.tp, min(2, strategy.pp)
+        )
+        self._slowdown = profile.slowdown(min(mesh.size, mesh.gpus_per_node))
+        layers = tuple(len(stage_layers(costs.shape, strategy.pp, i)) for i in range(strategy.pp))
+        self._stages = distinct_stages(layers)
+
+    def terms(self, call: Call) -> Mapping[str, float]:
+        """Seconds by term (every one of TERMS); they sum to the call's seconds."""
+        terms = dict.fromkeys(TERMS, 0.0)
+        terms["overhead"] = self._profile.call_s
+        if call.kind is CallKind.GENERATE:
+            self._generate(terms)
+        elif call.kind is CallKind.INFERENCE:
+            self._inference(terms, call)
+        elif call.kind is CallKind.TRAIN_STEP:
+            self._train(terms, call)
+        else:
+            # a compute call: Python on the sequences of each rank
+            sequences = share(self._workload.sequences, self._strategy.dp)
+            terms["compute"] = sequences * self._profile.sequence_s * self._slowdown
+        return terms
+
+    def _generate(self, terms: dict[str, float]) -> None:
+        work = self._workload
+        sequences = share(work.sequences, self._strategy.dp)
+        pp = self._strategy.pp
+        groups = min(sequences, max(pp, self._strategy.micro_batches))
+        size = sequences / groups
+        prompt = work.prompt.mean
+        pack = Pack(size * prompt, size * prompt**2, size, size)
+        prefill = [self._forward(stage, pack, sample=True) for stage in self._stages]
+        message = size * prompt * self._costs.shape.hidden * self._costs.element_bytes
+        self._pipeline(terms, prefill, groups, message, 1)
+        # The loop runs to the longest response; over it the batch shrinks to `mean / maximum` of
+        # itself on average. Half a response is the mean context beyond the prompt.
+        steps = work.response.maximum - 1
+        active = size * work.response.mean / work.response.maximum
+        decode = [self._decode(stage, active, prompt + work.response.mean / 2) for stage in self._stages]
+        slowest = max(decode, key=lambda seconds: seconds.total)
+        rounds = max(pp, groups)
+        step_message = 0.0
+        if pp > 1:
+            hidden = active * self._costs.shape.hidden * self._costs.element_bytes
+            step_message = self._communication.stage_message_s(hidden)
+        terms["compute"] += steps * groups * slowest.compute
+        terms["tp_communication"] += steps * groups * slowest.tp
+        terms["pp_communication"] += steps * rounds * step_message
+        terms["bubble"] += steps * (rounds - groups) * slowest.total
+
+    def _inference(self, terms: dict[str, float], call: Call) -> None:
+        sequences = share(self._workload.sequences, self._strategy.dp)
+        pack, micro_batches = self._pack(call, sequences)
+        forward = [self._forward(stage, pack) for stage in self._stages]
+        message = pack.tokens * self._costs.shape.hidden * self._costs.element_bytes
+        self._pipeline(terms, forward, micro_batches, message, 1)
+
+    def _train(self, terms: dict[str, float], call: Call) -> None:
+        """All mini-batches of all epochs."""
+        mini = share(self._workload.sequences, call.mini_batches)
+        pack, micro_batches = self._pack(call, share(mini, self._strategy.dp))
+        both = []
+        for stage in self._stages:
+            forward, backward = self._forward(stage, pack), self._backward(stage, pack)
+            both.append(Seconds(forward.compute + backward.compute, forward.tp + backward.tp))
+        message = pack.tokens * self._costs.shape.hidden * self._costs.element_bytes
+        one = dict.fromkeys(TERMS, 0.0)
+        self._pipeline(one, both, micro_batches, message, 2)
+        elements, params = max(self._held(stage) for stage in self._stages)
+        one["compute"] += (micro_batches - 1) * self._costs.accumulate_s(elements) * self._slowdown
+        one["optimizer"] = self._costs.optimizer_s(elements, params) * self._slowdown
+        one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
+        one["dp_communication"] = self._communication.all_reduce_s(
+            self._dp_group, elements * self._costs.element_bytes
+        )
+        shape = self._costs.shape
+        if shape.tied_embeddings and shape.head == "lm" and self._strategy.pp > 1:
+            table = self._costs.vocab * shape.hidden * self._costs.element_bytes
+            one["dp_communication"] += self._communication.all_reduce_s(self._ends_group, table)
+        for name, seconds in one.items():
+            terms[name] += seconds * call.mini_batches * call.epochs
+
+    def _pack(self, call: Call, sequences: int) -> tuple[Pack, int]:
+        """The mean micro-batch of a rank's share, and how many there are."""
+        micro_batches = min(self._strategy.micro_batches, sequences)
+        size = sequences / micro_batches
+        length = self._workload.prompt.mean + self._workload.response.mean
+        rows = 1.0 if call.output is Output.SCORES else self._workload.response.mean
+        return Pack(size * length, size * length**2, size, size * rows), micro_batches
+
+    def _pipeline(
+        self,
+        terms: dict[str, float],
+        stages: list[Seconds],
+        micro_batches: int,
+        message_bytes: float,
+        directions: int,
+    ) -> None:
+        """Adds a pass of all micro-batches through the pipeline.
+
+        The slowest stage works on every micro-batch; the first one must also go through all other
+        stages, which is the bubble. Messages are not overlapped with compute: each micro-batch costs
+        its stage one message in each direction, and filling the pipeline one for every boundary.
+        """
+        slowest = max(stages, key=lambda seconds: seconds.total)
+        terms["compute"] += micro_batches * slowest.compute
+        terms["tp_communication"] += micro_batches * slowest.tp
+        pp = self._strategy.pp
+        if pp > 1:
+            through = sum(
+                stage.count * seconds.total for stage, seconds in zip(self._stages, stages, strict=True)
+            )
+            terms["bubble"] += through - slowest.total
+            messages = directions * (micro_batches + pp - 2)
+            message_s = self._communication.stage_message_s(message_bytes)
+            terms["pp_communication"] += messages * message_s
+
+    def _held(self, stage: Stage) -> tuple[int, int]:
+        pp = self._strategy.pp
+        return self._costs.stage_elements(pp, stage.index), self._costs.stage_params(pp, stage.index)
+
+    def _tp_all_reduce_s(self, tokens: float) -> float:
+        size_bytes = tokens * self._costs.shape.hidden * self._costs.element_bytes
+        return self._communication.all_reduce_s(self._tp_group, size_bytes)
+
+    def _forward(self, stage: Stage, pack: Pack, *, sample: bool = False) -> Seconds:
+        costs = self._costs
+        compute = stage.layers * costs.forward_layer_s(pack)
+        reductions = 2 * stage.layers
+        tp = 0.0
+        if stage.first:
+            compute += costs.embedding_s(pack.tokens)
+            reductions += 1  # each rank holds a part of the vocabulary
+        if stage.last and sample:
+            compute += costs.sample_s(pack.head_tokens)
+            tp += self._gather_logits_s(pack.head_tokens)
+        elif stage.last:
+            compute += costs.head_s(pack.head_tokens)
+            if costs.shape.head == "lm":
+                picked = self._communication.all_reduce_s(self._tp_group, 4 * pack.head_tokens)
+                tp += _LOGPROB_REDUCTIONS * picked
+        if self._strategy.tp > 1:
+            tp += reductions * self._tp_all_reduce_s(pack.tokens)
+        return Seconds(compute * self._slowdown, tp)
+
+    def _backward(self, stage: Stage, pack: Pack) -> Seconds:
+        costs = self._costs
+        compute = stage.layers * costs.backward_layer_s(pack)
+        tp = 0.0
+        if stage.first:
+            compute += costs.embedding_backward_s()
+        if stage.last:
+            compute += costs.head_backward_s(pack.head_tokens)
+            if costs.shape.head == "lm":
+                tp += self._tp_all_reduce_s(pack.head_tokens)
+        if self._strategy.tp > 1:
+            tp += 2 * stage.layers * self._tp_all_reduce_s(pack.tokens)
+        return Seconds(compute * self._slowdown, tp)
+
+    def _decode(self, stage: Stage, batch: float, context: float) -> Seconds:
+        costs = self._costs
+        weights = costs.stage_elements(self._strategy.pp, stage.index) * costs.element_bytes
+        compute = stage.layers * costs.decode_layer_s(batch, context, weights)
+        reductions = 2 * stage.layers
+        tp = 0.0
+        if stage.first:
+            compute += costs.embedding_s(batch)
+            reductions += 1
+        if stage.last:
+            compute += costs.sample_s(batch)
+            tp += self._gather_logits_s(batch)
+        if self._strategy.tp > 1:
+            tp += reductions * self._tp_all_reduce_s(batch)
+        return Seconds(compute * self._slowdown, tp)
+
+    def _gather_logits_s(self, rows: float) -> float:
+        size_bytes = 4.0 * rows * self._costs.shape.vocab
+        return self._communication.collective_s("all_gather", self._tp_group, size_bytes)

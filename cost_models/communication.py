@@ -1,0 +1,72 @@
+"""Seconds of messages and collectives inside a placement, by which links its groups cross."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.profile import HardwareProfile
+from realloc.mesh import DeviceMesh
+
+
+@dataclass(frozen=True)
+class GroupShape:
+    """How the ranks of a group lie: on how many nodes, at most how many on one."""
+
+    nodes: int
+    per_node: int
+
+    @property
+    def size(self) -> int:
+        return self.nodes * self.per_node
+
+
+def group_shape(mesh: DeviceMesh, stride: int, count: int) -> GroupShape:
+    """The shape of the group of `count` ranks that starts at the mesh's first rank, `stride` apart."""
+    per_node = mesh.gpus_per_node
+    if count == 1 or mesh.num_nodes == 1:
+        return GroupShape(1, count)
+    offset = mesh.first % per_node
+    nodes = len({(offset + i * stride) // per_node for i in range(count)})
+    return GroupShape(nodes, -(-count // nodes))
+
+
+class Communication:
+    """Prices what the ranks of one mesh say to each other. All groups of the mesh talk at once."""
+
+    def __init__(self, profile: HardwareProfile, mesh: DeviceMesh) -> None:
+        self._intra = profile.intra_node
+        self._inter = profile.inter_node
+        self._profile = profile
+        self._per_node = min(mesh.size, mesh.gpus_per_node)
+        self._across = mesh.num_nodes > 1
+
+    def _contention(self, group: GroupShape) -> float:
+        """A measured collective had the cores to itself; on CPU hosts other groups take their share."""
+        return self._profile.slowdown(self._per_node) / self._profile.slowdown(group.per_node)
+
+    def collective_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
+        """Seconds of a collective on a tensor of `size_bytes` (see `cost_models.link`).
+
+        Groups of several ranks on several nodes work in two levels: within the node, and across
+        nodes on each rank's part.
+        """
+        if group.size < 2:
+            return 0.0
+        if group.nodes == 1:
+            seconds = self._intra.collective_s(collective, group.per_node, size_bytes)
+            return seconds * self._contention(group)
+        part = size_bytes / group.per_node
+        seconds = self._inter.collective_s(collective, group.nodes, part)
+        if collective in ("all_reduce", "reduce_scatter"):
+            seconds += self._intra.collective_s("reduce_scatter", group.per_node, size_bytes)
+        if collective in ("all_reduce", "all_gather"):
+            seconds += self._intra.collective_s("all_gather", group.per_node, size_bytes)
+        return seconds
+
+    def all_reduce_s(self, group: GroupShape, size_bytes: float) -> float:
+        return self.collective_s("all_reduce", group, size_bytes)
+
+    def stage_message_s(self, size_bytes: float) -> float:
+        """A message to the next pipeline stage, over the slowest boundary of the mesh."""
+        link = self._inter if self._across else self._intra
+        return link.message_s(size_bytes)

@@ -1,0 +1,185 @@
+"""Seconds that one rank computes: layers, heads, sampling, optimizer. No communication, no plans.
+
+Every operator costs the larger of its arithmetic (flops over achieved flops/s at its size) and its
+memory traffic (bytes over bandwidth): the roofline (Williams, Waterman, Patterson, CACM 52, 2009),
+plus the launch of one kernel. Counts of flops and bytes follow from the model's shape.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from cost_models.profile import HardwareProfile
+from realloc.model_shape import DTYPE_BYTES, ModelShape
+from realloc.params import ParamSpec, parameters, stage_layers, tp_range
+
+# Kernels of a decoder layer besides products and attention: two norms, two residual additions, the
+# activation and its product, rotary embedding of q and k (four each).
+_LAYER_OPS = 14
+# In addition when decoding: writing k and v into the cache.
+_CACHE_OPS = 2
+# Passes over [rows, vocabulary] in fp32: cast, max, exp and sum, pick (log-probabilities); softmax
+# minus one-hot, scaling and casting for its gradient; scaling, softmax, cumulative sum and search
+# for sampling by inverse CDF.
+_LOGPROB_PASSES = 5
+_LOGPROB_BACKWARD_PASSES = 4
+_SAMPLE_PASSES = 8
+_SAMPLE_OPS = 12
+_HEAD_OPS = 6
+# FlashAttention-2 (Dao 2023, section 4.1): the backward pass has 2.5 times the flops.
+_ATTENTION_BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Pack:
+    """A packed micro-batch: tokens, sum of squared sequence lengths, sequences, rows of the head."""
+
+    tokens: float
+    sum_squares: float
+    sequences: float
+    head_tokens: float
+
+
+def local_elements(spec: ParamSpec, tp: int) -> int:
+    """Elements of the largest tensor-parallel shard (the last rank's) of a parameter."""
+    cut = tp_range(spec, tp, tp - 1)
+    if cut is None or spec.tp_dim is None:
+        return spec.num_elements
+    return spec.num_elements // spec.shape[spec.tp_dim] * (cut[1] - cut[0])
+
+
+class ComputeCosts:
+    """Compute seconds of one model shape in one dtype under tensor parallelism of degree `tp`."""
+
+    def __init__(self, profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int) -> None:
+        self.shape = shape
+        self.tp = tp
+        self.element_bytes = DTYPE_BYTES[dtype]
+        self._profile = profile
+        self._rates = profile.matmul_curve(dtype)
+        self._attention_rate = self._rates.highest * profile.attention.efficiency
+        self.heads = shape.num_heads // tp
+        self.kv_heads = max(1, shape.num_kv_heads // tp)
+        self.ffn = shape.ffn_dim // tp
+        self.vocab = -(-shape.vocab // tp)
+        q, kv = self.heads * shape.head_dim, self.kv_heads * shape.head_dim
+        hidden = shape.hidden
+        self._products = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
+        self._products += [(self.ffn, hidden)] * (2 if shape.gated_mlp else 1) + [(hidden, self.ffn)]
+        specs = parameters(shape)
+        layer = [spec for spec in specs if spec.layer == 0]
+        self.layer_elements = sum(local_elements(spec, tp) for spec in layer)
+        self.layer_params = len(layer)
+        self._first = [spec for spec in specs if spec.on_first]
+        self._last = [spec for spec in specs if spec.on_last]
+        # norms read and write twice, residual additions touch three vectors, rotation about three
+        # per head in each direction, the gated activation five
+        mlp = (5 if shape.gated_mlp else 2) * self.ffn
+        self._elementwise = (14 * hidden + 6 * (q + kv) + mlp) * self.element_bytes
+
+    def stage_elements(self, pp: int, stage: int) -> int:
+        """Parameters that a rank of the stage holds."""
+        return len(stage_layers(self.shape, pp, stage)) * self.layer_elements + sum(
+            local_elements(spec, self.tp) for spec in self._ends(pp, stage)
+        )
+
+    def stage_params(self, pp: int, stage: int) -> int:
+        """How many parameter tensors a rank of the stage holds."""
+        layers = len(stage_layers(self.shape, pp, stage))
+        return layers * self.layer_params + len(self._ends(pp, stage))
+
+    def _ends(self, pp: int, stage: int) -> list[ParamSpec]:
+        first = self._first if stage == 0 else []
+        last = self._last if stage == pp - 1 else []
+        return first + [spec for spec in last if spec not in first]
+
+    def memory_s(self, size_bytes: float, working_set: float | None = None) -> float:
+        """Seconds to move bytes, at the bandwidth that holds for a working set of that many bytes."""
+        return size_bytes / self._profile.memory.at(max(1.0, working_set or size_bytes))
+
+    def matmul_s(self, m: float, n: float, k: float, working_set: float | None = None) -> float:
+        """Seconds of [m, k] x [k, n], launch included."""
+        flops = 2.0 * m * n * k
+        moved = (m * k + k * n + m * n) * self.element_bytes
+        arithmetic = flops / self._rates.at(flops)
+        return max(arithmetic, self.memory_s(moved, working_set)) + self._profile.launch_s
+
+    def forward_layer_s(self, pack: Pack) -> float:
+        """Seconds of one layer's forward pass over packed tokens."""
+        products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+        return products + self._attention_s(pack, 1.0) + self._elementwise_s(pack.tokens, 1)
+
+    def backward_layer_s(self, pack: Pack) -> float:
+        """Seconds of one layer's backward pass: two products for each of the forward's."""
+        products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+        return (
+            2 * products + self._attention_s(pack, _ATTENTION_BACKWARD) + self._elementwise_s(pack.tokens, 2)
+        )
+
+    def _attention_s(self, pack: Pack, factor: float) -> float:
+        # causal: half of the 4 * length^2 * width flops of the two products
+        flops = 2.0 * pack.sum_squares * self.heads * self.shape.head_dim * factor
+        attention = self._profile.attention
+        kernels = pack.sequences if attention.per_sequence else 1.0
+        return flops / self._attention_rate + max(1.0, kernels) * attention.launch_s
+
+    def _elementwise_s(self, tokens: float, factor: int) -> float:
+        moved = tokens * self._elementwise
+        return factor * (self.memory_s(moved) + _LAYER_OPS * self._profile.launch_s)
+
+    def decode_layer_s(self, batch: float, context: float, working_set: float) -> float:
+        """Seconds of one layer for one new token of each of `batch` sequences of `context` tokens."""
+        seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._products)
+        kv_bytes = 2.0 * batch * context * self.kv_heads * self.shape.head_dim * self.element_bytes
+        attention = self._profile.attention
+        kernels = max(1.0, batch) if attention.per_sequence else 1.0
+        seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers) + kernels * attention.launch_s
+        elementwise = self.memory_s(batch * self._elementwise)
+        return seconds + elementwise + (_LAYER_OPS + _CACHE_OPS) * self._profile.launch_s
+
+    def embedding_s(self, tokens: float) -> float:
+        moved = 2.0 * tokens * self.shape.hidden * self.element_bytes
+        return self.memory_s(moved) + 2 * self._profile.launch_s
+
+    def embedding_backward_s(self) -> float:
+        """A dense gradient of the whole table is filled and added to."""
+        moved = 3.0 * self.vocab * self.shape.hidden * self.element_bytes
+        return self.memory_s(moved) + 2 * self._profile.launch_s
+
+    def head_s(self, tokens: float) -> float:
+        """Seconds of the head and, for a language model, of the log-probabilities of `tokens` rows."""
+        launches = _HEAD_OPS * self._profile.launch_s
+        if self.shape.head == "scalar":
+            return self.matmul_s(tokens, 1, self.shape.hidden) + launches
+        passes = _LOGPROB_PASSES * 4.0 * tokens * self.vocab
+        return self.matmul_s(tokens, self.vocab, self.shape.hidden) + self.memory_s(passes) + launches
+
+    def head_backward_s(self, tokens: float) -> float:
+        launches = _HEAD_OPS * self._profile.launch_s
+        if self.shape.head == "scalar":
+            return 2 * self.matmul_s(tokens, 1, self.shape.hidden) + launches
+        passes = _LOGPROB_BACKWARD_PASSES * 4.0 * tokens * self.vocab
+        return 2 * self.matmul_s(tokens, self.vocab, self.shape.hidden) + self.memory_s(passes) + launches
+
+    def sample_s(self, batch: float) -> float:
+        """Seconds of the head and of drawing one token for each of `batch` sequences."""
+        passes = _SAMPLE_PASSES * 4.0 * batch * self.shape.vocab
+        head = self.matmul_s(batch, self.vocab, self.shape.hidden)
+        return head + self.memory_s(passes) + _SAMPLE_OPS * self._profile.launch_s
+
+    def optimizer_s(self, elements: int, params: int) -> float:
+        """Seconds of the gradient norm and an AdamW step over local parameters.
+
+        The step reads gradient, weight and both moments and writes weight and moments: 28 bytes per
+        element in fp32; with 2-byte weights there is a master copy, and the weight is written twice.
+        The norm reads the gradient once more, zeroing it writes it.
+        """
+        step = 28 if self.element_bytes == 4 else 26 + 2 * self.element_bytes
+        seconds = elements * step / self._profile.optimizer_bytes_per_s
+        gradients = 2.0 * elements * self.element_bytes
+        return seconds + self.memory_s(gradients, gradients) + params * self._profile.launch_s
+
+    def accumulate_s(self, elements: int) -> float:
+        """Seconds to add one micro-batch's gradients to those of the micro-batches before it."""
+        moved = 3.0 * elements * self.element_bytes
+        return self.memory_s(moved, moved)

@@ -1,0 +1,150 @@
+"""The one door to costs: seconds and bytes of everything that happens in an iteration.
+
+It prices the nodes of augmented graphs and nothing else. Results are kept by what they depend on,
+so that a search may ask again and again; meshes of equal form share them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from cost_models.calls import CallPricer
+from cost_models.compute import ComputeCosts
+from cost_models.memory import CallMemory, call_memory
+from cost_models.moves import reallocate_s, transfer_s
+from cost_models.profile import HardwareProfile
+from realloc.augmented import Node, NodeKind, Placement
+from realloc.cluster import Cluster
+from realloc.dataflow import Call, CallKind, DataflowGraph
+from realloc.experiment import Experiment
+from realloc.model_shape import DTYPE_BYTES, ModelShape
+from realloc.strategy import Strategy
+
+
+@dataclass(frozen=True)
+class _Priced:
+    terms: Mapping[str, float]
+    seconds: float
+
+
+class CostModel:
+    """Costs of an experiment's calls, reallocations and transfers on a cluster.
+
+    Raises InputError when the profile lacks the experiment's dtype.
+    """
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        graph: DataflowGraph,
+        cluster: Cluster,
+        profile: HardwareProfile,
+    ) -> None:
+        profile.matmul_curve(experiment.dtype)
+        self.experiment = experiment
+        self.graph = graph
+        self.cluster = cluster
+        self.profile = profile
+        self._element_bytes = DTYPE_BYTES[experiment.dtype]
+        self._shapes = {role: experiment.role_shape(graph, role) for role in graph.roles}
+        self._compute: dict[tuple[str | None, int], ComputeCosts] = {}
+        self._calls: dict[tuple[str, Strategy, int, int], _Priced] = {}
+        self._memory: dict[tuple[str, Strategy], CallMemory] = {}
+        self._moves: dict[tuple[object, ...], float] = {}
+
+    @property
+    def provenance(self) -> str:
+        """Where the costs come from, such as `analytic (h100-sxm)`."""
+        return str(self.profile)
+
+    @property
+    def memory_bytes(self) -> int:
+        """Memory of one device that may be used: the cluster's figure, else the profile's."""
+        return self.cluster.memory_bytes or self.profile.memory_bytes
+
+    def shape(self, role: str) -> ModelShape:
+        """The shape of a role with the head that its calls need."""
+        return self._shapes[role]
+
+    def call_s(self, call: Call, placement: Placement) -> float:
+        """Seconds of one call."""
+        return self._priced(call, placement).seconds
+
+    def call_terms(self, call: Call, placement: Placement) -> Mapping[str, float]:
+        """Seconds of one call by cause (`cost_models.calls.TERMS`); they sum to `call_s`."""
+        return self._priced(call, placement).terms
+
+    def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
+        """Seconds to bring data keys from where `src` wrote them to where `dst` reads them."""
+        cache_key = (keys, src, dst)
+        if cache_key not in self._moves:
+            per_sequence = sum(
+                self.experiment.mean_elements(self.graph.key[key].per) * self.graph.key[key].bytes_per_element
+                for key in keys
+            )
+            total = per_sequence * self.experiment.workload.sequences
+            self._moves[cache_key] = transfer_s(self.profile, total, len(keys), src, dst)
+        return self._moves[cache_key]
+
+    def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
+        """Seconds to bring a role's parameters from the layout of `src` to that of `dst`."""
+        cache_key = (role, src.layout_key, dst.layout_key)
+        if cache_key not in self._moves:
+            self._moves[cache_key] = reallocate_s(
+                self.profile, self._shapes[role], self._element_bytes, _bare(src), _bare(dst)
+            )
+        return self._moves[cache_key]
+
+    def node_s(self, node: Node, placements: Mapping[str, Placement]) -> float:
+        """Seconds of one node of an augmented graph under the placements that imply it."""
+        if node.kind is NodeKind.CALL:
+            assert node.call is not None
+            return self.call_s(self.graph.by_name[node.call], placements[node.call])
+        assert node.src is not None and node.dst is not None
+        src, dst = placements[node.src], placements[node.dst]
+        if node.kind is NodeKind.TRANSFER:
+            return self.transfer_s(node.keys, src, dst)
+        assert node.role is not None
+        return self.reallocate_s(node.role, src, dst)
+
+    def call_memory(self, call: Call, placement: Placement) -> CallMemory:
+        """Bytes of the rank that needs most for the call."""
+        key = (call.name, placement.strategy)
+        if key not in self._memory:
+            self._memory[key] = (
+                CallMemory()
+                if call.kind is CallKind.COMPUTE
+                else call_memory(
+                    self._costs(call.role, placement.strategy.tp),
+                    placement.strategy,
+                    self.experiment.workload,
+                    call,
+                )
+            )
+        return self._memory[key]
+
+    def _priced(self, call: Call, placement: Placement) -> _Priced:
+        mesh, strategy = placement.mesh, placement.strategy
+        # only the form of the mesh matters: its size and where on a node it starts
+        key = (call.name, strategy, mesh.size, mesh.first % mesh.gpus_per_node)
+        if key not in self._calls:
+            costs = self._costs(call.role, strategy.tp)
+            pricer = CallPricer(self.profile, costs, mesh, strategy, self.experiment.workload)
+            terms = pricer.terms(call)
+            self._calls[key] = _Priced(terms, sum(terms.values()))
+        return self._calls[key]
+
+    def _costs(self, role: str | None, tp: int) -> ComputeCosts:
+        key = (role, tp)
+        if key not in self._compute:
+            # a compute call has no model: any shape will do, none of its numbers are used
+            shape = self._shapes[role] if role is not None else next(iter(self._shapes.values()))
+            self._compute[key] = ComputeCosts(self.profile, shape, self.experiment.dtype, tp)
+        return self._compute[key]
+
+
+def _bare(placement: Placement) -> Placement:
+    """The placement without what does not matter to its layout."""
+    strategy = placement.strategy
+    return Placement(placement.mesh, Strategy(strategy.dp, strategy.tp, strategy.pp))

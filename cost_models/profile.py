@@ -1,0 +1,218 @@
+"""Hardware profiles: what one device type and its links cost, and where each number came from.
+
+A profile is a `profile/1` file: a built-in one of this package, or one that `realloc profile`
+measured. This module reads, checks and interpolates; it knows no models and no plans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from cost_models.curve import Curve, curve_content, read_curve
+from cost_models.link import Link, link_content, read_link
+from realloc.errors import InputError
+from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
+from realloc.model_shape import DTYPE_BYTES
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where the numbers of a profile came from.
+
+    `source` is `measured` or `analytic`; `samples` is how many repetitions stand behind each
+    measured number (0 when analytic); `notes` name the sources of analytic numbers.
+    """
+
+    source: str
+    device: str
+    date: str
+    samples: int = 0
+    versions: tuple[tuple[str, str], ...] = ()
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Fused attention: `efficiency` is its flops/s over the best matmul flops/s of the dtype.
+
+    `launch_s` is the overhead of one kernel. With `per_sequence`, packed sequences take one kernel
+    each (CPU); otherwise one kernel serves them all.
+    """
+
+    efficiency: float
+    launch_s: float
+    per_sequence: bool
+
+
+@dataclass(frozen=True)
+class HardwareProfile:
+    """Costs of one device and of its links.
+
+    `matmul`: dtype -> curve of achieved flops/s over the flops of one product, launch excluded.
+    `memory`: bytes/s over the bytes that a loop touches again and again: one point for a GPU, more
+    where caches matter. `launch_s`: overhead of one operator or kernel. `optimizer_bytes_per_s`:
+    what a fused optimizer step reaches. `call_s`: fixed overhead of one call. `sequence_s`: a
+    Python reward function on one sequence. `concurrency`: slowdown over the number of ranks of
+    one node that compute at once (hosts with fewer cores than ranks); 1 when absent.
+    """
+
+    name: str
+    provenance: Provenance
+    memory_bytes: int
+    matmul: tuple[tuple[str, Curve], ...]
+    memory: Curve
+    launch_s: float
+    attention: Attention
+    optimizer_bytes_per_s: float
+    host_bytes_per_s: float
+    call_s: float
+    sequence_s: float
+    intra_node: Link
+    inter_node: Link
+    concurrency: Curve | None = None
+
+    def matmul_curve(self, dtype: str) -> Curve:
+        """Raises InputError when the profile has no products of that dtype."""
+        for name, curve in self.matmul:
+            if name == dtype:
+                return curve
+        known = ", ".join(name for name, _ in self.matmul)
+        raise InputError(
+            f"profile {self.name}: has no matmul throughput for {dtype} (it has: {known}); change the "
+            f"experiment's dtype or measure it with `realloc profile`."
+        )
+
+    def slowdown(self, ranks: int) -> float:
+        """How many times longer a rank computes when `ranks` ranks of its node compute at once."""
+        if self.concurrency is None or ranks <= 1:
+            return 1.0
+        last_x, last_y = self.concurrency.points[-1]
+        if ranks > last_x:  # the cores are shared out already: time grows with the ranks
+            return max(1.0, last_y * ranks / last_x) if last_y > 1.05 else last_y
+        return self.concurrency.at(ranks)
+
+    def __str__(self) -> str:
+        name = Path(self.name).name
+        if self.provenance.source == "measured":
+            return f"measured ({name}, {self.provenance.date})"
+        return f"analytic ({name})"
+
+
+def built_in_profiles() -> tuple[str, ...]:
+    """Names of the profiles that come with the package."""
+    folder = resources.files("cost_models").joinpath("profiles")
+    return tuple(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def load_profile(device: str) -> HardwareProfile:
+    """The profile of a cluster's `device`: a built-in name or the path of a profile file.
+
+    Raises InputError.
+    """
+    if device.endswith((".yaml", ".yml")) or "/" in device:
+        return read_profile(device)
+    known = built_in_profiles()
+    if device not in known:
+        raise InputError(
+            f"device '{device}': no such hardware profile.{nearest(device, known)} "
+            f"A path to a file that `realloc profile` wrote works too."
+        )
+    with resources.as_file(resources.files("cost_models").joinpath("profiles", f"{device}.yaml")) as path:
+        return read_profile(path)
+
+
+def read_profile(path: str | Path) -> HardwareProfile:
+    """Reads and checks a `profile/1` file. Raises InputError naming the key."""
+    reader = read_file(path, "profile")
+    concurrency = reader.raw("concurrency", None)
+    profile = HardwareProfile(
+        name=reader.get("name", str),
+        provenance=_read_provenance(reader.child("provenance")),
+        memory_bytes=reader.integer("memory_bytes", minimum=1),
+        matmul=_read_matmul(reader.child("matmul")),
+        memory=read_curve(reader, "memory"),
+        launch_s=reader.number("launch_s", minimum=0.0, maximum=1.0),
+        attention=_read_attention(reader.child("attention")),
+        optimizer_bytes_per_s=reader.number("optimizer_bytes_per_s", minimum=1.0),
+        host_bytes_per_s=reader.number("host_bytes_per_s", minimum=1.0),
+        call_s=reader.number("call_s", minimum=0.0, maximum=60.0),
+        sequence_s=reader.number("sequence_s", minimum=0.0, maximum=60.0),
+        intra_node=read_link(reader.child("intra_node")),
+        inter_node=read_link(reader.child("inter_node")),
+        concurrency=None if concurrency is None else read_curve(reader, "concurrency"),
+    )
+    reader.done()
+    return profile
+
+
+def write_profile(profile: HardwareProfile, path: str | Path) -> None:
+    """Writes a profile so that `read_profile` gives an equal value."""
+    write_text(path, dump_yaml("profile", profile_content(profile)))
+
+
+def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
+    """The profile as the mapping that a `profile/1` file holds."""
+    p = profile.provenance
+    content: dict[str, Any] = {
+        "name": profile.name,
+        "provenance": {
+            "source": p.source,
+            "device": p.device,
+            "date": p.date,
+            "samples": p.samples,
+            "versions": dict(p.versions),
+            "notes": list(p.notes),
+        },
+        "memory_bytes": profile.memory_bytes,
+        "matmul": {dtype: curve_content(curve) for dtype, curve in profile.matmul},
+        "memory": curve_content(profile.memory),
+        "launch_s": profile.launch_s,
+        "attention": dict(vars(profile.attention)),
+        "optimizer_bytes_per_s": profile.optimizer_bytes_per_s,
+        "host_bytes_per_s": profile.host_bytes_per_s,
+        "call_s": profile.call_s,
+        "sequence_s": profile.sequence_s,
+        "intra_node": link_content(profile.intra_node),
+        "inter_node": link_content(profile.inter_node),
+    }
+    if profile.concurrency is not None:
+        content["concurrency"] = curve_content(profile.concurrency)
+    return content
+
+
+def _read_provenance(reader: Reader) -> Provenance:
+    versions = reader.get("versions", dict, {})
+    notes = reader.get("notes", list, [])
+    provenance = Provenance(
+        source=reader.choice("source", ("measured", "analytic")),
+        device=reader.get("device", str),
+        date=str(reader.raw("date")),
+        samples=reader.integer("samples", 0),
+        versions=tuple((str(k), str(v)) for k, v in versions.items()),
+        notes=tuple(str(note) for note in notes),
+    )
+    reader.done()
+    return provenance
+
+
+def _read_matmul(reader: Reader) -> tuple[tuple[str, Curve], ...]:
+    for key in reader.keys():
+        if key not in DTYPE_BYTES:
+            raise InputError(f"{reader.at(key)}: not a dtype.{nearest(key, DTYPE_BYTES)}")
+    if not reader.keys():
+        raise InputError(f"{reader.where}: needs the throughput of at least one dtype.")
+    return tuple((key, read_curve(reader, key)) for key in reader.keys())
+
+
+def _read_attention(reader: Reader) -> Attention:
+    attention = Attention(
+        efficiency=reader.number("efficiency", minimum=1e-6, maximum=10.0),
+        launch_s=reader.number("launch_s", minimum=0.0, maximum=1.0),
+        per_sequence=reader.get("per_sequence", bool),
+    )
+    reader.done()
+    return attention
