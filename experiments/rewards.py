@@ -18,19 +18,19 @@ cheerful clever comfortable cozy cuddle danced delicious delight delighted enjoy
 excellent excited exciting fantastic favorite forgave free friend friendly friends fun funny generous
 gentle giggled glad gladly good grateful great grinned happily happiness happy healthy help helped
 helpful helping helps honest hope hug hugged hugs joy joyful kind kindly kindness kiss laugh laughed
-laughing like liked likes love loved lovely loves lucky magical nice peaceful perfect play played
-playing pleased praised proud relaxed safe share shared sharing smile smiled smiles smiling special
-strong sunny super sweet thank thanked thankful treasure wise won wonderful yummy
+laughing like liked likes love loved lovely loves lucky magical nice patient peaceful perfect play
+played playing pleased praised proud relaxed safe share shared sharing smile smiled smiles smiling
+special strong sunny super sweet thank thanked thankful treasure wise won wonderful yummy
 """
 POSITIVE = frozenset(_POSITIVE_WORDS.split())
 _NEGATIVE_WORDS = """
 afraid alone angrily angry annoyed argued ashamed awful bad blamed bored boring break broke broken bully
-complained cried cruel cry crying danger dangerous dead died dirty disappointed evil fail failed fear
-feared fell fight fighting fought frightened greedy grumpy guilty hate hated hates horrible hurt hurts
-insulted jealous kill lazy lied lonely lose lost mad mean mess messy miserable mistake nasty naughty
-pain poor pushed refused rotten rude ruined sad sadly scared scary scream screamed selfish shouted sick
-sorry stole suffered tears terrible trouble ugly unhappy upset weak weep worried worry worse worst wrong
-yelled
+complained cried cruel cry crying danger dangerous dead died dirty disappointed dreadful evil fail
+failed fear feared fell fight fighting fought frightened greedy grumpy guilty hate hated hates horrible
+hurt hurts insulted jealous kill lazy lied lonely lose lost mad mean mess messy miserable mistake nasty
+naughty pain poor pushed refused rotten rude ruined sad sadly scared scary scream screamed selfish
+shabby shouted sick sorry stole suffered tears terrible trouble ugly unhappy upset weak weep worried
+worry worse worst wrong yelled
 """
 NEGATIVE = frozenset(_NEGATIVE_WORDS.split())
 NEGATIONS = frozenset(

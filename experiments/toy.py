@@ -31,7 +31,7 @@ NEUTRAL_SLOTS: Mapping[str, str] = {
     "who": "dog cat boy girl bird fox bear frog horse mouse king queen farmer baker robot rabbit",
     "place": "park forest garden river house school market beach hill farm cave road village lake",
     "thing": "apple ball book boat cake flower hat kite lamp drum box coat stone ring bell basket",
-    "size": "old young big small tall quiet brown white",
+    "size": "young big small tall quiet brown white black",
     "went": "walked ran climbed drove sailed returned",
     "time": "then later soon suddenly today",
 }
@@ -42,14 +42,14 @@ MOOD_SLOTS: Mapping[str, Mapping[str, str]] = {
         GLOOMY: "sad angry lonely scared miserable worried",
     },
     "nature": {
-        GLAD: "kind brave gentle friendly clever honest",
+        GLAD: "kind brave gentle friendly clever patient",
         PLAIN: "large little slow fast thin grey",
         GLOOMY: "mean cruel rude greedy selfish nasty",
     },
     "look": {
         GLAD: "beautiful lovely wonderful sunny perfect charming",
         PLAIN: "red blue green round wide new",
-        GLOOMY: "ugly broken dirty awful rotten horrible",
+        GLOOMY: "shabby broken dirty dreadful rotten horrible",
     },
     "felt_for": {
         GLAD: "loved liked enjoyed admired",

@@ -1,0 +1,287 @@
+"""PPO's tensor functions against plain Python, one sequence and one token at a time."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from experiments import ppo_functions as ppo
+from experiments.sft_functions import sft_loss
+
+HYPERPARAMETERS: Mapping[str, Any] = {
+    "kl_coef": 0.1,
+    "gamma": 0.97,
+    "gae_lambda": 0.9,
+    "clip_range": 0.2,
+    "value_clip_range": 0.3,
+    "reward_clip": 1.5,
+    "whiten_advantages": True,
+}
+PER_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages", "returns", "output")
+Sequence_ = Mapping[str, Any]
+"""One sequence: a list for each per-token key, a number for `scores`."""
+
+
+class Ranks:
+    """Adds up what as many threads hand in, and gives each the sum."""
+
+    def __init__(self, count: int) -> None:
+        self._parts: list[torch.Tensor] = []
+        self._total = torch.zeros(0)
+        self._barrier = threading.Barrier(count, action=self._add)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        self._parts.append(value)
+        self._barrier.wait(timeout=20)
+        return self._total
+
+    def _add(self) -> None:
+        self._total = torch.stack(self._parts).sum(0)
+        self._parts.clear()
+
+
+@dataclass
+class FakeBatch:
+    """Some sequences as one rank's packed batch; alone, or one of several `ranks`."""
+
+    sequences: Sequence[Sequence_]
+    global_sequences: int
+    global_elements: int
+    ranks: Ranks | None = None
+    num_sums: int = 0
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.sequences)
+
+    def __getitem__(self, key: str) -> torch.Tensor:
+        if key == "scores":
+            return torch.tensor([s["scores"] for s in self.sequences], dtype=torch.float32)
+        return torch.tensor([x for s in self.sequences for x in s[key]], dtype=torch.float32)
+
+    def lengths(self, key: str) -> torch.Tensor:
+        if key == "scores":
+            return torch.ones(self.num_sequences, dtype=torch.int64)
+        return torch.tensor([len(s[key]) for s in self.sequences], dtype=torch.int64)
+
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        self.num_sums += 1
+        return value if self.ranks is None else self.ranks.sum(value)
+
+
+def whole_batch(sequences: Sequence[Sequence_]) -> FakeBatch:
+    return FakeBatch(sequences, len(sequences), sum(len(s["values"]) for s in sequences))
+
+
+def prepare_on_ranks(
+    prepare: Callable[..., Mapping[str, torch.Tensor]], shares: Sequence[Sequence[Sequence_]]
+) -> list[Mapping[str, torch.Tensor]]:
+    """Runs `prepare` on every share at once, as ranks that sum with each other."""
+    everyone, ranks = whole_batch([s for share in shares for s in share]), Ranks(len(shares))
+    with ThreadPoolExecutor(len(shares)) as pool:
+        futures = [
+            pool.submit(
+                prepare,
+                FakeBatch(share, everyone.global_sequences, everyone.global_elements, ranks),
+                HYPERPARAMETERS,
+            )
+            for share in shares
+        ]
+        return [future.result() for future in futures]
+
+
+def make_sequences(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
+    rng = random.Random(seed)
+    return [
+        {key: [rng.gauss(0, 1) for _ in range(n)] for key in PER_TOKEN} | {"scores": rng.gauss(0, 3)}
+        for n in lengths
+    ]
+
+
+LENGTHS = (5, 1, 33, 8, 2, 64, 7, 1, 17)
+
+
+def slow_advantages(sequence: Sequence_, h: Mapping[str, Any]) -> list[float]:
+    """Advantages straight from the definition: a double sum over the temporal-difference errors."""
+    n = len(sequence["values"])
+    rewards = [
+        -h["kl_coef"] * (p - q) for p, q in zip(sequence["logprobs"], sequence["ref_logprobs"], strict=True)
+    ]
+    limit = h["reward_clip"]
+    rewards[-1] += max(-limit, min(limit, sequence["scores"])) if limit else sequence["scores"]
+    values = [*sequence["values"], 0.0]
+    errors = [rewards[t] + h["gamma"] * values[t + 1] - values[t] for t in range(n)]
+    return [sum((h["gamma"] * h["gae_lambda"]) ** (k - t) * errors[k] for k in range(t, n)) for t in range(n)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"gamma": 1.0, "gae_lambda": 1.0},
+        {"gae_lambda": 0.0},
+        {"gamma": 0.0},
+        {"kl_coef": 0.0},
+        {"reward_clip": 0.0},
+    ],
+    ids=str,
+)
+def test_returns_are_advantages_from_the_definition_plus_values(changes: Mapping[str, float]) -> None:
+    h = {**HYPERPARAMETERS, **changes}
+    sequences = make_sequences(LENGTHS)
+    expected = [a + v for s in sequences for a, v in zip(slow_advantages(s, h), s["values"], strict=True)]
+    actual = ppo.prepare_critic(whole_batch(sequences), h)["returns"]
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_with_lambda_and_gamma_one_returns_are_sums_of_rewards() -> None:
+    h = {**HYPERPARAMETERS, "gamma": 1.0, "gae_lambda": 1.0, "kl_coef": 0.0, "reward_clip": 0.0}
+    sequences = make_sequences((4, 9))
+    expected = [sequences[0]["scores"]] * 4 + [sequences[1]["scores"]] * 9
+    actual = ppo.prepare_critic(whole_batch(sequences), h)["returns"]
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_advantages_are_whitened_over_the_whole_batch() -> None:
+    sequences = make_sequences(LENGTHS)
+    raw = [a for s in sequences for a in slow_advantages(s, HYPERPARAMETERS)]
+    mean = sum(raw) / len(raw)
+    variance = sum((a - mean) ** 2 for a in raw) / len(raw)
+    expected = [(a - mean) / math.sqrt(variance + 1e-8) for a in raw]
+    actual = ppo.prepare_actor(whole_batch(sequences), HYPERPARAMETERS)["advantages"]
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual, torch.tensor(expected), rtol=1e-4, atol=1e-5)
+
+
+def test_advantages_stay_as_they_are_without_whitening() -> None:
+    h = {**HYPERPARAMETERS, "whiten_advantages": False}
+    sequences = make_sequences(LENGTHS)
+    raw = [a for s in sequences for a in slow_advantages(s, h)]
+    actual = ppo.prepare_actor(whole_batch(sequences), h)["advantages"]
+    torch.testing.assert_close(actual, torch.tensor(raw), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("cuts", [(9,), (3, 9), (1, 2, 9), (0, 4, 4, 9), tuple(range(1, 10))], ids=str)
+def test_prepared_values_do_not_depend_on_the_split_over_ranks(cuts: Sequence[int]) -> None:
+    sequences = make_sequences(LENGTHS)
+    shares = [sequences[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
+    for prepare, key in ((ppo.prepare_actor, "advantages"), (ppo.prepare_critic, "returns")):
+        whole = prepare(whole_batch(sequences), HYPERPARAMETERS)[key]
+        split = torch.cat([result[key] for result in prepare_on_ranks(prepare, shares)])
+        torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_an_empty_share_sums_with_the_others() -> None:
+    batch = FakeBatch([], 4, 20)
+    assert ppo.prepare_actor(batch, HYPERPARAMETERS)["advantages"].shape == (0,)
+    assert batch.num_sums == 2  # as often as a rank with sequences
+
+
+def test_a_sequence_without_response_leaves_the_others_alone() -> None:
+    sequences = make_sequences((4, 0, 6, 0))
+    expected = ppo.prepare_critic(whole_batch([sequences[0], sequences[2]]), HYPERPARAMETERS)
+    actual = ppo.prepare_critic(whole_batch(sequences), HYPERPARAMETERS)
+    torch.testing.assert_close(actual["returns"], expected["returns"])
+
+
+def slow_actor_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    low, high = 1 - h["clip_range"], 1 + h["clip_range"]
+    terms, clipped, divergence, reference, advantages = [], 0, 0.0, 0.0, 0.0
+    for s in sequences:
+        for new, old, ref, a in zip(
+            s["output"], s["logprobs"], s["ref_logprobs"], s["advantages"], strict=True
+        ):
+            ratio = math.exp(new - old)
+            terms.append(-min(ratio * a, max(low, min(high, ratio)) * a))
+            clipped += max(low, min(high, ratio)) * a < ratio * a
+            divergence += ratio - 1 - (new - old)
+            reference += old - ref
+            advantages += a
+    n = len(terms)
+    metrics = {
+        "clip_fraction": clipped / n,
+        "approx_kl": divergence / n,
+        "ref_kl": reference / n,
+        "advantage": advantages / n,
+    }
+    return sum(terms) / n, metrics
+
+
+def slow_critic_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
+    limit = h["value_clip_range"]
+    terms, clipped, returns = [], 0, 0.0
+    for s in sequences:
+        for new, old, target in zip(s["output"], s["values"], s["returns"], strict=True):
+            error = (new - target) ** 2
+            bounded = (old + max(-limit, min(limit, new - old)) - target) ** 2 if limit else error
+            terms.append(0.5 * max(error, bounded))
+            clipped += bounded > error
+            returns += target
+    n = len(terms)
+    return sum(terms) / n, {"value_clip_fraction": clipped / n, "return": returns / n}
+
+
+LOSSES = [(ppo.actor_loss, slow_actor_loss), (ppo.critic_loss, slow_critic_loss)]
+
+
+@pytest.mark.parametrize(("loss", "slow"), LOSSES, ids=["actor", "critic"])
+@pytest.mark.parametrize("value_clip_range", [0.3, 0.0])
+def test_losses_and_metrics_equal_the_formula(loss: Any, slow: Any, value_clip_range: float) -> None:
+    h = {**HYPERPARAMETERS, "value_clip_range": value_clip_range}
+    sequences = make_sequences(LENGTHS, seed=1)
+    batch = whole_batch(sequences)
+    value, metrics = loss(batch["output"], batch, h)
+    expected, expected_metrics = slow(sequences, h)
+    assert value.item() == pytest.approx(expected, rel=1e-5)
+    assert {k: float(v) for k, v in metrics.items()} == pytest.approx(expected_metrics, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("loss", [ppo.actor_loss, ppo.critic_loss, sft_loss], ids=["actor", "critic", "sft"])
+def test_micro_batches_add_up_to_the_whole(loss: Any) -> None:
+    """Losses, metrics and gradients: contributions of any split sum to those of the batch."""
+    sequences = make_sequences(LENGTHS, seed=2)
+    batch = whole_batch(sequences)
+    output = batch["output"].requires_grad_()
+    whole, whole_metrics = loss(output, batch, HYPERPARAMETERS)
+    whole.backward()
+    total, totals, gradients = 0.0, dict.fromkeys(whole_metrics, 0.0), []
+    for part in (sequences[:2], sequences[2:3], sequences[3:]):
+        piece = FakeBatch(part, batch.global_sequences, batch.global_elements)
+        piece_output = piece["output"].requires_grad_()
+        value, metrics = loss(piece_output, piece, HYPERPARAMETERS)
+        value.backward()
+        assert piece_output.grad is not None
+        gradients.append(piece_output.grad)
+        total += value.item()
+        totals = {k: totals[k] + float(v) for k, v in metrics.items()}
+    assert total == pytest.approx(whole.item(), rel=1e-5)
+    assert totals == pytest.approx({k: float(v) for k, v in whole_metrics.items()}, rel=1e-4, abs=1e-6)
+    torch.testing.assert_close(torch.cat(gradients), output.grad)
+
+
+def test_clipped_tokens_pull_no_more() -> None:
+    """Past the clip range in the direction of the advantage the gradient is 0; against it, it is not."""
+    one = {"logprobs": [0.0] * 4, "ref_logprobs": [0.0] * 4, "values": [0.0] * 4, "scores": 0.0}
+    one["advantages"] = [1.0, 1.0, -1.0, -1.0]
+    batch = whole_batch([one])
+    output = torch.tensor([0.5, -0.5, -0.5, 0.5]).requires_grad_()
+    loss, metrics = ppo.actor_loss(output, batch, HYPERPARAMETERS)
+    loss.backward()
+    assert output.grad is not None
+    assert (output.grad != 0).tolist() == [False, True, False, True]
+    assert float(metrics["clip_fraction"]) == 0.5
+
+
+def test_sft_loss_is_the_mean_negative_logprob() -> None:
+    batch = whole_batch(make_sequences((3, 5)))
+    output = -torch.arange(8.0)
+    loss, _ = sft_loss(output, batch, {})
+    assert loss.item() == pytest.approx(28 / 8)
