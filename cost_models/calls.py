@@ -1,7 +1,7 @@
 """Seconds of one call under one placement, term by term: what the runtime does, and only that.
 
 generate: a packed prefill, then one decode step for each new token, in groups that circulate
-through the pipeline stages. inference and train_step: packed micro-batches, 1F1B over the stages
+through the pipeline stages, as many at a time as there are stages. inference and train_step: packed micro-batches, 1F1B over the stages
 (Narayanan et al., SC 2021); a train_step ends every mini-batch with a gradient all-reduce and AdamW.
 """
 
@@ -11,10 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_models.communication import Communication, group_shape
-from cost_models.compute import ComputeCosts, Pack
+from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack
 from cost_models.profile import HardwareProfile
 from realloc.dataflow import Call, CallKind, Output
-from realloc.experiment import Workload
+from realloc.experiment import Lengths, Workload
 from realloc.mesh import DeviceMesh
 from realloc.params import stage_layers
 from realloc.strategy import Strategy
@@ -28,8 +28,6 @@ TERMS = (
     "optimizer",
     "overhead",
 )
-# Log-probabilities over a split vocabulary: maximum, sum of exponentials, picked logit.
-_LOGPROB_REDUCTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -70,6 +68,11 @@ def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
 def share(sequences: int, parts: int) -> int:
     """Sequences of the part that has most."""
     return -(-sequences // parts)
+
+
+def _runs(sequences: float, lengths: Lengths) -> float:
+    """Attention kernels for a packed micro-batch: sequences of equal length share one."""
+    return 1.0 if lengths.mean == lengths.maximum else max(1.0, sequences)
 
 
 class CallPricer:
@@ -115,31 +118,35 @@ class CallPricer:
         return terms
 
     def _generate(self, terms: dict[str, float]) -> None:
-        work = self._workload
+        """Groups run in turn, as many at a time as there are stages.
+
+        With fewer groups in flight than stages, a round still takes a step of every stage. The loop
+        runs to the longest response; over it a group shrinks to `mean / maximum` of itself on
+        average. Half a response is the mean context beyond the prompt.
+        """
+        work, pp = self._workload, self._strategy.pp
         sequences = share(work.sequences, self._strategy.dp)
-        pp = self._strategy.pp
-        groups = min(sequences, max(pp, self._strategy.micro_batches))
+        groups = min(self._strategy.micro_batches, sequences)
+        rounds = share(groups, pp) * pp
         size = sequences / groups
         prompt = work.prompt.mean
-        pack = Pack(size * prompt, size * prompt**2, size, size)
-        prefill = [self._forward(stage, pack, sample=True) for stage in self._stages]
-        message = size * prompt * self._costs.shape.hidden * self._costs.element_bytes
-        self._pipeline(terms, prefill, groups, message, 1)
-        # The loop runs to the longest response; over it the batch shrinks to `mean / maximum` of
-        # itself on average. Half a response is the mean context beyond the prompt.
-        steps = work.response.maximum - 1
+        pack = Pack(size * prompt, size * prompt**2, _runs(size, work.prompt), size)
+        hidden_bytes = self._costs.shape.hidden * self._costs.element_bytes
         active = size * work.response.mean / work.response.maximum
-        decode = [self._decode(stage, active, prompt + work.response.mean / 2) for stage in self._stages]
-        slowest = max(decode, key=lambda seconds: seconds.total)
-        rounds = max(pp, groups)
-        step_message = 0.0
-        if pp > 1:
-            hidden = active * self._costs.shape.hidden * self._costs.element_bytes
-            step_message = self._communication.stage_message_s(hidden)
-        terms["compute"] += steps * groups * slowest.compute
-        terms["tp_communication"] += steps * groups * slowest.tp
-        terms["pp_communication"] += steps * rounds * step_message
-        terms["bubble"] += steps * (rounds - groups) * slowest.total
+        context = prompt + work.response.mean / 2
+        prefill = [self._forward(stage, pack, sample=True) for stage in self._stages]
+        decode = [self._decode(stage, active, context) for stage in self._stages]
+        steps = work.response.maximum - 1
+        for stages, count, rows in ((prefill, 1, pack.tokens), (decode, steps, active)):
+            slowest = max(stages, key=lambda seconds: seconds.total)
+            terms["compute"] += count * groups * slowest.compute
+            terms["tp_communication"] += count * groups * slowest.tp
+            if pp > 1:
+                terms["bubble"] += count * (rounds - groups) * slowest.total
+                message_s = self._communication.stage_message_s(rows * hidden_bytes)
+                terms["pp_communication"] += count * rounds * message_s
+        # every replica learns the response lengths of the others
+        terms["dp_communication"] += self._communication.all_reduce_s(self._dp_group, 8 * work.sequences)
 
     def _inference(self, terms: dict[str, float], call: Call) -> None:
         sequences = share(self._workload.sequences, self._strategy.dp)
@@ -160,15 +167,13 @@ class CallPricer:
         one = dict.fromkeys(TERMS, 0.0)
         self._pipeline(one, both, micro_batches, message, 2)
         elements, params = max(self._held(stage) for stage in self._stages)
-        one["compute"] += (micro_batches - 1) * self._costs.accumulate_s(elements) * self._slowdown
+        one["compute"] += micro_batches * self._costs.accumulate_s(elements) * self._slowdown
         one["optimizer"] = self._costs.optimizer_s(elements, params) * self._slowdown
         one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
-        one["dp_communication"] = self._communication.all_reduce_s(
-            self._dp_group, elements * self._costs.element_bytes
-        )
+        one["dp_communication"] = self._communication.all_reduce_s(self._dp_group, elements * GRADIENT_BYTES)
         shape = self._costs.shape
         if shape.tied_embeddings and shape.head == "lm" and self._strategy.pp > 1:
-            table = self._costs.vocab * shape.hidden * self._costs.element_bytes
+            table = self._costs.vocab * shape.hidden * GRADIENT_BYTES
             one["dp_communication"] += self._communication.all_reduce_s(self._ends_group, table)
         for name, seconds in one.items():
             terms[name] += seconds * call.mini_batches * call.epochs
@@ -179,7 +184,8 @@ class CallPricer:
         size = sequences / micro_batches
         length = self._workload.prompt.mean + self._workload.response.mean
         rows = 1.0 if call.output is Output.SCORES else self._workload.response.mean
-        return Pack(size * length, size * length**2, size, size * rows), micro_batches
+        runs = max(_runs(size, self._workload.prompt), _runs(size, self._workload.response))
+        return Pack(size * length, size * length**2, runs, size * rows), micro_batches
 
     def _pipeline(
         self,
@@ -226,12 +232,13 @@ class CallPricer:
             reductions += 1  # each rank holds a part of the vocabulary
         if stage.last and sample:
             compute += costs.sample_s(pack.head_tokens)
-            tp += self._gather_logits_s(pack.head_tokens)
+            tp += self._choose_s(pack.head_tokens)
         elif stage.last:
             compute += costs.head_s(pack.head_tokens)
             if costs.shape.head == "lm":
-                picked = self._communication.all_reduce_s(self._tp_group, 4 * pack.head_tokens)
-                tp += _LOGPROB_REDUCTIONS * picked
+                # the largest logit; then the sum of exponentials and the target's logit
+                tp += self._communication.all_reduce_s(self._tp_group, 4 * pack.head_tokens)
+                tp += self._communication.all_reduce_s(self._tp_group, 8 * pack.head_tokens)
         if self._strategy.tp > 1:
             tp += reductions * self._tp_all_reduce_s(pack.tokens)
         return Seconds(compute * self._slowdown, tp)
@@ -261,11 +268,13 @@ class CallPricer:
             reductions += 1
         if stage.last:
             compute += costs.sample_s(batch)
-            tp += self._gather_logits_s(batch)
+            tp += self._choose_s(batch)
         if self._strategy.tp > 1:
             tp += reductions * self._tp_all_reduce_s(batch)
         return Seconds(compute * self._slowdown, tp)
 
-    def _gather_logits_s(self, rows: float) -> float:
-        size_bytes = 4.0 * rows * self._costs.shape.vocab
-        return self._communication.collective_s("all_gather", self._tp_group, size_bytes)
+    def _choose_s(self, rows: float) -> float:
+        """Sampling over a split vocabulary: the shards' maxima and sums, then the chosen token."""
+        gathered = 16.0 * rows * self._strategy.tp
+        seconds = self._communication.collective_s("all_gather", self._tp_group, gathered)
+        return seconds + self._communication.all_reduce_s(self._tp_group, 16.0 * rows)

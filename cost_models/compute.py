@@ -14,29 +14,40 @@ from realloc.model_shape import DTYPE_BYTES, ModelShape
 from realloc.params import ParamSpec, parameters, stage_layers, tp_range
 
 # Kernels of a decoder layer besides products and attention: two norms, two residual additions, the
-# activation and its product, rotary embedding of q and k (four each).
-_LAYER_OPS = 14
+# activation and its product, rotary embedding of q and k (seven each).
+_LAYER_OPS = 20
 # In addition when decoding: writing k and v into the cache.
 _CACHE_OPS = 2
-# Passes over [rows, vocabulary] in fp32: cast, max, exp and sum, pick (log-probabilities); softmax
-# minus one-hot, scaling and casting for its gradient; scaling, softmax, cumulative sum and search
-# for sampling by inverse CDF.
-_LOGPROB_PASSES = 5
+# Passes over [rows, local vocabulary] in fp32: maximum, subtraction, exponential, sum, with those that
+# write counted twice; the same again, scaled, for the gradient.
+_LOGPROB_PASSES = 7
 _LOGPROB_BACKWARD_PASSES = 4
-_SAMPLE_PASSES = 8
-_SAMPLE_OPS = 12
-_HEAD_OPS = 6
+_SAMPLE_PASSES = 6
+# Small kernels around one sampled token: hashing its uniform number, the inverse CDF over blocks and
+# shards, the bookkeeping of slots; around one micro-batch's loss.
+_SAMPLE_OPS = 110
+_HEAD_OPS = 60
+# Decoding a micro-batch: cosines and sines of its positions, embedding, final norm.
+_PASS_OPS = 16
 # FlashAttention-2 (Dao 2023, section 4.1): the backward pass has 2.5 times the flops.
 _ATTENTION_BACKWARD = 2.5
+GRADIENT_BYTES = 4
+"""Of one element's gradient: a flat fp32 buffer, whatever the parameters' dtype."""
+NORM_BYTES = 8
+"""Of one element while the gradient's norm is taken: its square in double precision."""
 
 
 @dataclass(frozen=True)
 class Pack:
-    """A packed micro-batch: tokens, sum of squared sequence lengths, sequences, rows of the head."""
+    """A packed micro-batch.
+
+    Tokens, sum of squared sequence lengths, runs of neighbours of equal length (which share an
+    attention kernel), rows of the head.
+    """
 
     tokens: float
     sum_squares: float
-    sequences: float
+    runs: float
     head_tokens: float
 
 
@@ -120,7 +131,7 @@ class ComputeCosts:
         # causal: half of the 4 * length^2 * width flops of the two products
         flops = 2.0 * pack.sum_squares * self.heads * self.shape.head_dim * factor
         attention = self._profile.attention
-        kernels = pack.sequences if attention.per_sequence else 1.0
+        kernels = pack.runs if attention.per_sequence else 1.0
         return flops / self._attention_rate + max(1.0, kernels) * attention.launch_s
 
     def _elementwise_s(self, tokens: float, factor: int) -> float:
@@ -131,15 +142,14 @@ class ComputeCosts:
         """Seconds of one layer for one new token of each of `batch` sequences of `context` tokens."""
         seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._products)
         kv_bytes = 2.0 * batch * context * self.kv_heads * self.shape.head_dim * self.element_bytes
-        attention = self._profile.attention
-        kernels = max(1.0, batch) if attention.per_sequence else 1.0
-        seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers) + kernels * attention.launch_s
+        seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers)
+        seconds += self._profile.attention.launch_s
         elementwise = self.memory_s(batch * self._elementwise)
         return seconds + elementwise + (_LAYER_OPS + _CACHE_OPS) * self._profile.launch_s
 
     def embedding_s(self, tokens: float) -> float:
         moved = 2.0 * tokens * self.shape.hidden * self.element_bytes
-        return self.memory_s(moved) + 2 * self._profile.launch_s
+        return self.memory_s(moved) + _PASS_OPS * self._profile.launch_s
 
     def embedding_backward_s(self) -> float:
         """A dense gradient of the whole table is filled and added to."""
@@ -163,23 +173,26 @@ class ComputeCosts:
 
     def sample_s(self, batch: float) -> float:
         """Seconds of the head and of drawing one token for each of `batch` sequences."""
-        passes = _SAMPLE_PASSES * 4.0 * batch * self.shape.vocab
+        passes = _SAMPLE_PASSES * 4.0 * batch * self.vocab
         head = self.matmul_s(batch, self.vocab, self.shape.hidden)
         return head + self.memory_s(passes) + _SAMPLE_OPS * self._profile.launch_s
 
     def optimizer_s(self, elements: int, params: int) -> float:
-        """Seconds of the gradient norm and an AdamW step over local parameters.
+        """Seconds of clearing, clipping and applying fp32 gradients of local parameters.
 
-        The step reads gradient, weight and both moments and writes weight and moments: 28 bytes per
-        element in fp32; with 2-byte weights there is a master copy, and the weight is written twice.
-        The norm reads the gradient once more, zeroing it writes it.
+        Bytes per element: 4 to clear them, 36 for the norm (taken in double precision: a copy, its
+        squares, their sum), 8 to scale. AdamW reads gradient, weight and both moments and writes
+        weight and moments: 28; narrower weights are written from their fp32 master copy besides.
         """
-        step = 28 if self.element_bytes == 4 else 26 + 2 * self.element_bytes
-        seconds = elements * step / self._profile.optimizer_bytes_per_s
-        gradients = 2.0 * elements * self.element_bytes
-        return seconds + self.memory_s(gradients, gradients) + params * self._profile.launch_s
+        clear = 4 * elements
+        norm = 36 * elements
+        step = (28 if self.element_bytes == 4 else 32 + self.element_bytes) * elements
+        scale = 8 * elements
+        seconds = step / self._profile.optimizer_bytes_per_s
+        seconds += self.memory_s(clear + norm + scale, NORM_BYTES * elements)
+        return seconds + 3 * params * self._profile.launch_s
 
     def accumulate_s(self, elements: int) -> float:
-        """Seconds to add one micro-batch's gradients to those of the micro-batches before it."""
-        moved = 3.0 * elements * self.element_bytes
+        """Seconds to add a micro-batch's gradients to the fp32 buffer: two reads and a write."""
+        moved = (8.0 + self.element_bytes) * elements
         return self.memory_s(moved, moved)

@@ -11,11 +11,15 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cost_models.calls import share
-from cost_models.compute import ComputeCosts
-from realloc.dataflow import Call, CallKind, Output
+from cost_models.compute import GRADIENT_BYTES, NORM_BYTES, ComputeCosts
+from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
 from realloc.params import stage_layers
 from realloc.strategy import Strategy
+
+# What the runtime computes and keeps at a time (runtime.tensor_parallel), in elements.
+LOGITS_CHUNK = 1 << 22
+LOGITS_KEPT = 1 << 25
 
 
 @dataclass(frozen=True)
@@ -78,34 +82,45 @@ def _stage_memory(
 ) -> CallMemory:
     elements = costs.stage_elements(strategy.pp, stage)
     layers = len(stage_layers(costs.shape, strategy.pp, stage))
-    train = call.kind is CallKind.TRAIN_STEP
     if call.kind is CallKind.GENERATE:
         working = _generate_bytes(costs, strategy, workload, stage, layers)
-    else:
-        working = _pass_bytes(costs, strategy, workload, call, stage, layers)
+        return CallMemory(elements * costs.element_bytes, working=_whole(working))
+    working = _pass_bytes(costs, strategy, workload, call, stage, layers)
+    if call.kind is not CallKind.TRAIN_STEP:
+        return CallMemory(elements * costs.element_bytes, working=_whole(working))
+    # the norm is taken when the activations are gone
+    norm = float(NORM_BYTES * elements)
+    if norm > sum(working.values()):
+        working = {"gradient_norm": norm}
     return CallMemory(
         parameters=elements * costs.element_bytes,
-        gradients=elements * costs.element_bytes if train else 0,
-        optimizer=optimizer_bytes(elements, costs.element_bytes) if train else 0,
-        working={cause: int(size) for cause, size in working.items()},
+        gradients=elements * GRADIENT_BYTES,
+        optimizer=optimizer_bytes(elements, costs.element_bytes),
+        working=_whole(working),
     )
+
+
+def _whole(sizes: Mapping[str, float]) -> Mapping[str, int]:
+    return {cause: int(size) for cause, size in sizes.items()}
 
 
 def _generate_bytes(
     costs: ComputeCosts, strategy: Strategy, workload: Workload, stage: int, layers: int
 ) -> dict[str, float]:
+    """As many groups as there are stages have a cache; its slots hold the longest prompt's tokens."""
     shape = costs.shape
     sequences = share(workload.sequences, strategy.dp)
-    groups = min(sequences, max(strategy.pp, strategy.micro_batches))
-    group = sequences / groups
-    slots = sequences * (workload.prompt.mean + workload.response.maximum)
+    groups = min(strategy.micro_batches, sequences)
+    group = share(sequences, groups)
+    slots = group * min(groups, strategy.pp)
+    length = workload.prompt.maximum + workload.response.maximum - 1
     row = 2 * costs.kv_heads * shape.head_dim * costs.element_bytes
-    # logits in fp32 and what sampling makes of them; the prefill keeps one layer at a time
-    logits = 2 * 4 * group * shape.vocab if stage == strategy.pp - 1 else 0
     return {
-        "kv_cache": slots * row * layers,
+        "kv_cache": float(slots * length * row * layers),
+        # the prefill keeps one layer's vectors at a time
         "activations": activation_bytes(costs, group * workload.prompt.mean),
-        "logits": logits,
+        # logits in fp32 and their exponentials
+        "logits": 2.0 * 4 * group * costs.vocab if stage == strategy.pp - 1 else 0.0,
     }
 
 
@@ -120,12 +135,21 @@ def _pass_bytes(
     micro_batches = min(strategy.micro_batches, sequences)
     size = sequences / micro_batches
     tokens = size * (workload.prompt.mean + workload.response.mean)
-    # 1F1B: stage s holds the micro-batches that have not come back from the stages behind it
+    # 1F1B: a stage holds the micro-batches that have not come back from the stages behind it
     in_flight = min(micro_batches, strategy.pp - stage)
     kept = layers * in_flight if train else 1
     working = {"activations": kept * activation_bytes(costs, tokens), "logits": 0.0}
     if stage == strategy.pp - 1 and costs.shape.head == "lm":
-        rows = size * (1.0 if call.output is Output.SCORES else workload.response.mean)
-        # fp32 logits; their gradient as well when training
-        working["logits"] = (2 if train else 1) * 4 * rows * costs.vocab
+        working["logits"] = _logits_bytes(costs, size * workload.response.mean, train)
     return working
+
+
+def _logits_bytes(costs: ComputeCosts, rows: float, train: bool) -> float:
+    """fp32 logits come in chunks; all are kept for the backward pass where they are few enough."""
+    logits = rows * costs.vocab
+    chunk = min(logits, LOGITS_CHUNK)
+    if not train:
+        return 4 * chunk
+    kept = logits if logits <= LOGITS_KEPT else chunk
+    head_gradient = costs.vocab * costs.shape.hidden
+    return 4 * (kept + chunk + head_gradient)

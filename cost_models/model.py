@@ -18,6 +18,7 @@ from realloc.augmented import Node, NodeKind, Placement
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.experiment import Experiment
+from realloc.mesh import DeviceMesh
 from realloc.model_shape import DTYPE_BYTES, ModelShape
 from realloc.strategy import Strategy
 
@@ -83,25 +84,30 @@ class CostModel:
                 self.experiment.mean_elements(self.graph.key[key].per) * self.graph.key[key].bytes_per_element
                 for key in keys
             )
-            total = per_sequence * self.experiment.workload.sequences
-            self._moves[cache_key] = transfer_s(self.profile, total, len(keys), src, dst)
+            sequences = self.experiment.workload.sequences
+            self._moves[cache_key] = transfer_s(self.profile, sequences, per_sequence, src, dst)
         return self._moves[cache_key]
 
     def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
         """Seconds to bring a role's parameters from the layout of `src` to that of `dst`."""
-        cache_key = (role, src.layout_key, dst.layout_key)
-        if cache_key not in self._moves:
-            self._moves[cache_key] = reallocate_s(
-                self.profile, self._shapes[role], self._element_bytes, _bare(src), _bare(dst)
-            )
-        return self._moves[cache_key]
+        key = (role, src.layout_key, dst.layout_key)
+        if key not in self._moves:
+            near_src, near_dst = _moved_to_front(src, dst)
+            alike = (self._shapes[role], near_src.layout_key, near_dst.layout_key)
+            if alike not in self._moves:
+                self._moves[alike] = reallocate_s(
+                    self.profile, self._shapes[role], self._element_bytes, near_src, near_dst
+                )
+            self._moves[key] = self._moves[alike]
+        return self._moves[key]
 
     def node_s(self, node: Node, placements: Mapping[str, Placement]) -> float:
         """Seconds of one node of an augmented graph under the placements that imply it."""
         if node.kind is NodeKind.CALL:
             assert node.call is not None
             return self.call_s(self.graph.by_name[node.call], placements[node.call])
-        assert node.src is not None and node.dst is not None
+        assert node.src is not None
+        assert node.dst is not None
         src, dst = placements[node.src], placements[node.dst]
         if node.kind is NodeKind.TRANSFER:
             return self.transfer_s(node.keys, src, dst)
@@ -144,7 +150,14 @@ class CostModel:
         return self._compute[key]
 
 
-def _bare(placement: Placement) -> Placement:
-    """The placement without what does not matter to its layout."""
-    strategy = placement.strategy
-    return Placement(placement.mesh, Strategy(strategy.dp, strategy.tp, strategy.pp))
+def _moved_to_front(src: Placement, dst: Placement) -> tuple[Placement, Placement]:
+    """Both placements as near to GPU 0 as leaves their nodes the same: they cost as much there."""
+    per_node = src.mesh.gpus_per_node
+    first = min(src.mesh.first, dst.mesh.first)
+    last = max(src.mesh.ranks[-1], dst.mesh.ranks[-1])
+    shift = first if first // per_node == last // per_node else first - first % per_node
+
+    def moved(p: Placement) -> Placement:
+        return Placement(DeviceMesh(p.mesh.first - shift, p.mesh.size, per_node), p.strategy)
+
+    return moved(src), moved(dst)
