@@ -23,8 +23,8 @@ from runtime.dataset import DataBatch, Dataset
 from runtime.functions import FunctionTable
 from runtime.parallel import Groups
 from runtime.program import Instruction, Program
-from runtime.reallocation import Reallocator
-from runtime.roles import RankRole
+from runtime.reallocation import Holding, Reallocator
+from runtime.roles import DTYPES, RankRole
 from runtime.tracing import Recorder
 from runtime.transfer import TransferExecutor
 
@@ -37,8 +37,8 @@ class Observer:
 
     entering: Callable[[int, int], None]
     """(iteration, instruction index), before each instruction."""
-    report: Callable[[int, Sums], None]
-    """(iteration, metric -> numerator and denominator), after each iteration."""
+    report: Callable[[int, Sums, IterationData], None]
+    """(iteration, metric -> numerator and denominator, what the rank holds), after each iteration."""
 
 
 class Engine:
@@ -72,7 +72,7 @@ class Engine:
             for instruction in self._instructions:
                 observer.entering(iteration, instruction.index)
                 self._execute(instruction, iteration, data, recorder, sums)
-            observer.report(iteration, sums)
+            observer.report(iteration, sums, data)
 
     def _execute(
         self,
@@ -151,14 +151,14 @@ class Engine:
         ends = [self._plan.placements[str(name)] for name in (node.src, node.dst)]
         src, dst = (layout(role.shape, end.mesh, end.strategy) for end in ends)
         models = [role.by_call.get(str(name)) for name in (node.src, node.dst)]
-        src_params, dst_params = (None if m is None else m.params.views for m in models)
+        held = [None if m is None else Holding(m.params.views, m.params.boxes) for m in models]
+        dtype = DTYPES[self._plan.experiment.dtype]
         return Reallocator(
             schedule(src, dst, self._plan.cluster.gpus_per_node),
             self._rank,
-            src=src,
-            dst=dst,
-            src_params=src_params,
-            dst_params=dst_params,
+            *held,
+            src_dtype=dtype,
+            dst_dtype=dtype,
         )
 
 

@@ -13,7 +13,7 @@ from realloc.reallocation import schedule
 from realloc.strategy import Strategy
 from runtime.hf import save_hf
 from runtime.parameters import allocate
-from runtime.reallocation import Reallocator
+from runtime.reallocation import Holding, Reallocator
 from runtime.roles import RankRole
 
 
@@ -34,13 +34,14 @@ def export_role(role: RankRole, source: str, folder: Path, rank: int, gpus_per_n
         raise AssertionError("a rank of the home mesh holds no parameters")
     boxes = dst.boxes.get(rank)
     whole = None if boxes is None else allocate(boxes, model.params.flat.dtype, torch.device("cpu"))
+    dtype = model.params.flat.dtype
     Reallocator(
         schedule(src, dst, gpus_per_node),
         rank,
-        src=src,
-        dst=dst,
-        src_params=model.params.views,
-        dst_params=None if whole is None else whole.views,
+        Holding(model.params.views, model.params.boxes),
+        None if whole is None else Holding(whole.views, whole.boxes),
+        src_dtype=dtype,
+        dst_dtype=dtype,
     ).run()
     if whole is not None:
-        save_hf(folder, role.shape, read_config(source), dict(whole.views), source)
+        save_hf(folder, role.shape, read_config(source), whole.views, tokenizer_from=source)

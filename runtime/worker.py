@@ -16,6 +16,7 @@ import torch.distributed as dist
 from realloc.augmented import home_call
 from realloc.errors import ReallocError
 from realloc.plan import ExecutionPlan, read_plan
+from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
 from runtime.export import export_role
@@ -86,7 +87,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     dist.barrier()
     recorder = Recorder(rank, _shared_epoch(rank))
 
-    def report(iteration: int, sums: Sums) -> None:
+    def report(iteration: int, sums: Sums, _: IterationData) -> None:
         if rank in channel.reporters:
             channel.report(iteration, rank, sums)
 
