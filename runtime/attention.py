@@ -6,7 +6,7 @@ Decides which kernel runs. Knows nothing of parallelism: it sees the heads of on
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -25,7 +25,7 @@ class PackedSequences:
     """
 
     lengths: tuple[int, ...]
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def num_tokens(self) -> int:
@@ -92,13 +92,8 @@ def packed_attention(
     parts = []
     for start, count, length in packed.runs:
         rows = slice(start, start + count * length)
-        part = F.scaled_dot_product_attention(
-            q[rows].unflatten(0, (count, length)).transpose(1, 2),
-            k[rows].unflatten(0, (count, length)).transpose(1, 2),
-            v[rows].unflatten(0, (count, length)).transpose(1, 2),
-            is_causal=True,
-            enable_gqa=gqa,
-        )
+        q_run, k_run, v_run = (x[rows].view(count, length, *x.shape[1:]).transpose(1, 2) for x in (q, k, v))
+        part = F.scaled_dot_product_attention(q_run, k_run, v_run, is_causal=True, enable_gqa=gqa)
         parts.append(part.transpose(1, 2).flatten(0, 1))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 

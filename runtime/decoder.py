@@ -178,9 +178,9 @@ class Decoder:
     ) -> torch.Tensor:
         """This shard's part of the attention output, to be summed over shards, without o's bias."""
         dim = self.shape.head_dim
-        q = self._linear(x, f"{name}.q").unflatten(-1, (self.num_heads, dim))
-        k = self._linear(x, f"{name}.k").unflatten(-1, (self.num_kv_heads, dim))
-        v = self._linear(x, f"{name}.v").unflatten(-1, (self.num_kv_heads, dim))
+        q = self._linear(x, f"{name}.q").view(-1, self.num_heads, dim)
+        k = self._linear(x, f"{name}.k").view(-1, self.num_kv_heads, dim)
+        v = self._linear(x, f"{name}.v").view(-1, self.num_kv_heads, dim)
         if self.shape.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         out = attend(index, rotary(q), rotary(k), v)
@@ -231,7 +231,9 @@ def partial_gradients(shape: ModelShape, tp_degree: int, boxes: Mapping[str, Box
     """
     if tp_degree == 1:
         return frozenset()
-    endings = (".attn.q_norm.weight", ".attn.k_norm.weight") if shape.qk_norm else ()
+    endings: tuple[str, ...] = ()
+    if shape.qk_norm:
+        endings += (".attn.q_norm.weight", ".attn.k_norm.weight")
     if shape.num_kv_heads < tp_degree:
         endings += (".attn.k.weight", ".attn.v.weight", ".attn.k.bias", ".attn.v.bias")
     return frozenset(name for name in boxes if endings and name.endswith(endings))

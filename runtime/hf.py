@@ -154,13 +154,15 @@ def _load(
             f"expected {expected} (from config.json"
             + (", with num_labels 1)." if spec.name == HEAD and shape.head == "scalar" else ").")
         )
+    piece: torch.Tensor
     if where.part is None:
-        piece: torch.Tensor = stored[box.slices]
+        piece = stored[box.slices]
         return piece
     # whole heads: rows of q, k and v of one head stand together
     rows: torch.Tensor = stored[(slice(3 * box.start[0], 3 * box.stop[0]), *box.slices[1:])]
     heads = rows.view(-1, 3, shape.head_dim, *rows.shape[1:])
-    return heads[:, where.part].reshape(box.shape)
+    piece = heads[:, where.part].reshape(box.shape)
+    return piece
 
 
 def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:

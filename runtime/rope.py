@@ -42,6 +42,8 @@ class Rotary:
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """Rotates the first rotary_dim dimensions of x [T, heads, dim]."""
         half, dim = self._half, x.shape[-1]
-        a, b, rest = x.split([half, half, dim - 2 * half], dim=-1)
-        rotated = [a * self._cos - b * self._sin, b * self._cos + a * self._sin]
-        return torch.cat([*rotated, rest] if rest.shape[-1] else rotated, dim=-1)
+        a, b = x[..., :half], x[..., half : 2 * half]
+        parts = [a * self._cos - b * self._sin, b * self._cos + a * self._sin]
+        if dim > 2 * half:
+            parts.append(x[..., 2 * half :])
+        return torch.cat(parts, dim=-1)

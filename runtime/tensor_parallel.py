@@ -48,12 +48,17 @@ class _ReduceFromRegion(torch.autograd.Function):
         return grads[0], None
 
 
+def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
+    result: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    return result
+
+
 def copy_to_region(x: torch.Tensor, group: Group) -> torch.Tensor:
     """Identity; its backward sums the gradient over the group.
 
     Put before column-split matrices: each rank computes only its columns' part of dL/dx.
     """
-    return x if group is None else _CopyToRegion.apply(x, group)  # type: ignore[no-any-return]
+    return x if group is None else _apply(_CopyToRegion, x, group)
 
 
 def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -61,7 +66,7 @@ def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
 
     Put after row-split matrices. Reduces in place: `x` must be fresh, contiguous and no view.
     """
-    return x if group is None else _ReduceFromRegion.apply(x, group)  # type: ignore[no-any-return]
+    return x if group is None else _apply(_ReduceFromRegion, x, group)
 
 
 def embedding(tokens: torch.Tensor, weight: torch.Tensor, vocab_start: int, group: Group) -> torch.Tensor:
@@ -178,10 +183,7 @@ def target_logprobs(
     hidden and weight. Communicates 3 numbers per token in two all-reduces.
     """
     hidden = copy_to_region(hidden, group)
-    result: torch.Tensor = _TargetLogprobs.apply(
-        hidden, weight, targets, vocab_start, 1.0 / temperature, group
-    )
-    return result
+    return _apply(_TargetLogprobs, hidden, weight, targets, vocab_start, 1.0 / temperature, group)
 
 
 def gather_columns(x: torch.Tensor, widths: list[int], group: Group) -> torch.Tensor:

@@ -1,0 +1,139 @@
+"""Choosing tokens: reproducible random numbers and inverse-CDF sampling over a split vocabulary.
+
+A token is a function of its distribution and of one number that depends only on (seed, iteration,
+sequence id, position), so that no plan changes what is sampled. Knows nothing of models.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+BLOCK = 128
+"""Tokens per block of the two-level cumulative sum."""
+
+
+def uniforms(seed: int, iteration: int, sequence_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """float64 numbers in [0, 1), one for each (sequence id, position), both int64 [n].
+
+    Each of the four keys is added in turn and mixed by the finaliser of SplitMix64 (Steele, Lea,
+    Flood: Fast splittable pseudorandom number generators, OOPSLA 2014).
+    """
+    state = _mix_int(_mix_int(seed) + iteration)
+    hashed = _mix(sequence_ids + _signed(state + _GOLDEN))
+    hashed = _mix(hashed + positions + _signed(_GOLDEN))
+    return _shift_right(hashed, 11).to(torch.float64) * 2.0**-53
+
+
+def _mix_int(value: int) -> int:
+    z = (value + _GOLDEN) & _MASK
+    z = ((z ^ (z >> 30)) * _MIX1) & _MASK
+    z = ((z ^ (z >> 27)) * _MIX2) & _MASK
+    return z ^ (z >> 31)
+
+
+def _mix(z: torch.Tensor) -> torch.Tensor:
+    """int64 multiplication wraps around like that of 64-bit words."""
+    z = (z ^ _shift_right(z, 30)) * _signed(_MIX1)
+    z = (z ^ _shift_right(z, 27)) * _signed(_MIX2)
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical shift: torch shifts int64 arithmetically, so the sign's copies are masked off."""
+    return (z >> bits) & ((1 << (64 - bits)) - 1)
+
+
+def _signed(value: int) -> int:
+    """The int64 with the same 64 bits."""
+    value &= _MASK
+    return value - (1 << 64) if value >> 63 else value
+
+
+def choose(
+    logits: torch.Tensor,
+    uniform: torch.Tensor | None,
+    temperature: float,
+    vocab_start: int,
+    group: dist.ProcessGroup | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token per row and its log-probability; the same on all ranks of the group.
+
+    logits float32 [n, local vocabulary], the columns from token `vocab_start` on (overwritten);
+    uniform float64 [n], unused at temperature 0, which takes the most likely token.
+    The log-probability is of the distribution at `temperature`; greedy decoding reports
+    that at temperature 1. Returns int64 [n] and float32 [n]. Two small collectives.
+    """
+    if temperature not in (0.0, 1.0):
+        logits.mul_(1.0 / temperature)
+    largest, best = logits.max(dim=1) if temperature == 0.0 else (logits.amax(dim=1), None)
+    blocks = _exp_blocks(logits, largest)
+    sums = blocks.sum(-1).to(torch.float64)
+    ends = sums.cumsum(-1)
+    shards = _gather(torch.stack([largest.to(torch.float64), ends[:, -1]]), group)
+    top = shards[:, 0].amax(dim=0)
+    totals = (shards[:, 0] - top).exp() * shards[:, 1]
+    total = totals.sum(dim=0)
+    rank = 0 if group is None else dist.get_rank(group)
+    if best is not None:
+        owner = shards[:, 0].argmax(dim=0)
+        token = best
+    else:
+        assert uniform is not None
+        owner, aim = _owner(totals, uniform * total)
+        inside = aim[rank] / (largest.to(torch.float64) - top).exp()
+        token = _invert(blocks, ends, inside).clamp_(max=logits.shape[1] - 1)
+    picked = logits.gather(1, token[:, None])[:, 0].to(torch.float64)
+    logprob = picked - top - total.log()
+    chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob])
+    if group is not None:
+        chosen.masked_fill_(owner != rank, 0.0)
+        dist.all_reduce(chosen, group=group)
+    return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
+
+
+def _exp_blocks(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
+    """exp(logits - largest) in blocks of BLOCK columns, zeros at the end: [n, blocks, BLOCK]."""
+    probs = (logits - largest[:, None]).exp_()
+    missing = -logits.shape[1] % BLOCK
+    if missing:
+        probs = F.pad(probs, (0, missing))
+    return probs.view(logits.shape[0], -1, BLOCK)
+
+
+def _gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+    """The ranks' tensors, stacked on a new first dim."""
+    if group is None:
+        return mine[None]
+    parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, mine, group=group)
+    return torch.stack(parts)
+
+
+def _owner(totals: torch.Tensor, aim: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which shard holds the cumulative weight `aim` [n], and the aim within each shard [ranks, n]."""
+    ends = totals.cumsum(dim=0)
+    owner = (ends <= aim).sum(dim=0).clamp_(max=totals.shape[0] - 1)
+    return owner, aim - (ends - totals)
+
+
+def _invert(blocks: torch.Tensor, ends: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
+    """First column whose cumulative weight exceeds `aim`: first the block, then within it."""
+    # rounding may leave the aim at the very end, beyond every token of any weight
+    below = torch.nextafter(ends[:, -1], torch.zeros_like(aim))
+    aim = aim.clamp(min=0.0).minimum(below)
+    block = (ends <= aim[:, None]).sum(-1)
+    before = ends.gather(1, block[:, None])[:, 0]
+    rows = torch.arange(blocks.shape[0], device=blocks.device)
+    weights = blocks[rows, block].to(torch.float64)
+    inner = weights.cumsum(-1)
+    rest = aim - (before - inner[:, -1])
+    column = (inner <= rest[:, None]).sum(-1)
+    # rounding may leave the aim past the block's end: then take its last token of any weight
+    last = BLOCK - 1 - weights.gt(0).flip(-1).to(torch.int8).argmax(-1)
+    return block * BLOCK + torch.minimum(column, last)
