@@ -187,6 +187,11 @@ def test_unknown_keys_name_the_nearest() -> None:
 
 def test_nearest() -> None:
     assert nearest("actr", ["actor", "critic"]) == " Did you mean 'actor'?"
+    assert (
+        nearest("gpus", ["nodes", "gpus_per_node", "gpus_per_node_and_more"])
+        == " Did you mean 'gpus_per_node'?"
+    )
+    assert nearest("learning_rates", ["seed", "learning_rate"]) == " Did you mean 'learning_rate'?"
     assert nearest("qqqq", ["b", "a"]) == " Known: a, b."
     assert nearest("qqqq", []) == ""
 
