@@ -24,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt
 # Plans and runs the demo experiment on this machine's CPU.
 demo: $(STAMP)
 	$(BIN)/realloc search experiments/demo/experiment.yaml -o $(DEMO)/plan.yaml
-	$(BIN)/realloc run $(DEMO)/plan.yaml --out $(DEMO)/run
+	$(BIN)/realloc run $(DEMO)/plan.yaml --out $(DEMO)/run --overwrite
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -126,6 +126,14 @@ def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> N
     run.add_argument(
         "--iterations", type=_positive, metavar="N", help="run this many iterations instead of the plan's"
     )
+    run.add_argument("--overwrite", action="store_true", help="delete an earlier run's output in the folder")
+    run.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=600.0,
+        metavar="S",
+        help="how long a rank waits for another before the run fails (default: 600 seconds)",
+    )
     run.set_defaults(command=_run)
 
 
@@ -239,11 +247,15 @@ def _cluster(arguments: argparse.Namespace, experiment: Experiment) -> Cluster:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from runtime.launch import run_plan
+    from runtime.launch import RunOptions, run_plan
 
     plan: Path = arguments.plan
     out = arguments.out if arguments.out is not None else Path("out") / plan.stem
-    return run_plan(plan, out, arguments.iterations)
+    options = RunOptions(
+        iterations=arguments.iterations, overwrite=arguments.overwrite, timeout_s=arguments.timeout
+    )
+    run_plan(plan, out, options)
+    return 0
 
 
 def _profile(arguments: argparse.Namespace) -> int:
