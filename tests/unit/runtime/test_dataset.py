@@ -1,0 +1,287 @@
+"""Data sets: which rows an iteration has, how they become tokens, and what bad files are told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments import toy
+from realloc.errors import InputError
+from realloc.experiment import DataSpec, Experiment, parse_experiment
+from realloc.files import Reader
+from runtime.dataset import Dataset, open_dataset, read_dataset, shuffled
+from runtime.tokenizer import TextTokenizer, read_tokenizer
+
+BOS, EOS = 1, 2
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    toy.write_tokenizer(folder)
+    toy.write_tiny_model(folder, seed=0)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer(model: Path) -> TextTokenizer:
+    return read_tokenizer(model)
+
+
+def write(path: Path, rows: Sequence[Any]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read(path: Path, tokenizer: TextTokenizer, response: str | None = None, **changes: Any) -> Dataset:
+    settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 0} | changes
+    return read_dataset(DataSpec(str(path), "prompt", response), tokenizer, **settings)
+
+
+def prompts(count: int) -> list[dict[str, Any]]:
+    words = [w for w in toy.vocabulary() if w not in toy.SPECIAL_TOKENS]
+    return [{"prompt": f"the {words[i]} .", "number": i} for i in range(count)]
+
+
+# which rows ---------------------------------------------------------------------------------------
+
+
+def test_every_epoch_uses_every_row_once_in_another_order(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    dataset = read(write(tmp_path / "x.jsonl", prompts(10)), tokenizer)
+    order = [row["number"] for iteration in range(5) for row in dataset.batch(iteration).rows]
+    assert sorted(order[:10]) == sorted(order[10:]) == list(range(10))
+    assert order[:10] != order[10:]
+    assert order[:10] != list(range(10))
+
+
+def test_iterations_are_read_without_state(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", prompts(10))
+    straight, resumed = read(path, tokenizer), read(path, tokenizer)
+    batches = [straight.batch(i) for i in range(8)]
+    assert resumed.batch(7) == batches[7]
+    assert resumed.batch(2) == batches[2]
+    assert batches[7].ids == (28, 29, 30, 31)
+    assert [resumed.row(7, p) for p in range(4)] == list(batches[7].rows)
+
+
+def test_the_seed_decides_the_order(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", prompts(10))
+    first, same, other = (read(path, tokenizer, seed=seed).batch(0) for seed in (1, 1, 2))
+    assert first == same
+    assert first.prompts != other.prompts
+
+
+def test_a_batch_may_be_larger_than_the_file(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    batch = read(write(tmp_path / "x.jsonl", prompts(3)), tokenizer, sequences=7).batch(0)
+    assert len(batch.prompts) == 7
+    assert sorted(row["number"] for row in batch.rows[:6]) == [0, 0, 1, 1, 2, 2]
+
+
+def test_orders_are_those_of_a_hash_in_plain_python() -> None:
+    def mix(state: int) -> int:
+        z = (state + 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    assert mix(0) == 0xE220A8397B1DCDAF  # the published first output for seed 0
+    for seed, epoch in ((0, 0), (7, 3), (2**31 - 1, 100)):
+        start = mix((mix(seed) + epoch) % 2**64)
+        expected = sorted(range(50), key=lambda i, start=start: mix((start + i) % 2**64))  # type: ignore[misc]
+        assert shuffled(50, seed, epoch).tolist() == expected
+
+
+def test_shuffling_has_no_visible_pattern() -> None:
+    """Mean displacement of a random permutation is a third of its length."""
+    order = shuffled(30_000, 0, 0)
+    displacement = np.abs(order - np.arange(30_000)).mean()
+    assert displacement == pytest.approx(10_000, rel=0.03)
+
+
+# tokens -------------------------------------------------------------------------------------------
+
+
+def test_prompts_begin_with_bos_and_long_ones_are_dropped(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = [{"prompt": "the dog ."}, {"prompt": "the dog . " * 5}, {"prompt": "the cat ."}]
+    dataset = read(write(tmp_path / "x.jsonl", rows), tokenizer, sequences=2, max_prompt=15)
+    batch = dataset.batch(0)
+    assert sorted(dataset.decode(prompt) for prompt in batch.prompts) == ["the cat .", "the dog ."]
+    assert all(prompt[0] == BOS and EOS not in prompt for prompt in batch.prompts)
+    assert batch.responses is None
+    assert dataset.dropped == 1
+    assert "2 examples, 1 dropped" in dataset.summary()
+
+
+def test_a_prompt_of_exactly_the_maximum_stays(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "the dog ."}])
+    assert read(path, tokenizer, max_prompt=4).dropped == 0
+    with pytest.raises(InputError, match=r"all 1 prompts are longer than .*, 3: they have 4 to 4 tokens"):
+        read(path, tokenizer, max_prompt=3)
+
+
+def test_responses_end_with_eos_or_are_cut(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = [
+        {"prompt": "the dog", "text": "the dog was happy ."},
+        {"prompt": "the cat", "text": " was happy ."},
+        {"prompt": "the fox", "text": " was happy . they danced together ."},
+        {"prompt": "the bird", "text": ""},
+    ]
+    dataset = read(write(tmp_path / "x.jsonl", rows), tokenizer, "text", max_response=5)
+    responses = {}
+    batch = dataset.batch(0)
+    assert batch.responses is not None
+    for prompt, response in zip(batch.prompts, batch.responses, strict=True):
+        responses[dataset.decode(prompt)] = (dataset.decode(response), response[-1] == EOS, len(response))
+    assert responses == {
+        "the dog": ("was happy .", True, 4),
+        "the cat": ("was happy .", True, 4),
+        "the fox": ("was happy . they danced", False, 5),
+        "the bird": ("", True, 1),
+    }
+    assert dataset.truncated == 1
+    assert "1 responses cut" in dataset.summary()
+
+
+def test_a_seam_within_a_token_leaves_the_prompt_alone(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "the dog", "text": "was happy"}])
+    dataset = read(path, tokenizer, "text", sequences=1)
+    batch = dataset.batch(0)
+    assert batch.responses is not None
+    assert dataset.decode(batch.prompts[0]) == "the dog"  # not "the dogwas", an unknown word
+    assert dataset.decode(batch.responses[0]) == "was happy"
+
+
+# bad files ----------------------------------------------------------------------------------------
+
+GOOD = b'{"prompt": "the dog ."}\n'
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "x.jsonl: has no rows"),
+        (b"\n  \n", "x.jsonl: has no rows"),
+        (GOOD + b"{'prompt': 1}\n", "x.jsonl, line 2: not valid JSON"),
+        (GOOD + b"\n[1]\n", "x.jsonl, line 3: expected a JSON object, found list"),
+        (GOOD + b'{"promt": "a"}\n', "x.jsonl, line 2: has no column 'prompt'. Did you mean 'promt'?"),
+        (GOOD + b'{"prompt": 3}\n', "x.jsonl, line 2: prompt: expected text, found int"),
+        (GOOD + b'{"prompt": null}\n', "x.jsonl, line 2: prompt: expected text, found NoneType"),
+        (GOOD + b'{"prompt": " \\n"}\n', "x.jsonl, line 2: prompt: is empty"),
+        (GOOD + b'{"prompt": "\xff"}\n', "x.jsonl, line 2: not UTF-8 text (byte 12 of the line)"),
+        (b"[" * 100_000, "x.jsonl, line 1: not valid JSON"),
+    ],
+)
+def test_bad_files_are_named_with_their_line(
+    tmp_path: Path, tokenizer: TextTokenizer, content: bytes, message: str
+) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(content)
+    with pytest.raises(InputError) as error:
+        read(path, tokenizer)
+    assert message in str(error.value)
+
+
+def test_missing_files_and_folders_are_said(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    with pytest.raises(InputError, match="no such file"):
+        read(tmp_path / "none.jsonl", tokenizer)
+    with pytest.raises(InputError, match="cannot be read"):
+        read(tmp_path, tokenizer)
+
+
+def test_a_missing_response_column_is_an_error(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", [{"prompt": "the dog .", "story": "they danced ."}])
+    with pytest.raises(InputError, match="Did you mean 'story'"):
+        read(path, tokenizer, "storys")
+
+
+def test_windows_files_are_read(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") * 2)
+    assert len(read(path, tokenizer).examples) == 2
+
+
+# experiments --------------------------------------------------------------------------------------
+
+
+def experiment(model: Path, data: Path) -> Experiment:
+    content = {
+        "algorithm": "ppo",
+        "models": {role: str(model) for role in ("actor", "critic", "ref")},
+        "workload": {"sequences": 4, "prompt_tokens": 16, "response_tokens": 8},
+        "data": {"path": str(data)},
+        "reward": "experiments.rewards:sentiment",
+        "seed": 3,
+    }
+    return parse_experiment(Reader(content, "experiment.yaml"), data.parent)
+
+
+def test_an_experiment_names_all_that_is_needed(tmp_path: Path, model: Path) -> None:
+    dataset = open_dataset(experiment(model, write(tmp_path / "x.jsonl", prompts(10))))
+    assert (dataset.seed, dataset.sequences, dataset.eos_ids, dataset.pad_id) == (3, 4, (EOS,), 0)
+
+
+def test_runs_need_data_weights_and_one_vocabulary(tmp_path: Path, model: Path) -> None:
+    good = experiment(model, write(tmp_path / "x.jsonl", prompts(100)))
+    with pytest.raises(InputError, match="a run needs prompts"):
+        open_dataset(replace(good, data=None))
+    actor = good.models["actor"]
+    named = replace(actor, model="llama-7b")
+    with pytest.raises(InputError, match="'llama-7b' is the name of a shape, for planning only"):
+        open_dataset(replace(good, models={**good.models, "actor": named}))
+    small = replace(actor, role="critic", shape=replace(actor.shape, vocab=40))
+    with pytest.raises(InputError, match=r"models\.critic: has a vocabulary of 40, but"):
+        open_dataset(replace(good, models={**good.models, "critic": small}))
+
+
+# tokenizers ---------------------------------------------------------------------------------------
+
+
+def copy_model(model: Path, to: Path, **config: Any) -> Path:
+    to.mkdir()
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (to / name).write_bytes((model / name).read_bytes())
+    content = json.loads((model / "config.json").read_text()) | config
+    (to / "config.json").write_text(json.dumps(content))
+    return to
+
+
+def test_eos_ids_come_from_every_file_that_names_them(tmp_path: Path, model: Path) -> None:
+    folder = copy_model(model, tmp_path / "m", eos_token_id=[5, 2])
+    (folder / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert read_tokenizer(folder).eos_ids == (2, 7, 5)
+    (folder / "tokenizer_config.json").write_text('{"eos_token": {"content": "<bos>"}}')
+    assert read_tokenizer(folder).eos_ids == (1, 7, 5, 2)
+
+
+def test_settings_of_earlier_calls_do_not_cut_or_pad(tmp_path: Path, model: Path) -> None:
+    folder = copy_model(model, tmp_path / "m")
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["truncation"] = {
+        "direction": "Right",
+        "max_length": 3,
+        "strategy": "LongestFirst",
+        "stride": 0,
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    (ids,) = read_tokenizer(folder).encode(["the dog was happy ."], special_tokens=True)
+    assert len(ids) == 6
+
+
+def test_bad_tokenizer_folders_are_named(tmp_path: Path, model: Path) -> None:
+    folder = copy_model(model, tmp_path / "m")
+    (folder / "tokenizer_config.json").write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config\.json: not valid JSON"):
+        read_tokenizer(folder)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(InputError, match=r"tokenizer\.json: cannot be read as a tokenizer"):
+        read_tokenizer(folder)
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(InputError, match=r"has no tokenizer\.json"):
+        read_tokenizer(folder)
