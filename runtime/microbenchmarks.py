@@ -1,0 +1,272 @@
+"""Micro-benchmarks of one device and of its links: medians of seconds and bytes, no judgement.
+
+Decides what is run and how it is timed. Does not know what a profile is for, and starts no
+processes (`runtime.profiler` does).
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+
+Action = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How long and how large: `repeats` samples of at least `sample_s` each."""
+
+    repeats: int
+    sample_s: float
+    sides: tuple[int, ...]
+    """Square products have these sides."""
+    working_sets: tuple[int, ...]
+    """Bytes that a loop of matrix-vector products goes through."""
+    message_bytes: int
+    """A large message; small ones have 256 bytes."""
+    optimizer_elements: int
+
+
+def effort(device: torch.device, quick: bool) -> Effort:
+    """CPU sizes stay where a laptop answers in seconds; a GPU needs large ones to fill up."""
+    mib = 1 << 20
+    if device.type == "cuda":
+        sides = (128, 512, 2048, 8192) if quick else (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+        return Effort(5 if quick else 15, 0.01, sides, (1024 * mib,), 256 * mib, 1 << 28)
+    sides = (16, 64, 256, 640) if quick else (8, 16, 32, 64, 128, 256, 512, 1024, 1536)
+    sets = (mib, 16 * mib, 128 * mib) if quick else (mib // 4, mib, 4 * mib, 16 * mib, 64 * mib, 256 * mib)
+    return Effort(5 if quick else 15, 0.005 if quick else 0.02, sides, sets, 8 * mib, 1 << 22)
+
+
+class Clock:
+    """Times actions on one device."""
+
+    def __init__(self, device: torch.device, budget: Effort) -> None:
+        self._device, self._budget = device, budget
+
+    def seconds(self, action: Action) -> float:
+        """Median seconds of one action, over samples that repeat it often enough to be timed."""
+        action()
+        count = 1
+        while (spent := self.run(action, count)) < self._budget.sample_s and count < 1 << 20:
+            count = max(
+                count + 1, min(count * 10, int(count * 1.2 * self._budget.sample_s / max(spent, 1e-9)))
+            )
+        return median(self.run(action, count) / count for _ in range(self._budget.repeats))
+
+    def run(self, action: Action, count: int) -> float:
+        """Seconds of `count` actions in a row."""
+        if self._device.type != "cuda":
+            start = time.perf_counter()
+            for _ in range(count):
+                action()
+            return time.perf_counter() - start
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        for _ in range(count):
+            action()
+        end.record()
+        end.synchronize()
+        elapsed: float = begin.elapsed_time(end) / 1e3
+        return elapsed
+
+
+def launch_s(clock: Clock, device: torch.device) -> float:
+    """Mean overhead of the small operators a decoder layer consists of."""
+    x = torch.randn(4, 8, device=device)
+    weight = torch.ones(8, device=device)
+    rows = torch.arange(4, device=device)
+    actions: Sequence[Action] = (
+        lambda: x + x,
+        lambda: x * weight,
+        lambda: F.silu(x),
+        lambda: F.rms_norm(x, (8,), weight),
+        lambda: torch.cat([x, x], dim=-1),
+        lambda: x[rows],
+    )
+    with torch.no_grad():
+        return sum(clock.seconds(action) for action in actions) / len(actions)
+
+
+def matmul_points(
+    clock: Clock, device: torch.device, dtype: torch.dtype, sides: Sequence[int], overhead_s: float
+) -> list[list[float]]:
+    """[flops of a product, flops/s] of square products, the operator's overhead subtracted."""
+    points = []
+    for side in sides:
+        x = torch.randn(side, side, device=device).to(dtype)
+        w = torch.randn(side, side, device=device).to(dtype)
+        with torch.no_grad():
+            spent = clock.seconds(lambda x=x, w=w: F.linear(x, w))  # type: ignore[misc]
+        flops = 2.0 * side**3
+        points.append([flops, flops / max(spent - overhead_s, 0.5 * spent)])
+    return points
+
+
+def memory_points(
+    clock: Clock, device: torch.device, sets: Sequence[int], overhead_s: float
+) -> list[list[float]]:
+    """[working set in bytes, bytes/s] of fp32 matrix-vector products over as many weights."""
+    points = []
+    for size in sets:
+        width = 256 if size < 1 << 21 else 1024
+        width = 8192 if device.type == "cuda" else width
+        weights = [torch.randn(width, width, device=device) for _ in range(max(1, size // (4 * width**2)))]
+        x = torch.randn(1, width, device=device)
+
+        def sweep(weights: list[torch.Tensor] = weights, x: torch.Tensor = x) -> None:
+            for weight in weights:
+                F.linear(x, weight)
+
+        with torch.no_grad():
+            spent = clock.seconds(sweep)
+        moved = sum(weight.numel() * 4.0 for weight in weights)
+        points.append([float(size), moved / max(spent - overhead_s * len(weights), 0.5 * spent)])
+    return points
+
+
+def attention_costs(clock: Clock, device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Flops/s of causal attention over one long sequence, and seconds of one tiny kernel."""
+    length = 4096 if device.type == "cuda" else 512
+    heads, dim = 8, 64
+
+    def attend(tokens: int) -> Action:
+        q = torch.randn(1, heads, tokens, dim, device=device).to(dtype)
+        return lambda: F.scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    with torch.no_grad():
+        tiny, long = clock.seconds(attend(4)), clock.seconds(attend(length))
+    return 2.0 * length**2 * heads * dim / max(long - tiny, 0.2 * long), tiny
+
+
+def optimizer_bytes_per_s(clock: Clock, device: torch.device, elements: int) -> float:
+    """28 bytes per element of a fused fp32 AdamW step over its seconds."""
+    weight = torch.zeros(elements, device=device)
+    weight.grad = torch.zeros_like(weight)
+    optimizer = torch.optim.AdamW([weight], lr=1e-6, fused=True)
+    return 28.0 * elements / clock.seconds(optimizer.step)
+
+
+def host_bytes_per_s(clock: Clock, device: torch.device) -> float:
+    """Copies from host to device (from memory to memory on a CPU)."""
+    size = 1 << 26
+    source = torch.zeros(size, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    target = torch.zeros(size, dtype=torch.uint8, device=device)
+    return size / clock.seconds(lambda: target.copy_(source, non_blocking=True))
+
+
+def concurrency_points(clock: Clock, device: torch.device, rank: int, ranks: int) -> list[list[float]]:
+    """[ranks that compute at once, slowdown against one alone]; every rank calls it.
+
+    The load is half products, half streaming, as training and decoding are.
+    """
+    x = torch.randn(256, 256, device=device)
+    stream = torch.zeros(1 << 20, device=device)
+
+    def load() -> None:
+        for _ in range(4):
+            F.linear(x, x)
+        stream.add_(1.0)
+
+    count = max(10, int(0.25 / max(clock.run(load, 5) / 5, 1e-6)))
+    count = _agreed(device, count)
+    alone = 0.0
+    points = []
+    for active in group_sizes(ranks, first=1):
+        samples = []
+        for _ in range(3):
+            dist.barrier()
+            spent = clock.run(load, count) if rank < active else 0.0
+            samples.append(_largest(device, spent))
+        seconds = median(samples)
+        alone = alone or seconds
+        points.append([float(active), max(1.0, seconds / alone)])
+    return points
+
+
+def message_costs(
+    clock: Clock, device: torch.device, rank: int, large: int, repeats: int
+) -> dict[str, float]:
+    """Latency and bytes/s of messages between ranks 0 and 1; every rank calls it."""
+    seconds = []
+    for size in (256, large):
+        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
+
+        def there_and_back(buffer: torch.Tensor = buffer) -> None:
+            if rank == 0:
+                dist.send(buffer, 1)
+                dist.recv(buffer, 1)
+            elif rank == 1:
+                dist.recv(buffer, 0)
+                dist.send(buffer, 0)
+
+        seconds.append(_timed_together(clock, there_and_back, 20 if size == 256 else 3, repeats) / 2)
+    return _latency_and_rate(seconds[0], seconds[1], large)
+
+
+def collective_rows(
+    clock: Clock, device: torch.device, rank: int, ranks: int, large: int, repeats: int
+) -> dict[str, list[dict[str, float]]]:
+    """Latency and tensor bytes/s of collectives by group size; every rank calls it."""
+    tables: dict[str, list[dict[str, float]]] = {"all_reduce": [], "all_gather": []}
+    for size in group_sizes(ranks, first=2):
+        group = dist.new_group(list(range(size)))
+        for name, rows in tables.items():
+            seconds = []
+            for num_bytes in (256, large):
+                action = _collective(name, device, num_bytes // 4, size, group if rank < size else None)
+                seconds.append(_timed_together(clock, action, 10 if num_bytes == 256 else 3, repeats))
+            rows.append({"ranks": size, **_latency_and_rate(seconds[0], seconds[1], large)})
+    return tables
+
+
+def group_sizes(ranks: int, *, first: int) -> list[int]:
+    """Powers of two from `first` up to all ranks, and all ranks."""
+    sizes = [first << i for i in range(32) if first << i < ranks]
+    return [*sizes, ranks] if ranks >= first else sizes
+
+
+def _collective(
+    name: str, device: torch.device, elements: int, size: int, group: dist.ProcessGroup | None
+) -> Action:
+    if group is None:
+        return lambda: None
+    if name == "all_reduce":
+        tensor = torch.zeros(elements, device=device)
+        return lambda: dist.all_reduce(tensor, group=group)
+    part = torch.zeros(max(1, elements // size), device=device)
+    parts = [torch.empty_like(part) for _ in range(size)]
+    return lambda: dist.all_gather(parts, part, group=group)
+
+
+def _timed_together(clock: Clock, action: Action, count: int, repeats: int) -> float:
+    """Median seconds of one action that several ranks take part in, started together."""
+    clock.run(action, 2)
+    samples = []
+    for _ in range(repeats):
+        dist.barrier()
+        samples.append(clock.run(action, count) / count)
+    return median(samples)
+
+
+def _latency_and_rate(small_s: float, large_s: float, large_bytes: int) -> dict[str, float]:
+    return {"latency_s": small_s, "bytes_per_s": large_bytes / max(large_s - small_s, 0.05 * large_s)}
+
+
+def _largest(device: torch.device, value: float) -> float:
+    tensor = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return float(tensor.item())
+
+
+def _agreed(device: torch.device, value: int) -> int:
+    """Rank 0's value on every rank."""
+    tensor = torch.tensor([value if dist.get_rank() == 0 else 0], dtype=torch.int64, device=device)
+    dist.all_reduce(tensor)
+    return int(tensor.item())
