@@ -9,11 +9,12 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import select
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from realloc import __version__
 from realloc.errors import InputError, ReallocError
@@ -59,12 +60,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _reader_is_gone() -> bool:
     """Whether whoever read our output has stopped (`realloc ... | head`); silences it if so."""
     try:
-        sys.stdout.flush()
-    except BrokenPipeError:
+        output = sys.stdout.fileno()
+    except (OSError, ValueError):  # replaced by an object without a file
+        return False
+    poll = select.poll()
+    poll.register(output, 0)
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
         # Python flushes once more at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+        os.dup2(os.open(os.devnull, os.O_WRONLY), output)
+    return gone
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -232,7 +237,8 @@ def _cluster(arguments: argparse.Namespace, experiment: Experiment) -> Cluster:
     if cluster is None and not given:
         raise InputError(
             f"{arguments.experiment}: names no cluster. Give --cluster FILE, or --nodes N --gpus-per-node G "
-            "--device NAME, or add 'cluster: {nodes: 2, gpus_per_node: 8, device: h100}' to the experiment."
+            "--device NAME, or write into the experiment, for example: "
+            "cluster: {nodes: 2, gpus_per_node: 8, device: h100-sxm}"
         )
     if cluster is not None and "device" in given:
         cluster = replace(cluster, memory_bytes=None)  # it was the other device's
@@ -329,8 +335,9 @@ def _plan_summary(path: Path) -> str:
 def _profile_summary(path: Path) -> str:
     from cost_models.profile import read_profile
 
-    profile: Any = read_profile(path)
-    return str(profile.name)
+    profile = read_profile(path)
+    gib = profile.memory_bytes / 2**30
+    return f"{profile.provenance.device}, {profile}, {gib:.4g} GiB, {', '.join(d for d, _ in profile.matmul)}"
 
 
 def _trace_summary(path: Path) -> str:

@@ -64,9 +64,8 @@ class _StrictLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ign
 def nearest(word: str, known: Iterable[str]) -> str:
     """` Did you mean 'x'?`, or the known words when none is near."""
     words = sorted(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.5)
-    if not close and len(word) > 1:
-        close = sorted((known for known in words if known.startswith(word)), key=len)
+    begun = sorted((known for known in words if known.startswith(word) and len(word) > 1), key=len)
+    close = begun or difflib.get_close_matches(word, words, n=1, cutoff=0.5)
     if close:
         return f" Did you mean '{close[0]}'?"
     return f" Known: {', '.join(words)}." if words else ""

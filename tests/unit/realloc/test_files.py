@@ -191,6 +191,7 @@ def test_nearest() -> None:
         nearest("gpus", ["nodes", "gpus_per_node", "gpus_per_node_and_more"])
         == " Did you mean 'gpus_per_node'?"
     )
+    assert nearest("h100", ["h200", "h100-sxm"]) == " Did you mean 'h100-sxm'?"
     assert nearest("learning_rates", ["seed", "learning_rate"]) == " Did you mean 'learning_rate'?"
     assert nearest("qqqq", ["b", "a"]) == " Known: a, b."
     assert nearest("qqqq", []) == ""
