@@ -5,7 +5,7 @@ Decides nothing about what is computed. Groups are made once, in the same order 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 
@@ -111,20 +111,16 @@ class Groups:
         )
 
 
-def make_groups(
-    placements: Iterable[Placement],
-    rank: int,
-    timeout: timedelta,
-    new_group: Callable[..., dist.ProcessGroup] = dist.new_group,
-) -> Groups:
-    """Makes every group of these placements that `rank` belongs to.
+def make_groups(placements: Iterable[Placement], rank: int, timeout: timedelta) -> Groups:
+    """Makes every group that these placements need and keeps those that `rank` belongs to.
 
-    Only members take part in making a group, so the cost for a rank grows with its own groups,
-    not with the cluster. All ranks must pass the placements in the same order.
+    All ranks of the world must pass the placements in the same order, and all take part in making
+    every group: torch names a group that only its members make (`use_local_synchronization`) by
+    how many groups a rank has, which differs between ranks here.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
     for placement in placements:
         for ranks in group_ranks(placement):
-            if len(ranks) > 1 and rank in ranks and ranks not in made:
-                made[ranks] = new_group(list(ranks), timeout=timeout, use_local_synchronization=True)
-    return Groups(rank, made)
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(list(ranks), timeout=timeout)
+    return Groups(rank, {ranks: group for ranks, group in made.items() if rank in ranks})
