@@ -1,0 +1,53 @@
+"""The planner's door: an experiment and a cluster in, a plan with predictions out."""
+
+from __future__ import annotations
+
+from cost_models.model import CostModel
+from cost_models.profile import load_profile
+from planner.candidates import Limits, build_candidates
+from planner.costs import Costs
+from planner.problem import Problem
+from planner.result import SearchResult
+from planner.search import methods
+from realloc.cluster import Cluster
+from realloc.errors import InputError
+from realloc.experiment import Experiment
+from realloc.files import nearest
+
+DEFAULT_METHOD = "auto"
+DEFAULT_TIME_LIMIT_S = 30.0
+
+
+def search_plan(
+    experiment: Experiment,
+    cluster: Cluster,
+    *,
+    method: str | None = None,
+    time_limit_s: float | None = None,
+    seed: int = 0,
+    limits: Limits | None = None,
+) -> SearchResult:
+    """Searches the fastest plan that fits in memory: by `auto`, and for DEFAULT_TIME_LIMIT_S at most.
+
+    Raises InputError for an unknown method or device, and InfeasibleError when nothing fits.
+    """
+    known = methods()
+    method = DEFAULT_METHOD if method is None else method
+    if method not in known:
+        raise InputError(f"search: method '{method}' is not known.{nearest(method, known)}")
+    problem = make_problem(experiment, cluster, limits)
+    limit_s = DEFAULT_TIME_LIMIT_S if time_limit_s is None else time_limit_s
+    return known[method](problem, limit_s, seed)
+
+
+def make_problem(experiment: Experiment, cluster: Cluster, limits: Limits | None = None) -> Problem:
+    """Candidates and costs of an experiment on a cluster, with the device's own profile.
+
+    Raises InputError for an unknown device and InfeasibleError when a call fits nowhere.
+    """
+    graph = experiment.graph()
+    profile = load_profile(cluster.device)
+    costs: Costs = CostModel(experiment, graph, cluster, profile)
+    capacity = cluster.memory_bytes if cluster.memory_bytes is not None else profile.memory_bytes
+    candidates = build_candidates(experiment, graph, cluster, costs, capacity, limits)
+    return Problem(experiment, graph, cluster, costs, candidates, capacity)

@@ -1,0 +1,358 @@
+"""Where and how each call may run: every legal (mesh, strategy) that is worth looking at.
+
+Decides which placements search sees, and counts what it leaves out and why. All nodes of a cluster
+are alike, so seconds and bytes are asked once for each (mesh size, strategy) and hold for every
+mesh of that size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from planner.costs import Costs, Memory
+from planner.memory import causes_of
+from realloc.augmented import Placement
+from realloc.cluster import GIB, Cluster
+from realloc.dataflow import Call, CallKind, DataflowGraph
+from realloc.errors import InfeasibleError
+from realloc.experiment import Experiment
+from realloc.mesh import DeviceMesh, all_meshes
+from realloc.model_shape import ModelShape
+from realloc.strategy import Strategy, forbidden
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of a large cluster's candidates to keep.
+
+    At most `most_meshes` meshes; `most_micro_batches` per data-parallel rank. Where the cluster
+    has more than `keep_all_up_to` meshes, a call keeps on each mesh its `fastest` strategies and
+    its `smallest` ones (by memory), and those that other calls of its role keep there.
+    """
+
+    most_meshes: int = 1200
+    most_micro_batches: int = 64
+    keep_all_up_to: int = 40
+    fastest: int = 3
+    smallest: int = 1
+
+
+@dataclass(frozen=True)
+class Option:
+    """A strategy with its cost on every mesh of `strategy.size` GPUs."""
+
+    strategy: Strategy
+    seconds: float
+    memory: Memory
+
+    @property
+    def working_bytes(self) -> int:
+        return sum(self.memory.working.values())
+
+    @property
+    def total_bytes(self) -> int:
+        """Bytes on each GPU of the call alone."""
+        return sum(causes_of(self.memory).values())
+
+
+@dataclass(frozen=True)
+class Candidate:
+    placement: Placement
+    option: Option
+
+
+@dataclass(frozen=True)
+class Rejection:
+    """Why `count` placements of a call were left out, with the numbers of one of them."""
+
+    call: str
+    reason: str
+    count: int
+    example: str
+
+
+@dataclass(frozen=True)
+class CandidateSet:
+    """`candidates[call name]`, fastest first."""
+
+    candidates: Mapping[str, Sequence[Candidate]]
+    rejections: tuple[Rejection, ...] = ()
+
+    @property
+    def num_plans(self) -> int:
+        total = 1
+        for candidates in self.candidates.values():
+            total *= len(candidates)
+        return total
+
+
+@dataclass
+class _Rejections:
+    counts: dict[tuple[str, str], int] = field(default_factory=dict)
+    examples: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add(self, call: Call, reason: str, count: int, example: str) -> None:
+        key = (call.name, reason)
+        self.counts[key] = self.counts.get(key, 0) + count
+        self.examples.setdefault(key, example)
+
+    def result(self) -> tuple[Rejection, ...]:
+        return tuple(
+            Rejection(call, reason, count, self.examples[call, reason])
+            for (call, reason), count in self.counts.items()
+        )
+
+
+def build_candidates(
+    experiment: Experiment,
+    graph: DataflowGraph,
+    cluster: Cluster,
+    costs: Costs,
+    capacity_bytes: int,
+    limits: Limits | None = None,
+) -> CandidateSet:
+    """The candidates of every call that fit into `capacity_bytes` on their own.
+
+    Raises InfeasibleError when a call fits nowhere.
+    """
+    limits = limits or Limits()
+    rejections = _Rejections()
+    meshes = _meshes(graph, cluster, limits, rejections)
+    by_size: dict[int, list[DeviceMesh]] = {}
+    for mesh in meshes:
+        by_size.setdefault(mesh.size, []).append(mesh)
+    options: dict[str, dict[int, list[Option]]] = {}
+    for call in graph.calls:
+        options[call.name] = {
+            size: _options(experiment, graph, call, same, costs, capacity_bytes, limits, rejections)
+            for size, same in by_size.items()
+        }
+        if not any(options[call.name].values()):
+            _raise_infeasible(experiment, graph, call, by_size, costs, capacity_bytes, limits)
+    if len(meshes) > limits.keep_all_up_to:
+        options = _bounded(graph, options, by_size, limits, rejections)
+    candidates = {}
+    for call in graph.calls:
+        found = [
+            Candidate(Placement(mesh, option.strategy), option)
+            for size, same in by_size.items()
+            for option in options[call.name][size]
+            for mesh in same
+        ]
+        candidates[call.name] = sorted(found, key=lambda candidate: candidate.option.seconds)
+    return CandidateSet(candidates, rejections.result())
+
+
+def _meshes(
+    graph: DataflowGraph, cluster: Cluster, limits: Limits, rejections: _Rejections
+) -> Sequence[DeviceMesh]:
+    """All meshes; on a very large cluster, runs of nodes only where they are aligned."""
+    every = all_meshes(cluster)
+    if len(every) <= limits.most_meshes:
+        return every
+    per_node = cluster.gpus_per_node
+
+    coarse = max(1, cluster.num_nodes // 16)
+
+    def aligned(mesh: DeviceMesh) -> bool:
+        nodes = max(1, mesh.size // per_node)
+        if nodes == cluster.num_nodes:
+            return True
+        starts = mesh.first // per_node % coarse == 0
+        return starts and (nodes % coarse == 0 or (nodes < coarse and nodes & (nodes - 1) == 0))
+
+    kept = [mesh for mesh in every if aligned(mesh)]
+    for call in graph.calls:
+        rejections.add(
+            call,
+            "mesh not aligned to a sixteenth of the cluster (large cluster)",
+            len(every) - len(kept),
+            f"{len(kept)} of {len(every)} meshes kept",
+        )
+    return kept
+
+
+def _strategies(
+    experiment: Experiment,
+    call: Call,
+    shape: ModelShape | None,
+    meshes: Sequence[DeviceMesh],
+    most_micro_batches: int,
+    rejections: _Rejections,
+) -> list[Strategy]:
+    """Every legal strategy of the call on meshes of one size."""
+    mesh, count = meshes[0], len(meshes)
+    share = experiment.workload.sequences // call.mini_batches
+    found: list[Strategy] = []
+    for tp in _divisors(mesh.size):
+        for pp in _divisors(mesh.size // tp):
+            strategy = Strategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)
+            if call.kind is CallKind.COMPUTE and strategy.dp != mesh.size:
+                continue
+            if mesh.gpus_per_node % tp:
+                reason = "tp leaves its node"
+                example = f"{strategy}: tp {tp} does not divide the {mesh.gpus_per_node} GPUs of a node"
+            elif strategy.dp > share:
+                reason = "dp exceeds the sequences of a mini-batch"
+                example = f"{strategy}: dp {strategy.dp}, {share} sequences"
+            elif shape is not None and (why := forbidden(strategy, shape)):
+                reason, example = "the model cannot be split so", f"{strategy}: {why}"
+            else:
+                most = min(most_micro_batches, share // strategy.dp)
+                if call.kind is CallKind.COMPUTE:
+                    most = 1
+                found += [replace(strategy, micro_batches=m) for m in _micro_batches(most, pp)]
+                continue
+            rejections.add(call, reason, count, example)
+    return found
+
+
+def _divisors(number: int) -> list[int]:
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def _micro_batches(most: int, pp: int) -> list[int]:
+    """Powers of two, and whole multiples of the pipeline's depth, up to `most`."""
+    powers = {1 << k for k in range(most.bit_length()) if 1 << k <= most}
+    return sorted(powers | {n for n in (pp, 2 * pp, 4 * pp) if n <= most})
+
+
+def _options(
+    experiment: Experiment,
+    graph: DataflowGraph,
+    call: Call,
+    meshes: Sequence[DeviceMesh],
+    costs: Costs,
+    capacity_bytes: int,
+    limits: Limits,
+    rejections: _Rejections,
+) -> list[Option]:
+    """Strategies that fit on their own, without those that another number of micro-batches beats."""
+    shape = None if call.role is None else experiment.role_shape(graph, call.role)
+    count = len(meshes)
+    strategies = _strategies(experiment, call, shape, meshes, limits.most_micro_batches, rejections)
+    by_layout: dict[tuple[int, int, int], list[Option]] = {}
+    for strategy in strategies:
+        placement = Placement(meshes[0], strategy)
+        option = Option(strategy, 0.0, costs.call_memory(call, placement))
+        if option.total_bytes > capacity_bytes:
+            example = f"{strategy}: {gib(option.total_bytes)} of {gib(capacity_bytes)} a GPU"
+            rejections.add(call, "does not fit in memory", count, example)
+            continue
+        option = replace(option, seconds=costs.call_s(call, placement))
+        by_layout.setdefault((strategy.dp, strategy.tp, strategy.pp), []).append(option)
+    kept: list[Option] = []
+    for same in by_layout.values():
+        same.sort(key=lambda o: (o.seconds, o.total_bytes, o.strategy.micro_batches))
+        least: Option | None = None
+        for option in same:
+            if least is not None and option.total_bytes >= least.total_bytes:
+                example = (
+                    f"{option.strategy}: {option.seconds:.4g} s, {gib(option.total_bytes)}; "
+                    f"m{least.strategy.micro_batches}: {least.seconds:.4g} s, {gib(least.total_bytes)}"
+                )
+                rejections.add(call, "other micro-batches are no worse", count, example)
+                continue
+            least = option
+            kept.append(option)
+    return kept
+
+
+def _bounded(
+    graph: DataflowGraph,
+    options: Mapping[str, Mapping[int, Sequence[Option]]],
+    by_size: Mapping[int, Sequence[DeviceMesh]],
+    limits: Limits,
+    rejections: _Rejections,
+) -> dict[str, dict[int, list[Option]]]:
+    """Keeps few strategies for each mesh: see `Limits`."""
+
+    def layout(option: Option) -> tuple[int, int, int]:
+        return option.strategy.dp, option.strategy.tp, option.strategy.pp
+
+    result: dict[str, dict[int, list[Option]]] = {call.name: {} for call in graph.calls}
+    for size, meshes in by_size.items():
+        chosen: dict[str, set[tuple[int, int, int]]] = {}
+        for call in graph.calls:
+            every = options[call.name][size]
+            fast: dict[tuple[int, int, int], None] = {}
+            for option in sorted(every, key=lambda o: o.seconds):
+                if len(fast) < limits.fastest:
+                    fast[layout(option)] = None
+            small = sorted(every, key=lambda o: (o.total_bytes, o.seconds))[: limits.smallest]
+            group = call.role or call.name
+            chosen.setdefault(group, set()).update(fast, map(layout, small))
+        for call in graph.calls:
+            every = options[call.name][size]
+            wanted = chosen[call.role or call.name]
+            kept: list[Option] = []
+            for key in sorted(wanted):
+                same = [option for option in every if layout(option) == key]
+                # of several micro-batch counts: the fastest and the smallest
+                kept += same if len(same) < 3 else [same[0], same[-1]]
+            result[call.name][size] = kept
+            if len(kept) < len(every):
+                rejections.add(
+                    call,
+                    "slower than others on the same mesh (large cluster)",
+                    (len(every) - len(kept)) * len(meshes),
+                    f"{len(kept)} of {len(every)} strategies kept on meshes of {size}",
+                )
+    return result
+
+
+def _raise_infeasible(
+    experiment: Experiment,
+    graph: DataflowGraph,
+    call: Call,
+    by_size: Mapping[int, Sequence[DeviceMesh]],
+    costs: Costs,
+    capacity_bytes: int,
+    limits: Limits,
+) -> None:
+    """Names the call that fits nowhere, with the numbers of its least hungry candidate."""
+    shape = None if call.role is None else experiment.role_shape(graph, call.role)
+    least: Candidate | None = None
+    for meshes in by_size.values():
+        strategies = _strategies(experiment, call, shape, meshes, limits.most_micro_batches, _Rejections())
+        for strategy in strategies:
+            placement = Placement(meshes[0], strategy)
+            candidate = Candidate(placement, Option(strategy, 0.0, costs.call_memory(call, placement)))
+            if least is None or candidate.option.total_bytes < least.option.total_bytes:
+                least = candidate
+    if least is None:
+        raise InfeasibleError(
+            f"{call.name}: no strategy is possible on any mesh: its model's heads and layers, the "
+            f"{experiment.workload.sequences} sequences of an iteration and its "
+            f"{call.mini_batches} mini-batches allow none; use more sequences or fewer mini-batches."
+        )
+    causes = causes_of(least.option.memory)
+    raise InfeasibleError(
+        f"{call.name} fits nowhere: even {least.placement} needs {gib(least.option.total_bytes)} on "
+        f"each GPU ({describe_bytes(causes)}), but only {gib(capacity_bytes)} may be used; "
+        f"{remedy(causes)}."
+    )
+
+
+def remedy(causes: Mapping[str, int]) -> str:
+    """What to change, given the bytes by cause that do not fit."""
+    resident = sum(causes.get(name, 0) for name in ("parameters", "gradients", "optimizer"))
+    if 2 * resident > sum(causes.values()):
+        return "use more or larger GPUs, or a smaller model"
+    return "use more GPUs, fewer sequences per iteration, shorter sequences, or more mini-batches"
+
+
+def describe_bytes(causes: Mapping[str, int]) -> str:
+    """`optimizer 10.0 GiB, parameters 2.5 GiB`, largest first, zeros left out."""
+    ordered = sorted(causes.items(), key=lambda item: -item[1])
+    return ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in ordered if size)
+
+
+def gib(size: float) -> str:
+    """Bytes for people: `12.3 GiB`, or MiB and bytes below a tenth of one."""
+    if size >= GIB / 10:
+        return f"{size / GIB:.1f} GiB"
+    if size >= 1 << 20:
+        return f"{size / (1 << 20):.1f} MiB"
+    return f"{int(size)} bytes"

@@ -1,0 +1,88 @@
+"""What planning asks of a cost model, and a cache in front of it.
+
+The planner knows no hardware: seconds and bytes come through this protocol alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Protocol
+
+from realloc.augmented import Placement
+from realloc.dataflow import Call
+
+
+class Memory(Protocol):
+    """Bytes on each GPU of one call's mesh.
+
+    Parameters, gradients and optimizer are resident: they belong to (role, layout) and stay
+    between calls. `working` (by cause) is in use only while the call runs.
+    """
+
+    @property
+    def parameters(self) -> int: ...
+
+    @property
+    def gradients(self) -> int: ...
+
+    @property
+    def optimizer(self) -> int: ...
+
+    @property
+    def working(self) -> Mapping[str, int]: ...
+
+
+class Costs(Protocol):
+    """Seconds and bytes of everything that an augmented graph may hold."""
+
+    @property
+    def provenance(self) -> str: ...
+
+    def call_s(self, call: Call, placement: Placement) -> float: ...
+
+    def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float: ...
+
+    def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float: ...
+
+    def call_memory(self, call: Call, placement: Placement) -> Memory: ...
+
+
+class MoveCosts:
+    """Transfers and reallocations, each asked once for placements that differ by whole nodes alone.
+
+    All nodes of a cluster are alike, so moving both ends by the same number of nodes changes
+    nothing. Micro-batches do not matter to where data and parameters lie.
+    """
+
+    def __init__(self, costs: Costs) -> None:
+        self._costs = costs
+        self._known: dict[tuple[object, ...], float] = {}
+
+    def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
+        src, dst = _near_origin(src, dst)
+        key = (keys, src, dst)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._costs.transfer_s(keys, src, dst)
+        return found
+
+    def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
+        src, dst = _near_origin(src, dst)
+        key = (role, src, dst)
+        found = self._known.get(key)
+        if found is None:
+            found = self._known[key] = self._costs.reallocate_s(role, src, dst)
+        return found
+
+
+def _near_origin(src: Placement, dst: Placement) -> tuple[Placement, Placement]:
+    """The pair moved to the first nodes of the cluster, micro-batches left out."""
+    node = src.mesh.gpus_per_node
+    shift = min(src.mesh.first, dst.mesh.first) // node * node
+    return _moved(src, shift), _moved(dst, shift)
+
+
+def _moved(placement: Placement, shift: int) -> Placement:
+    mesh = placement.mesh
+    return Placement(replace(mesh, first=mesh.first - shift), replace(placement.strategy, micro_batches=1))

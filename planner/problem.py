@@ -1,0 +1,350 @@
+"""One search problem: candidates as tables of numbers, and the seconds of any choice of them.
+
+A choice is one candidate index per call, in the graph's order of calls. Evaluating one builds the
+same augmented graph as `realloc.augmented.augment`, but as numbers; tests hold the two together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import inf
+
+from planner.candidates import Candidate, CandidateSet
+from planner.costs import Costs, Memory, MoveCosts
+from planner.precedence import Precedence, list_schedule, rank_arcs
+from planner.simulator import steady_state
+from realloc.augmented import Placement, reallocation_name, transfer_name
+from realloc.cluster import Cluster
+from realloc.dataflow import CallKind, DataflowGraph
+from realloc.experiment import Experiment
+
+Choice = tuple[int, ...]
+# seconds, first GPU, GPU after the last, mask, layout, single, resident key, parameters, other
+# resident bytes, working bytes
+Row = tuple[float, int, int, int, int, int, int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """One evaluated choice in terms of the augmented graph."""
+
+    period_s: float
+    order: tuple[str, ...]
+    node_s: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """The augmented graph of all choices that need the same transfers and reallocations.
+
+    `slots[i]` says what node i is: a call (its index), a transfer (edge index + number of calls), or
+    a reallocation (call index + number of calls + number of edges).
+    """
+
+    slots: tuple[int, ...]
+    precedence: Precedence
+
+
+class Problem:
+    """What every search method works on. Reads candidates and costs; caches, changes nothing."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        graph: DataflowGraph,
+        cluster: Cluster,
+        costs: Costs,
+        candidates: CandidateSet,
+        capacity_bytes: int,
+    ) -> None:
+        self.experiment, self.graph, self.cluster = experiment, graph, cluster
+        self.costs, self.capacity_bytes = costs, capacity_bytes
+        self.candidate_set = candidates
+        self.candidates: tuple[Sequence[Candidate], ...] = tuple(
+            candidates.candidates[call.name] for call in graph.calls
+        )
+        self.evaluated = 0
+        self._moves = MoveCosts(costs)
+        self._index = {call.name: i for i, call in enumerate(graph.calls)}
+        self._edges = [
+            (self._index[src], self._index[dst], keys) for (src, dst), keys in graph.data_edges().items()
+        ]
+        # every (call, trainer) of a trained role, the trainer itself left out
+        self._users: list[tuple[int, int]] = []
+        for role in graph.roles:
+            if trainer := graph.trainer(role):
+                at = self._index[trainer.name]
+                self._users += [
+                    (self._index[c.name], at)
+                    for c in graph.calls_of(role)
+                    if c.kind is not CallKind.TRAIN_STEP
+                ]
+        self._layouts: dict[object, int] = {}
+        self.rows: tuple[tuple[Row, ...], ...] = tuple(
+            tuple(self._row(i, candidate) for candidate in candidates)
+            for i, candidates in enumerate(self.candidates)
+        )
+        self.cycles = _version_cycles(len(graph.calls), self._edges, self._users)
+        self.call_order = self._topological()
+        self._structures: dict[tuple[int, ...], _Structure] = {}
+        self._transfer_s: dict[tuple[int, int, int], float] = {}
+        self._reallocate_s: dict[tuple[int, int, int], float] = {}
+
+    def _row(self, call: int, candidate: Candidate) -> Row:
+        placement, memory = candidate.placement, candidate.option.memory
+        mesh, strategy = placement.mesh, placement.strategy
+        layout = self._layouts.setdefault(placement.layout_key, len(self._layouts))
+        single = -1
+        if strategy.dp == strategy.pp == 1:
+            single = self._layouts.setdefault(mesh, len(self._layouts))
+        role = self.graph.calls[call].role
+        owner: object = call if role is None else (role, layout)
+        return (
+            candidate.option.seconds,
+            mesh.first,
+            mesh.first + mesh.size,
+            ((1 << mesh.size) - 1) << mesh.first,
+            layout,
+            single,
+            self._layouts.setdefault(("owner", owner), len(self._layouts)),
+            memory.parameters,
+            memory.gradients + memory.optimizer,
+            candidate.option.working_bytes,
+        )
+
+    def _topological(self) -> list[int]:
+        """Calls in an order that data edges and parameter versions allow, near the graph's own."""
+        waits: dict[int, set[int]] = {i: set() for i in range(len(self.graph.calls))}
+        for src, dst, _ in self._edges:
+            waits[dst].add(src)
+        for user, trainer in self._users:
+            waits[trainer].add(user)
+        order: list[int] = []
+        while waits:
+            free = [i for i, before in waits.items() if not before & waits.keys()]
+            assert free, "the graph was checked to be acyclic"
+            order.append(free[0])
+            del waits[free[0]]
+        return order
+
+    def placements(self, choice: Choice) -> dict[str, Placement]:
+        return {call.name: self.candidates[i][choice[i]].placement for i, call in enumerate(self.graph.calls)}
+
+    def memory(self, choice: Choice) -> dict[str, Memory]:
+        return {
+            call.name: self.candidates[i][choice[i]].option.memory for i, call in enumerate(self.graph.calls)
+        }
+
+    def peak_bytes(self, choice: Choice) -> int:
+        """Bytes of the GPU that needs most (see `planner.memory`)."""
+        rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
+        return max(_load(rows, row[1])[0] for row in rows)
+
+    def overflow_bytes(self, choice: Choice) -> int:
+        """Bytes above the capacity, summed over the first GPUs of the meshes; 0 when it fits."""
+        rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
+        over = 0
+        for gpu in {row[1] for row in rows}:
+            over += max(0, _load(rows, gpu)[0] - self.capacity_bytes)
+        return over
+
+    def evaluate(self, choice: Choice, limit_s: float = inf) -> float:
+        """Steady seconds per iteration of a choice; inf when it does not fit in memory.
+
+        May return inf without simulating when the calls alone prove that it takes at least `limit_s`.
+        """
+        self.evaluated += 1
+        rows = [table[c] for table, c in zip(self.rows, choice)]  # noqa: B905 (hot)
+        if not self._possible(rows, limit_s):
+            return inf
+        structure = self._structure(rows)
+        seconds, masks = self._priced(structure, rows, choice)
+        order, ends = list_schedule(structure.precedence, seconds, masks)
+        arcs = rank_arcs(structure.precedence, order, masks)
+        return steady_state(order, arcs, seconds, ends).period_s
+
+    def schedule(self, choice: Choice) -> Schedule:
+        """The order and the seconds of every node behind `evaluate`."""
+        rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
+        structure = self._structure(rows)
+        seconds, masks = self._priced(structure, rows, choice)
+        order, ends = list_schedule(structure.precedence, seconds, masks)
+        arcs = rank_arcs(structure.precedence, order, masks)
+        names = [self._name(slot) for slot in structure.slots]
+        return Schedule(
+            steady_state(order, arcs, seconds, ends).period_s,
+            tuple(names[i] for i in order),
+            dict(zip(names, seconds, strict=True)),
+        )
+
+    def _possible(self, rows: Sequence[Row], limit_s: float) -> bool:
+        """Whether the choice fits in memory and its calls alone may take less than `limit_s`.
+
+        Only the first GPU of each mesh is looked at: some such GPU runs all the calls that any other
+        GPU runs. Calls on a cycle through a parameter version follow each other in any case.
+        """
+        for cycle in self.cycles:
+            total = 0.0
+            for i in cycle:
+                total += rows[i][0]
+            if total >= limit_s:
+                return False
+        seen = []
+        for row in rows:
+            if row[1] not in seen:
+                seen.append(row[1])
+                size, busy = _load(rows, row[1])
+                if size > self.capacity_bytes or busy >= limit_s:
+                    return False
+        return True
+
+    def _structure(self, rows: Sequence[Row]) -> _Structure:
+        """The nodes and edges that the placements imply."""
+        signature = []
+        for src, dst, _ in self._edges:
+            signature.append(1 if rows[src][5] < 0 or rows[src][5] != rows[dst][5] else 0)
+        first: dict[tuple[int, int], int] = {}
+        for user, trainer in self._users:
+            layout = rows[user][4]
+            if layout == rows[trainer][4]:
+                signature.append(-1)
+            else:
+                signature.append(first.setdefault((trainer, layout), user))
+        key = tuple(signature)
+        found = self._structures.get(key)
+        if found is None:
+            found = self._structures[key] = self._build(key)
+        return found
+
+    def _build(self, signature: tuple[int, ...]) -> _Structure:
+        moved = signature[len(self._edges) :]
+        count = len(self.graph.calls)
+        slots: list[int] = []
+        for call in self.call_order:
+            slots += [count + e for e, (_, dst, _) in enumerate(self._edges) if dst == call and signature[e]]
+            slots.append(call)
+        base = count + len(self._edges)
+        slots += [base + user for (user, _), source in zip(self._users, moved, strict=True) if source == user]
+        node = {slot: i for i, slot in enumerate(slots)}
+        edges: list[tuple[int, int, int]] = []
+        for e, (src, dst, _) in enumerate(self._edges):
+            if signature[e]:
+                edges += [(node[src], node[count + e], 0), (node[count + e], node[dst], 0)]
+            else:
+                edges.append((node[src], node[dst], 0))
+        for trainer in {trainer: None for _, trainer in self._users}:
+            edges.append((node[trainer], node[trainer], 1))
+        for (user, trainer), source in zip(self._users, moved, strict=True):
+            if source < 0:
+                edges += [(node[user], node[trainer], 0), (node[trainer], node[user], 1)]
+                continue
+            via = node[base + source]
+            if source == user:
+                edges.append((node[trainer], via, 0))
+            edges += [(node[user], via, 0), (via, node[user], 1)]
+        return _Structure(tuple(slots), Precedence.of(len(slots), edges))
+
+    def _priced(
+        self, structure: _Structure, rows: Sequence[Row], choice: Choice
+    ) -> tuple[list[float], list[int]]:
+        """Seconds and ranks of every node."""
+        count, base = len(rows), len(rows) + len(self._edges)
+        seconds: list[float] = []
+        masks: list[int] = []
+        for slot in structure.slots:
+            if slot < count:
+                row = rows[slot]
+                seconds.append(row[0])
+                masks.append(row[3])
+            elif slot < base:
+                e = slot - count
+                src, dst, keys = self._edges[e]
+                a, b = rows[src], rows[dst]
+                key = (e, a[4], b[4])
+                spent = self._transfer_s.get(key)
+                if spent is None:
+                    spent = self._transfer_s[key] = self._moves.transfer_s(
+                        keys, self._placed(src, choice), self._placed(dst, choice)
+                    )
+                seconds.append(spent)
+                masks.append(a[3] | b[3])
+            else:
+                user = slot - base
+                trainer = self._trainer_of(user)
+                a, b = rows[trainer], rows[user]
+                key = (user, a[4], b[4])
+                spent = self._reallocate_s.get(key)
+                if spent is None:
+                    role = self.graph.calls[user].role
+                    assert role is not None
+                    spent = self._reallocate_s[key] = self._moves.reallocate_s(
+                        role, self._placed(trainer, choice), self._placed(user, choice)
+                    )
+                seconds.append(spent)
+                masks.append(a[3] | b[3])
+        return seconds, masks
+
+    def _placed(self, call: int, choice: Choice) -> Placement:
+        return self.candidates[call][choice[call]].placement
+
+    def _trainer_of(self, user: int) -> int:
+        for other, trainer in self._users:
+            if other == user:
+                return trainer
+        raise AssertionError("only calls of trained roles are reallocated to")
+
+    def _name(self, slot: int) -> str:
+        calls = self.graph.calls
+        if slot < len(calls):
+            return calls[slot].name
+        slot -= len(calls)
+        if slot < len(self._edges):
+            src, dst, _ = self._edges[slot]
+            return transfer_name(calls[src].name, calls[dst].name)
+        call = calls[slot - len(self._edges)]
+        assert call.role is not None
+        return reallocation_name(call.role, call.name)
+
+
+def _load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:
+    """Peak bytes on a GPU, and the seconds that calls occupy it."""
+    size = working = 0
+    busy = 0.0
+    held = []
+    for row in rows:
+        if row[1] <= gpu < row[2]:
+            busy += row[0]
+            size += row[8]
+            if row[6] not in held:
+                held.append(row[6])
+                size += row[7]
+            working = max(working, row[9])
+    return size + working, busy
+
+
+def _version_cycles(
+    num_calls: int,
+    edges: Sequence[tuple[int, int, tuple[str, ...]]],
+    users: Sequence[tuple[int, int]],
+    most: int = 32,
+) -> tuple[tuple[int, ...], ...]:
+    """Paths from a call to the train_step whose parameters it waits for in the next iteration.
+
+    The calls of such a path run one after the other within one period. A call alone is a path too.
+    At most `most` paths: leaving some out weakens bounds, nothing else.
+    """
+    successors: dict[int, list[int]] = {}
+    for src, dst, _ in edges:
+        successors.setdefault(src, []).append(dst)
+    found: list[tuple[int, ...]] = [(i,) for i in range(num_calls)]
+    for user, trainer in users:
+        stack: list[tuple[int, ...]] = [(user,)]
+        while stack and len(found) < num_calls + most:
+            path = stack.pop()
+            if path[-1] == trainer:
+                found.append(path)
+                continue
+            stack += [(*path, after) for after in successors.get(path[-1], ()) if after not in path]
+    # a path within a longer one says nothing more
+    return tuple(p for p in found if not any(p != q and set(p) <= set(q) for q in found))

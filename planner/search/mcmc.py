@@ -1,0 +1,121 @@
+"""Metropolis sampling over choices.
+
+A move to a choice that takes longer is accepted with probability exp(-beta * (new - old) / best):
+relative to the best time so far, so that one `beta` suits experiments of milliseconds and of hours.
+"""
+
+from __future__ import annotations
+
+import random
+from math import log
+
+from planner.problem import Choice, Problem
+from planner.result import SearchResult
+from planner.search.descent import fit, starts
+from planner.search.method import Record
+
+BETA = 30.0
+
+
+class Moves:
+    """Random neighbours of a choice: move one call, swap two calls' meshes, copy a placement."""
+
+    def __init__(self, problem: Problem, generator: random.Random) -> None:
+        self._problem, self._random = problem, generator
+        self._by_mesh: list[dict[tuple[int, int], list[int]]] = []
+        self._by_layout: list[dict[int, list[int]]] = []
+        for rows in problem.rows:
+            meshes: dict[tuple[int, int], list[int]] = {}
+            layouts: dict[int, list[int]] = {}
+            for index, row in enumerate(rows):
+                meshes.setdefault((row[1], row[2]), []).append(index)
+                layouts.setdefault(row[4], []).append(index)
+            self._by_mesh.append(meshes)
+            self._by_layout.append(layouts)
+
+    def neighbour(self, choice: Choice) -> Choice:
+        kind = self._random.random()
+        changed = list(choice)
+        if kind < 0.2:
+            self._swap(changed)
+        elif kind < 0.4:
+            self._copy(changed)
+        elif kind < 0.6:
+            self._restrategise(changed)
+        else:
+            call = self._random.randrange(len(changed))
+            changed[call] = self._random.randrange(len(self._problem.rows[call]))
+        return tuple(changed)
+
+    def _mesh(self, choice: list[int], call: int) -> tuple[int, int]:
+        row = self._problem.rows[call][choice[call]]
+        return row[1], row[2]
+
+    def _pick(self, choice: list[int], call: int, found: list[int] | None) -> None:
+        if found:
+            choice[call] = self._random.choice(found)
+
+    def _swap(self, choice: list[int]) -> None:
+        """Two calls exchange their meshes, each with some strategy it has there."""
+        if len(choice) < 2:
+            return
+        a, b = self._random.sample(range(len(choice)), 2)
+        mesh_a, mesh_b = self._mesh(choice, a), self._mesh(choice, b)
+        self._pick(choice, a, self._by_mesh[a].get(mesh_b))
+        self._pick(choice, b, self._by_mesh[b].get(mesh_a))
+
+    def _copy(self, choice: list[int]) -> None:
+        """One call takes the layout of another, or else its mesh."""
+        if len(choice) < 2:
+            return
+        a, b = self._random.sample(range(len(choice)), 2)
+        layout = self._problem.rows[b][choice[b]][4]
+        same = self._by_layout[a].get(layout) or self._by_mesh[a].get(self._mesh(choice, b))
+        self._pick(choice, a, same)
+
+    def _restrategise(self, choice: list[int]) -> None:
+        """One call changes its strategy and keeps its mesh."""
+        call = self._random.randrange(len(choice))
+        self._pick(choice, call, self._by_mesh[call].get(self._mesh(choice, call)))
+
+
+def walk(
+    record: Record,
+    choice: Choice,
+    seconds: float,
+    generator: random.Random,
+    num_moves: int,
+    beta: float = BETA,
+) -> None:
+    """`num_moves` Metropolis steps from a choice; the record keeps the best."""
+    moves = Moves(record.problem, generator)
+    for step in range(num_moves):
+        if step % 64 == 0 and record.expired:
+            return
+        other = moves.neighbour(choice)
+        # u < exp(-beta * (new - old) / best)  is the same as  new < old - best * log(u) / beta
+        limit = seconds - record.best_s * log(1.0 - generator.random()) / beta
+        if other == choice:
+            continue
+        found = record.evaluate(other, limit)
+        if found < limit:
+            choice, seconds = other, found
+
+
+def mcmc(
+    problem: Problem,
+    time_limit_s: float,
+    seed: int,
+    *,
+    num_moves: int = 100_000,
+    beta: float = BETA,
+) -> SearchResult:
+    """One long walk from the fastest candidates that fit."""
+    record = Record(problem, time_limit_s)
+    generator = random.Random(seed)
+    for start in starts(problem, generator, 4):
+        choice = fit(record, start)
+        if choice is not None:
+            walk(record, choice, record.evaluate(choice), generator, num_moves, beta)
+            break
+    return record.conclude("mcmc")

@@ -1,0 +1,131 @@
+"""What all search methods share: the protocol, the record of a search, and its conclusion."""
+
+from __future__ import annotations
+
+import time
+from math import inf
+from typing import Protocol
+
+from planner.alternatives import runners_up
+from planner.bounds import lower_bound_s
+from planner.candidates import describe_bytes, gib, remedy
+from planner.memory import causes_of, worst_gpu
+from planner.problem import Choice, Problem
+from planner.result import Progress, SearchResult
+from planner.simulator import simulate
+from realloc.augmented import augment
+from realloc.errors import InfeasibleError
+from realloc.plan import ExecutionPlan, Predictions
+
+
+class Method(Protocol):
+    """Finds a plan. Deterministic for a seed; the time limit only cuts the search short.
+
+    Raises InfeasibleError when it finds no plan that fits in memory.
+    """
+
+    def __call__(self, problem: Problem, time_limit_s: float, seed: int) -> SearchResult: ...
+
+
+class Record:
+    """The best choice so far and when it was found."""
+
+    def __init__(self, problem: Problem, time_limit_s: float) -> None:
+        self.problem = problem
+        self.best: Choice | None = None
+        self.best_s = inf
+        self.history: list[Progress] = []
+        self._first_evaluation = problem.evaluated
+        self._began = time.monotonic()
+        self._deadline = self._began + time_limit_s
+        self._least_overflow: tuple[int, Choice] | None = None
+
+    @property
+    def evaluated(self) -> int:
+        return self.problem.evaluated - self._first_evaluation
+
+    @property
+    def elapsed_s(self) -> float:
+        return time.monotonic() - self._began
+
+    @property
+    def expired(self) -> bool:
+        return time.monotonic() > self._deadline
+
+    def evaluate(self, choice: Choice, limit_s: float = inf) -> float:
+        """As `Problem.evaluate`, and remembers the choice when it is the best so far."""
+        seconds = self.problem.evaluate(choice, limit_s)
+        if seconds < self.best_s:
+            self.best, self.best_s = choice, seconds
+            self.history.append(Progress(self.evaluated, self.elapsed_s, seconds))
+        return seconds
+
+    def overflows(self, choice: Choice, over_bytes: int) -> None:
+        """Remembers the choice that came nearest to fitting."""
+        if self._least_overflow is None or over_bytes < self._least_overflow[0]:
+            self._least_overflow = (over_bytes, choice)
+
+    def conclude(self, method: str, *, proven: bool = False) -> SearchResult:
+        """The result of the search. Raises InfeasibleError when nothing was found."""
+        if self.best is None:
+            raise self._infeasible()
+        problem, best = self.problem, self.best
+        elapsed_s, evaluated = self.elapsed_s, self.evaluated
+        placements = problem.placements(best)
+        schedule = problem.schedule(best)
+        simulation = simulate(augment(problem.graph, placements), schedule.node_s, schedule.order)
+        peak = worst_gpu(problem.graph, placements, problem.memory(best))
+        bound = self.best_s if proven else min(lower_bound_s(problem), self.best_s)
+        plan = ExecutionPlan(
+            experiment=problem.experiment,
+            cluster=problem.cluster,
+            placements=placements,
+            order=schedule.order,
+            predictions=Predictions(
+                iteration_s=simulation.iteration_s,
+                tokens_per_s=tokens(problem) / max(simulation.iteration_s, 1e-12),
+                node_s=schedule.node_s,
+                peak_bytes={cause: size for cause, size in peak.by_cause.items() if size},
+                costs=problem.costs.provenance,
+                lower_bound_s=bound,
+            ),
+        )
+        return SearchResult(
+            method=method,
+            plan=plan,
+            simulation=simulation,
+            memory=peak,
+            call_bytes={name: causes_of(m) for name, m in problem.memory(best).items()},
+            capacity_bytes=problem.capacity_bytes,
+            lower_bound_s=bound,
+            proven=proven or bound >= self.best_s * (1 - 1e-9),
+            evaluated=evaluated,
+            elapsed_s=elapsed_s,
+            num_plans=problem.candidate_set.num_plans,
+            history=tuple(self.history),
+            runners_up=runners_up(problem, best, self.best_s, self._deadline),
+            rejections=problem.candidate_set.rejections,
+        )
+
+    def _infeasible(self) -> InfeasibleError:
+        problem = self.problem
+        capacity = gib(problem.capacity_bytes)
+        if self._least_overflow is None:
+            return InfeasibleError(
+                f"no plan was found that fits into {capacity} a GPU; use more GPUs, fewer sequences, "
+                f"or a longer time limit."
+            )
+        choice = self._least_overflow[1]
+        peak = worst_gpu(problem.graph, problem.placements(choice), problem.memory(choice))
+        return InfeasibleError(
+            f"every call fits on its own, but no plan was found in which all fit together: the one that "
+            f"comes nearest needs {gib(peak.total_bytes)} on GPU {peak.gpu} while {peak.call} runs "
+            f"({describe_bytes(peak.by_cause)}), but only {capacity} may be used; "
+            f"{remedy(peak.by_cause)}."
+        )
+
+
+def tokens(problem: Problem) -> float:
+    """Prompt and response tokens of one iteration."""
+    workload = problem.experiment.workload
+    return workload.sequences * (workload.prompt.mean + workload.response.mean)
