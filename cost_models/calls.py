@@ -1,8 +1,9 @@
 """Seconds of one call under one placement, term by term: what the runtime does, and only that.
 
 generate: a packed prefill, then one decode step for each new token, in groups that circulate
-through the pipeline stages, as many at a time as there are stages. inference and train_step: packed micro-batches, 1F1B over the stages
-(Narayanan et al., SC 2021); a train_step ends every mini-batch with a gradient all-reduce and AdamW.
+through the pipeline stages, as many at a time as there are stages. inference and train_step: packed
+micro-batches, 1F1B over the stages (Narayanan et al., SC 2021); a train_step ends every mini-batch
+with a gradient all-reduce and AdamW.
 """
 
 from __future__ import annotations
@@ -100,6 +101,8 @@ class CallPricer:
         self._slowdown = profile.slowdown(min(mesh.size, mesh.gpus_per_node))
         layers = tuple(len(stage_layers(costs.shape, strategy.pp, i)) for i in range(strategy.pp))
         self._stages = distinct_stages(layers)
+        # attention and MLP are summed together where both add to the same residual
+        self._layer_reductions = 1 if costs.shape.parallel_residual else 2
 
     def terms(self, call: Call) -> Mapping[str, float]:
         """Seconds by term (every one of TERMS); they sum to the call's seconds."""
@@ -171,6 +174,11 @@ class CallPricer:
         one["optimizer"] = self._costs.optimizer_s(elements, params) * self._slowdown
         one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
         one["dp_communication"] = self._communication.all_reduce_s(self._dp_group, elements * GRADIENT_BYTES)
+        partial = max(stage.layers for stage in self._stages) * self._costs.partial_elements
+        if partial:
+            one["tp_communication"] += self._communication.all_reduce_s(
+                self._tp_group, partial * GRADIENT_BYTES
+            )
         shape = self._costs.shape
         if shape.tied_embeddings and shape.head == "lm" and self._strategy.pp > 1:
             table = self._costs.vocab * shape.hidden * GRADIENT_BYTES
@@ -225,7 +233,7 @@ class CallPricer:
     def _forward(self, stage: Stage, pack: Pack, *, sample: bool = False) -> Seconds:
         costs = self._costs
         compute = stage.layers * costs.forward_layer_s(pack)
-        reductions = 2 * stage.layers
+        reductions = self._layer_reductions * stage.layers
         tp = 0.0
         if stage.first:
             compute += costs.embedding_s(pack.tokens)
@@ -261,7 +269,7 @@ class CallPricer:
         costs = self._costs
         weights = costs.stage_elements(self._strategy.pp, stage.index) * costs.element_bytes
         compute = stage.layers * costs.decode_layer_s(batch, context, weights)
-        reductions = 2 * stage.layers
+        reductions = self._layer_reductions * stage.layers
         tp = 0.0
         if stage.first:
             compute += costs.embedding_s(batch)

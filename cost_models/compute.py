@@ -81,6 +81,11 @@ class ComputeCosts:
         layer = [spec for spec in specs if spec.layer == 0]
         self.layer_elements = sum(local_elements(spec, tp) for spec in layer)
         self.layer_params = len(layer)
+        # replicated kv heads and q/k norms: each rank has a part of their gradient
+        kv_rows = shape.num_kv_heads * shape.head_dim if shape.num_kv_heads < tp else 0
+        norms = 2 * shape.head_dim if shape.qk_norm else 0
+        self.partial_elements = (2 * kv_rows * hidden + norms) if tp > 1 else 0
+        """Elements of a layer whose gradients are summed over the tensor-parallel group."""
         self._first = [spec for spec in specs if spec.on_first]
         self._last = [spec for spec in specs if spec.on_last]
         # norms read and write twice, residual additions touch three vectors, rotation about three

@@ -234,7 +234,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.ranks > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.FileStore(str(options.folder / "store"), options.ranks),
+            store=dist.FileStore(str(options.folder / "store"), options.ranks),  # type: ignore[attr-defined]
             rank=options.rank,
             world_size=options.ranks,
             timeout=timedelta(seconds=120),
