@@ -138,9 +138,9 @@ class DataflowGraph:
                     edges[edge] = (*edges.get(edge, ()), key)
         return edges
 
-    def as_networkx(self) -> nx.DiGraph:
+    def as_networkx(self) -> nx.DiGraph[str]:
         """Calls as nodes; data edges have `keys`, parameter-version edges have `lag` 1."""
-        graph = nx.DiGraph()
+        graph: nx.DiGraph[str] = nx.DiGraph()
         graph.add_nodes_from(call.name for call in self.calls)
         for (src, dst), keys in self.data_edges().items():
             graph.add_edge(src, dst, keys=keys, lag=0)
@@ -178,9 +178,7 @@ class DataflowGraph:
                     )
             for key in call.reads:
                 if key not in writers:
-                    raise InputError(
-                        f"dataflow graph: {call.name} reads '{key}', which nobody writes."
-                    )
+                    raise InputError(f"dataflow graph: {call.name} reads '{key}', which nobody writes.")
             _check_call(call)
         for role in self.roles:
             trainers = [c.name for c in self.calls_of(role) if c.kind is CallKind.TRAIN_STEP]
@@ -189,7 +187,7 @@ class DataflowGraph:
         self._check_acyclic()
 
     def _check_acyclic(self) -> None:
-        within = nx.DiGraph()
+        within: nx.DiGraph[str] = nx.DiGraph()
         within.add_nodes_from(call.name for call in self.calls)
         within.add_edges_from(self.data_edges())
         try:
@@ -205,7 +203,7 @@ def _check_call(call: Call) -> None:
         CallKind.GENERATE: ("role", "sequence"),
         CallKind.INFERENCE: ("role", "sequence", "output"),
         CallKind.TRAIN_STEP: ("role", "sequence", "output", "loss"),
-        CallKind.COMPUTE: ("function",),
+        CallKind.COMPUTE: ("sequence", "function"),
     }
     for field in needs[call.kind]:
         if getattr(call, field) is None:
