@@ -63,7 +63,10 @@ def transfer_s(
     meshes = (src.mesh, dst.mesh)
     nodes = {rank // mesh.gpus_per_node for mesh in meshes for rank in (mesh.first, mesh.ranks[-1])}
     link = profile.inter_node if len(nodes) > 1 else profile.intra_node
-    seconds = link.message_s(received + sent, messages_in + messages_out)
+    if src.mesh.overlaps(dst.mesh):  # some ranks both send and receive
+        seconds = link.message_s(received + sent, messages_in + messages_out)
+    else:
+        seconds = link.message_s(max(received, sent), max(messages_in, messages_out))
     seconds += link.message_s(8.0 * sequences)
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
     return seconds * _pair_contention(profile, ranks)

@@ -234,10 +234,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if options.ranks > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            store=dist.FileStore(str(options.folder / "store"), options.ranks),  # type: ignore[attr-defined]
+            init_method=f"file://{options.folder}/store",
             rank=options.rank,
             world_size=options.ranks,
-            timeout=timedelta(seconds=120),
+            timeout=timedelta(seconds=600),
         )
     result = measure(options.rank, options.ranks, options.quick, device)
     if options.rank == 0:

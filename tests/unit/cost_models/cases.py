@@ -62,13 +62,13 @@ def experiment(
         ),
         dtype=dtype,
     )
-    hyperparameters = result.resolve_algorithm().hyperparameters(Reader({}, "test"))
+    hyperparameters = result.resolve_algorithm().hyperparameters(
+        Reader({"mini_batches": min(4, sequences)}, "test")
+    )
     return replace(result, hyperparameters=hyperparameters)
 
 
-def cost_model(
-    made: Experiment, hardware: HardwareProfile, nodes: int = 1, per_node: int = 8
-) -> CostModel:
+def cost_model(made: Experiment, hardware: HardwareProfile, nodes: int = 1, per_node: int = 8) -> CostModel:
     return CostModel(made, made.graph(), Cluster(nodes, per_node, hardware.name), hardware)
 
 

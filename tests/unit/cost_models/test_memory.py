@@ -1,0 +1,84 @@
+"""Memory by cause, by hand."""
+
+from __future__ import annotations
+
+import pytest
+
+from cost_models.memory import activation_bytes, optimizer_bytes
+from cost_models.profile import load_profile
+from tests.unit.cost_models.cases import cost_model, experiment, place, profile
+
+LLAMA_7B = 6_738_415_616
+"""Parameters of LLaMA-7B, as its authors publish them (6.7B): 32 layers, 2 tables of 32000 x 4096."""
+
+
+def test_llama_7b_in_training_by_hand():
+    model = cost_model(experiment(), load_profile("h200"))
+    memory = model.call_memory(model.graph.by_name["actor_train"], place("d1t1p1m64"))
+    assert memory.parameters == 2 * LLAMA_7B
+    assert memory.gradients == 4 * LLAMA_7B
+    assert memory.optimizer == 12 * LLAMA_7B  # two moments and a master copy, all fp32
+
+
+def test_fp32_weights_need_no_master_copy():
+    assert optimizer_bytes(100, 4) == 800
+    assert optimizer_bytes(100, 2) == 1200
+
+
+def test_frozen_calls_hold_parameters_alone():
+    model = cost_model(experiment(), profile())
+    memory = model.call_memory(model.graph.by_name["ref_inf"], place("d1t1p1"))
+    assert (memory.parameters, memory.gradients, memory.optimizer) == (2 * LLAMA_7B, 0, 0)
+
+
+def test_sharding_divides_parameters_but_for_norms():
+    model = cost_model(experiment(), profile())
+    call = model.graph.by_name["actor_train"]
+    norms = 65 * 4096
+    sharded = model.call_memory(call, place("d1t8p1")).parameters
+    assert sharded == 2 * ((LLAMA_7B - norms) // 8 + norms)
+    assert model.call_memory(call, place("d8t1p1")).parameters == 2 * LLAMA_7B
+
+
+def test_kv_cache_of_generation_by_hand():
+    model = cost_model(experiment(sequences=64, prompt=100, response=29), profile())
+    call = model.graph.by_name["actor_gen"]
+    token = 2 * 32 * 4096 * 2  # k and v, layers, width, bytes
+    whole = model.call_memory(call, place("d1t1p1")).working["kv_cache"]
+    assert whole == 64 * 128 * token  # the last token is never an input
+    assert model.call_memory(call, place("d1t8p1")).working["kv_cache"] == whole // 8
+    assert model.call_memory(call, place("d8t1p1")).working["kv_cache"] == whole // 8
+    # groups run one after the other on one stage, two at a time on two
+    assert model.call_memory(call, place("d1t1p1m4")).working["kv_cache"] == whole // 4
+    assert model.call_memory(call, place("d1t1p2m4")).working["kv_cache"] == whole // 4
+
+
+def test_activations_by_hand():
+    model = cost_model(experiment(sequences=4, prompt=128, response=128), profile())
+    call = model.graph.by_name["critic_train"]
+    costs = model._costs("critic", 1)
+    # bf16: 4 hidden, q, k, v and the output, 4 MLP widths; fp32 log-sum-exp of each head
+    assert activation_bytes(costs, 1) == 2 * (4 * 4096 + 4 * 4096 + 4 * 11008) + 4 * 32
+    tokens = 4 // call.mini_batches * 256
+    memory = model.call_memory(call, place("d1t1p1"))
+    kept = 32 * tokens * activation_bytes(costs, 1)
+    norm = 8 * model.shape("critic").num_params
+    assert sum(memory.working.values()) == max(kept, norm)
+
+
+def test_early_stages_keep_more_micro_batches():
+    long = experiment(sequences=512, prompt=1024, response=1024)
+    model = cost_model(long, profile())
+    call = model.graph.by_name["critic_train"]
+    one = model.call_memory(call, place("d1t1p4m1")).working["activations"]
+    four = model.call_memory(call, place("d1t1p4m4")).working["activations"]
+    many = model.call_memory(call, place("d1t1p4m32")).working["activations"]
+    assert four == pytest.approx(one, rel=0.01)  # four in flight of a quarter each
+    assert many == pytest.approx(one / 8, rel=0.01)
+
+
+def test_causes_sum_to_the_total():
+    model = cost_model(experiment(), profile())
+    for call in model.graph.calls:
+        memory = model.call_memory(call, place("d2t2p2m2"))
+        assert memory.total == sum(memory.by_cause.values()) > 0
