@@ -107,7 +107,7 @@ def _rank_main(
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     message: _Failure | _Done
     try:
-        store = dist.FileStore(str(folder / "rendezvous"), world_size)  # type: ignore[attr-defined]
+        store = dist.FileStore(str(folder / "rendezvous"), world_size)
         dist.init_process_group(
             "gloo",
             store=store,
