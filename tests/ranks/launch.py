@@ -22,6 +22,7 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkProcess
 from pathlib import Path
+from pickle import PicklingError
 from typing import Any
 
 import torch
@@ -116,13 +117,13 @@ def _rank_main(
             timeout=timedelta(seconds=min(timeout_s, GROUP_TIMEOUT_S)),
         )
         message = _Done(fn(rank, world_size, *args))
-    except BaseException as error:  # whatever ends a rank is reported by the parent
+    except BaseException as error:  # noqa: BLE001 (whatever ends a rank, the parent reports it)
         message = _Failure(time.monotonic(), rank, type(error).__name__, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
     try:
         pipe.send(message)
-    except Exception as error:  # the result cannot be pickled
+    except (TypeError, AttributeError, PicklingError) as error:
         text = f"the result cannot be sent to the parent: {error!r}"
         pipe.send(_Failure(time.monotonic(), rank, type(error).__name__, text))
     if isinstance(message, _Failure):
