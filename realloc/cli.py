@@ -270,6 +270,7 @@ def _profile(arguments: argparse.Namespace) -> int:
     if arguments.output.is_dir():
         raise InputError(f"-o {arguments.output}: is a directory; name a file in it.")
     run_profile(arguments.output, arguments.ranks, arguments.quick)
+    print(f"Wrote {arguments.output}; plan with it: realloc search EXPERIMENT --device {arguments.output}")
     return 0
 
 
