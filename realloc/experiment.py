@@ -18,7 +18,11 @@ from realloc.model_zoo import named_shapes
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """AdamW of one trainable role. `clip_norm` 0 clips nothing; the rate warms up linearly."""
+    """AdamW of one trainable role.
+
+    The rate rises linearly over `warmup_steps`, then stays (`constant`) or falls to 0 at the last
+    optimizer step (`linear`, `cosine`). `clip_norm` 0 clips nothing.
+    """
 
     learning_rate: float = 1e-5
     beta1: float = 0.9
@@ -27,6 +31,7 @@ class OptimizerSpec:
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     warmup_steps: int = 0
+    decay: str = "constant"
 
 
 @dataclass(frozen=True)
@@ -205,6 +210,7 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
         weight_decay=reader.number("weight_decay", default.weight_decay, minimum=0.0),
         clip_norm=reader.number("clip_norm", default.clip_norm, minimum=0.0),
         warmup_steps=reader.integer("warmup_steps", default.warmup_steps, minimum=0),
+        decay=reader.choice("decay", ("constant", "linear", "cosine"), default.decay),
     )
     reader.done()
     return spec

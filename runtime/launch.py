@@ -7,18 +7,20 @@ this process, which has imported torch once, so four of them are up in about a s
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 import signal
-import uuid
+import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -54,33 +56,38 @@ def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
     models as Hugging Face folders. Raises InputError before anything starts, RunError when a rank
     fails.
     """
-    plan = read_plan(plan_path)
+    plan = _with_iterations(read_plan(plan_path), options.iterations)
     program = compile_program(plan)
     _check_runnable(plan)
     prepare_folder(out, overwrite=options.overwrite)
     write_text(out / "plan.yaml", plan_text(plan))
-    iterations = options.iterations or plan.experiment.iterations
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     spec = WorkerSpec(
         plan=str(out / "plan.yaml"),
         out=str(out),
-        iterations=iterations,
         store_host=LOOPBACK,
         store_port=store.port,
         timeout_s=options.timeout_s,
     )
     collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
-    with Monitor(plan, channel, out, iterations) as monitor:
+    with Monitor(plan, channel, out) as monitor:
         _launch(plan, program, spec)
         monitor.finish()
     traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
     trace = merge_traces(traces, out / "trace.jsonl")
     print(comparison(plan, trace))
+    print(monitor.change())
     print(
         f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"
     )
     return trace
+
+
+def _with_iterations(plan: ExecutionPlan, iterations: int | None) -> ExecutionPlan:
+    if iterations is None:
+        return plan
+    return replace(plan, experiment=replace(plan.experiment, iterations=iterations))
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:
@@ -134,7 +141,7 @@ def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
         min_nodes=1,
         max_nodes=1,
         nproc_per_node=ranks,
-        run_id=uuid.uuid4().hex,
+        run_id="run",
         rdzv_backend="c10d",
         rdzv_endpoint=f"{LOOPBACK}:0",
         rdzv_configs={"is_host": True},
@@ -146,11 +153,26 @@ def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
     )
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    _log_to_file(out / "logs" / "agent.log")
     try:
         elastic_launch(config, run_worker)(spec)
+    except SignalException as error:
+        if error.sigval == signal.SIGINT:
+            raise KeyboardInterrupt from None
+        raise RunError(f"the run was ended by {error.sigval.name}; all ranks are stopped.") from None
     except ChildFailedError as error:
         exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         raise RunError(describe_failure(out, program, exit_codes)) from None
+
+
+def _log_to_file(path: Path) -> None:
+    """Sends the agent's log lines to a file: what they say of a failure, our own message says."""
+    handler = logging.FileHandler(path)
+    for name in ("torch.distributed.elastic", "torch.multiprocessing", "torch.distributed.launcher"):
+        logger = logging.getLogger(name)
+        logger.handlers = [handler]
+        logger.propagate = False
+    warnings.filterwarnings("ignore", module="torch.distributed.elastic")
 
 
 def describe_failure(out: Path, program: Program, exit_codes: Mapping[int, int]) -> str:

@@ -31,8 +31,10 @@ class _Writer(Protocol):
 class Monitor:
     """Collects each iteration's metrics in a thread, in the launcher's process."""
 
-    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path, iterations: int) -> None:
-        self._plan, self._channel, self._iterations = plan, channel, iterations
+    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path) -> None:
+        self._plan, self._channel = plan, channel
+        self._iterations = iterations = plan.experiment.iterations
+        self._headlines: list[str] = []
         self._file = (out / "metrics.jsonl").open("w", encoding="utf-8")
         self._events = _tensorboard(out / "tensorboard")
         self._stop = threading.Event()
@@ -64,6 +66,12 @@ class Monitor:
         """Waits until the last iteration's metrics are written."""
         self._thread.join(timeout=60)
 
+    def change(self) -> str:
+        """The first iteration's headline beside the last one's."""
+        if not self._headlines:
+            return "no metrics were reported"
+        return f"first iteration: {self._headlines[0]}\nlast iteration:  {self._headlines[-1]}"
+
     def _watch(self) -> None:
         started = time.monotonic()
         for iteration in range(self._iterations):
@@ -89,6 +97,7 @@ class Monitor:
                 self._events.add_scalar(name, value, iteration)
             self._events.add_scalar("tokens_per_s", tokens / seconds, iteration)
         line = headline(self._plan.graph, metrics)
+        self._headlines.append(line)
         speed = f"{tokens / seconds:,.0f} tokens/s"
         if self._progress:
             self._progress.update(self._progress.task_ids[0], advance=1, status=f"{line}  {speed}")

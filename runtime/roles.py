@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 import torch
 
 from realloc.augmented import Placement, home_call
-from realloc.errors import InputError
 from realloc.layout import shard_boxes
 from realloc.model_shape import ModelShape
 from realloc.plan import ExecutionPlan
@@ -57,18 +56,13 @@ class RankRole:
 def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dict[str, RankRole]:
     """Allocates and loads every layout of every role that this rank holds a part of.
 
-    Raises InputError when a role has no weights to load, or a checkpoint does not match.
+    Raises InputError when a checkpoint does not match its shape.
     """
     graph, experiment = plan.graph, plan.experiment
     dtype = DTYPES[experiment.dtype]
     roles: dict[str, RankRole] = {}
     for name in graph.roles:
         spec = experiment.models[name]
-        if not spec.has_weights:
-            raise InputError(
-                f"experiment: models.{name}: '{spec.model}' is a shape without weights, good for "
-                f"planning; give the folder of a Hugging Face checkpoint to run it."
-            )
         shape = experiment.role_shape(graph, name)
         role = RankRole(shape, plan.placements[home_call(graph, name).name])
         layouts: dict[object, RankModel] = {}
@@ -86,7 +80,8 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
         if trainer is not None and trainer.name in role.by_call:
             model = role.by_call[trainer.name]
             context = role.contexts[trainer.name]
-            role.trainer = Trainer(name, shape, model.decoder, model.params, context, spec.optimizer)
+            steps = experiment.iterations * trainer.mini_batches * trainer.epochs
+            role.trainer = Trainer(name, shape, model.decoder, model.params, context, spec.optimizer, steps)
         roles[name] = role
     return roles
 

@@ -7,6 +7,7 @@ master weights when the parameters are narrower).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -32,7 +33,10 @@ class Trainer:
         params: FlatParameters,
         context: ParallelContext,
         spec: OptimizerSpec,
+        total_steps: int,
     ) -> None:
+        """`total_steps`: optimizer steps of the whole run, for the decay of the learning rate."""
+        self._total_steps = total_steps
         self._role, self._context, self._spec, self._decoder = role, context, spec, decoder
         self._params = params
         self._gradient = torch.zeros_like(params.flat, dtype=torch.float32)
@@ -90,9 +94,17 @@ class Trainer:
                 self._master.copy_(self._params.flat)
 
     def _learning_rate(self) -> float:
-        warm_up = self._spec.warmup_steps
-        factor = min(1.0, (self.num_steps + 1) / warm_up) if warm_up else 1.0
-        return self._spec.learning_rate * factor
+        """The rate of the step about to be taken."""
+        spec, step = self._spec, self.num_steps
+        if step < spec.warmup_steps:
+            return spec.learning_rate * (step + 1) / spec.warmup_steps
+        if spec.decay == "constant":
+            return spec.learning_rate
+        done = (step - spec.warmup_steps) / max(1, self._total_steps - spec.warmup_steps)
+        left = max(0.0, 1.0 - done)
+        if spec.decay == "cosine":
+            left = (1.0 - math.cos(math.pi * left)) / 2.0
+        return spec.learning_rate * left
 
     def _reduce(self) -> None:
         """Sums gradients over everything that holds a replica of a parameter."""

@@ -33,7 +33,6 @@ class WorkerSpec:
 
     plan: str
     out: str
-    iterations: int
     store_host: str
     store_port: int
     timeout_s: float
@@ -91,7 +90,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         if rank in channel.reporters:
             channel.report(iteration, rank, sums)
 
-    engine.run(range(spec.iterations), recorder, Observer(status.set, report))
+    engine.run(range(plan.experiment.iterations), recorder, Observer(status.set, report))
     write_trace(out / "trace" / f"rank-{rank}.jsonl", world_size, recorder.records)
     export_models(plan, roles, out / "models", rank)
     dist.barrier()
