@@ -117,7 +117,7 @@ def _rank_main(
             timeout=timedelta(seconds=min(timeout_s, GROUP_TIMEOUT_S)),
         )
         message = _Done(fn(rank, world_size, *args))
-    except BaseException as error:  # noqa: BLE001 (whatever ends a rank, the parent reports it)
+    except BaseException as error:  # whatever ends a rank, the parent reports it
         message = _Failure(time.monotonic(), rank, type(error).__name__, traceback.format_exc())
     sys.stdout.flush()
     sys.stderr.flush()
