@@ -18,6 +18,7 @@ from realloc.model_shape import ModelShape
 from realloc.params import EMBED, FINAL_NORM, HEAD, stage_layers
 from runtime import tensor_parallel as tp
 from runtime.attention import DecodeStep, KVCache, PackedSequences, decode_attention, packed_attention
+from runtime.linear import linear
 from runtime.parallel import ParallelContext
 from runtime.rope import Rotary, inverse_frequencies
 
@@ -133,11 +134,11 @@ class Decoder:
 
     def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
         """The scalar head: rows of the last stage's output [T', hidden] -> float32 [T']."""
-        return F.linear(hidden, self.head_weight()).squeeze(-1).float()
+        return linear(hidden, self.head_weight()).squeeze(-1).float()
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits of this shard's part of the vocabulary, [T', local vocabulary]."""
-        return F.linear(hidden, self.head_weight()).float()
+        return linear(hidden, self.head_weight()).float()
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """float32 logits over the whole vocabulary, gathered; differentiable only with tp 1."""
@@ -184,7 +185,7 @@ class Decoder:
         if self.shape.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         out = attend(index, rotary(q), rotary(k), v)
-        return F.linear(out.flatten(-2), self.params[f"{name}.o.weight"])
+        return linear(out.flatten(-2), self.params[f"{name}.o.weight"])
 
     def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """This shard's part of the MLP output, to be summed over shards, without down's bias."""
@@ -193,10 +194,10 @@ class Decoder:
             inner = self._activation(self._linear(x, f"{name}.gate")) * inner
         else:
             inner = self._activation(inner)
-        return F.linear(inner, self.params[f"{name}.down.weight"])
+        return linear(inner, self.params[f"{name}.down.weight"])
 
     def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return F.linear(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
+        return linear(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
 
     def _add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Biases of row-split matrices are added once, after the sum over shards."""
@@ -263,6 +264,6 @@ def reduce_partial_gradients(decoder: Decoder, grads: Mapping[str, torch.Tensor]
         places.append((name, buffer.shape, mine))
     joined = torch.cat(flat)
     dist.all_reduce(joined, group=group)
-    parts = joined.split([part.numel() for part in flat])
+    parts = torch.split(joined, [part.numel() for part in flat])
     for (name, size, mine), part in zip(places, parts, strict=True):
         grads[name].copy_(part.view(size)[mine].view(grads[name].shape))

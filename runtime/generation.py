@@ -100,16 +100,17 @@ def _run(groups: Sequence[Group], in_flight: int) -> None:
     waiting = deque(groups)
     live = [waiting.popleft() for _ in range(min(in_flight, len(waiting)))]
     while live:
-        following = []
+        following: list[Group] = []
         for group in live:
             group.settle()
-            if group.is_done:
+            if not group.is_done:
+                following.append(group)
+            else:
                 group.close()
                 if not waiting:
                     continue
-                group = waiting.popleft()
-            group.step()
-            following.append(group)
+                following.append(waiting.popleft())
+            following[-1].step()
         live = following
 
 
@@ -166,7 +167,7 @@ class Group:
                 hidden = hidden[self._packed.last_index]
         else:
             inputs = self.last_tokens if context.is_first else links.receive_hidden(self.positions.shape[0])
-            decoding = DecodeStep(self.positions, self._longest + self._num_steps, decoder.dtype)
+            decoding = DecodeStep(self.positions, self._longest + self._num_steps)
             hidden = decoder.decode(inputs, decoding, self._cache)
         if context.is_last:
             self._sample(hidden)
@@ -229,7 +230,7 @@ class Group:
         """Prompt + response of each sequence, packed; None where the prompts are unknown."""
         if self._prompts is None:
             return None
-        prompts = self._prompts.split(self._packed.lengths)
+        prompts = torch.split(self._prompts, list(self._packed.lengths))
         parts = []
         for row, length in enumerate(self.lengths.tolist()):
             parts += [prompts[row], self.responses[row, :length]]

@@ -87,14 +87,14 @@ class Checkpoint:
     def _read_index(self) -> Mapping[str, str]:
         path = self.folder / INDEX
         try:
-            files = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            files = dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"].items())
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a safetensors index: {error!r}.") from None
         # file names only: an index must not lead out of its folder
-        for name in set(files.values()):
+        for name in set(map(str, files.values())):
             if Path(name).name != name or not (self.folder / name).is_file():
                 raise InputError(f"{path}: names the file '{name}', which is not in the folder.")
-        return dict(files)
+        return files
 
     def _open(self, file: str) -> Any:
         if file not in self._files:
@@ -159,8 +159,8 @@ def _load(
         piece = stored[box.slices]
         return piece
     # whole heads: rows of q, k and v of one head stand together
-    rows: torch.Tensor = stored[(slice(3 * box.start[0], 3 * box.stop[0]), *box.slices[1:])]
-    heads = rows.view(-1, 3, shape.head_dim, *rows.shape[1:])
+    rows = stored[(slice(3 * box.start[0], 3 * box.stop[0]), *box.slices[1:])]
+    heads: torch.Tensor = rows.view(-1, 3, shape.head_dim, *rows.shape[1:])
     piece = heads[:, where.part].reshape(box.shape)
     return piece
 
@@ -168,7 +168,7 @@ def _load(
 def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:
     """[1, hidden] normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et al. 2020)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, shape.hidden, generator=generator) / (shape.hidden + 1) ** 0.5
+    return torch.randn(1, shape.hidden, generator=generator) * (shape.hidden + 1.0) ** -0.5
 
 
 def random_boxes(
@@ -249,8 +249,9 @@ def hf_tensors(shape: ModelShape, tensors: Mapping[str, torch.Tensor]) -> dict[s
 def _write_weights(folder: Path, tensors: Mapping[str, torch.Tensor], shard_bytes: int) -> None:
     shards = list(_shards(tensors, shard_bytes))
     metadata = {"format": "pt"}
-    # an index left over from an earlier, larger model would win over the single file
+    # what an earlier save of another size left would be taken for this one's
     (folder / INDEX).unlink(missing_ok=True)
+    (folder / SINGLE).unlink(missing_ok=True)
     if len(shards) == 1:
         save_file(shards[0], folder / SINGLE, metadata)
         return

@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from runtime.linear import linear
+
 Group = dist.ProcessGroup | None
 
 CHUNK_ELEMENTS = 1 << 22
@@ -49,7 +51,7 @@ class _ReduceFromRegion(torch.autograd.Function):
 
 
 def _apply(function: type[torch.autograd.Function], *args: Any) -> torch.Tensor:
-    result: torch.Tensor = function.apply(*args)  # type: ignore[no-untyped-call]
+    result: torch.Tensor = function.apply(*args)
     return result
 
 
@@ -149,17 +151,14 @@ class _TargetLogprobs(torch.autograd.Function):
             target_grad = (grad[part] * inside[part])[:, None]
             grad_logits.scatter_add_(1, local[part, None], target_grad)
             grad_logits = grad_logits.to(weight.dtype)
-            grad_hidden[part] = grad_logits @ weight
-            if weight.dtype == torch.float32:
-                grad_weight.addmm_(grad_logits.t(), hidden[part])
-            else:
-                grad_weight += grad_logits.t() @ hidden[part]
+            grad_hidden[part] = linear(grad_logits, weight.t())
+            grad_weight += linear(grad_logits.t(), hidden[part].t())
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float) -> torch.Tensor:
     """Scaled fp32 logits [T, local vocabulary], a fresh tensor."""
-    logits = F.linear(hidden, weight).float()
+    logits = linear(hidden, weight).float()
     return logits if inv_temperature == 1.0 else logits.mul_(inv_temperature)
 
 

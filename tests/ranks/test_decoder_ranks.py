@@ -137,13 +137,13 @@ def sample(decoder: Decoder, temperature: float) -> Any:
     """This data replica's part of 7 sequences: (ids, lengths, tokens, logprobs)."""
     context = decoder.context
     lengths = (7, 3, 12, 5, 1, 12, 4)
-    part = slice(*split_range(len(lengths), context.strategy.dp, context.at.dp))
-    prompts = make_tokens(decoder.shape.vocab, lengths).split(lengths)[part]
+    start, stop = split_range(len(lengths), context.strategy.dp, context.at.dp)
+    prompts = make_tokens(decoder.shape.vocab, lengths).split(lengths)[start:stop]
     result = generate(
         decoder,
         prompts=torch.cat(prompts) if context.is_first else None,
-        prompt_lengths=lengths[part],
-        sequence_ids=list(range(len(lengths)))[part],
+        prompt_lengths=lengths[start:stop],
+        sequence_ids=range(start, stop),
         max_new_tokens=24,
         eos_ids=(5, 9, 11),
         sampling=Sampling(temperature),

@@ -70,9 +70,7 @@ def test_logprob_gradients_equal_transformers(name: str, tmp_path: Path) -> None
     oracle.save_pretrained(tmp_path / "grads")
     grads = load_boxes(tmp_path / "grads", decoder.shape, decoder.boxes, torch.float32, torch.device("cpu"))
     for key, param in decoder.params.items():
-        torch.testing.assert_close(
-            param.grad, grads[key], rtol=1e-3, atol=2e-4, msg=lambda m, k=key: f"{k}: {m}"
-        )
+        torch.testing.assert_close(param.grad, grads[key], rtol=1e-3, atol=2e-4, msg=f"gradient of {key}")
 
 
 @pytest.mark.parametrize("name", ["llama", "qwen3", "gpt_neox"])
