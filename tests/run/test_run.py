@@ -1,0 +1,224 @@
+"""`realloc run` as a user types it: what it writes, and what it says when something is wrong.
+
+Every case is a process of its own with forked ranks, so there are few of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from realloc.layout import shard_boxes
+from realloc.model_shape import read_config, shape_from_config
+from realloc.params import parameters
+from realloc.plan import read_plan
+from realloc.trace import read_trace
+from runtime.attention import PackedSequences
+from runtime.decoder import Decoder
+from runtime.hf import load_boxes
+from runtime.parallel import single_rank
+from tests.ranks.engine import make_plan, ppo_content, write_models
+
+TINY = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
+SPLIT = {
+    "*": ("node0", "d2t1p1"),
+    "actor_gen": ("node0:gpu[0]", "d1t1p1"),
+    "actor_train": ("node0", "d1t1p2m2"),
+    "critic_train": ("node0:gpu[1]", "d1t1p1m2"),
+}
+REWARDS = '''
+import os, time
+
+def length(samples):
+    return [min(1.0, len(s.response.split()) / 10) for s in samples]
+
+def not_a_number(samples):
+    return [float("nan") for s in samples]
+
+def too_few(samples):
+    return [0.0]
+
+def raises(samples):
+    return [1 / 0 for s in samples]
+
+def slow(samples):
+    time.sleep(60)
+    return [0.0 for s in samples]
+'''
+
+
+class Workplace:
+    """A folder with tiny models, data, a reward module and plans, from which commands run."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.models = dict(write_models(folder, **TINY))
+        self.models.pop("reward")
+        (folder / "my_rewards.py").write_text(REWARDS)
+
+    def plan(self, name: str, reward: str = "my_rewards:length", **changes: Any) -> Path:
+        content = ppo_content(self.folder, self.models, **({"reward": reward, "iterations": 2} | changes))
+        make_plan(self.folder, content, 2, SPLIT)
+        return (self.folder / "plan.yaml").rename(self.folder / f"{name}.yaml")
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+        command = [sys.executable, "-m", "realloc", *arguments]
+        return subprocess.Popen(
+            command,
+            cwd=self.folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(self, *arguments: str) -> tuple[int, str, str]:
+        process = self.start(*arguments)
+        out, err = process.communicate(timeout=100)
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("workplace"))
+
+
+@pytest.fixture(scope="module")
+def finished(workplace: Workplace) -> tuple[Path, str]:
+    """A run that went well: its folder and what it printed."""
+    plan = workplace.plan("good")
+    code, out, err = workplace.run("run", plan.name, "--out", "good")
+    assert code == 0, err
+    return workplace.folder / "good", out
+
+
+def test_run_says_what_happened(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    assert "iteration 2/2" in out
+    assert "predicted and measured" in out
+    assert "reallocate:actor:actor_gen" in out
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [record["iteration"] for record in records] == [0, 1]
+    assert 0 < records[0]["rew_inf/scores"] <= 1
+    assert {"actor_train/loss", "critic_train/loss", "actor_train/grad_norm"} <= records[1].keys()
+    assert any((folder / "tensorboard").iterdir())
+
+
+def test_trace_has_every_instruction_of_every_rank(finished: tuple[Path, str]) -> None:
+    folder, _ = finished
+    trace, plan = read_trace(folder / "trace.jsonl"), read_plan(folder / "plan.yaml")
+    found = {(r.iteration, r.rank, r.node) for r in trace.records}
+    expected = {
+        (iteration, rank, node.name)
+        for iteration in range(2)
+        for node in plan.augmented.nodes
+        for rank in node.ranks
+    }
+    assert found == expected
+    assert all(r.end_s >= r.start_s and r.wait_s >= 0 for r in trace.records)
+    for rank in range(2):
+        mine = [r for r in trace.records if r.rank == rank]
+        assert all(a.end_s <= b.start_s + 1e-6 for a, b in zip(mine, mine[1:], strict=False))
+
+
+def test_files_of_a_run_pass_check(workplace: Workplace, finished: tuple[Path, str]) -> None:
+    code, out, err = workplace.run("check", "good/plan.yaml", "good/trace.jsonl")
+    assert code == 0, err
+    assert "plan:" in out
+    assert "trace:" in out
+
+
+def test_trained_model_loads_in_transformers(finished: tuple[Path, str]) -> None:
+    from transformers import AutoModelForCausalLM
+
+    folder = finished[0] / "models" / "actor"
+    shape = shape_from_config(read_config(folder), "config")
+    device = torch.device("cpu")
+    params = load_boxes(folder, shape, shard_boxes(shape, 1, 1, 0, 0), torch.float32, device)
+    assert params.keys() == {spec.name for spec in parameters(shape)}
+    decoder = Decoder(shape, single_rank(device), torch.float32, params)
+    tokens = torch.randint(0, shape.vocab, (23,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        ours = decoder.logits(decoder.forward(tokens, PackedSequences((23,))))
+        theirs = AutoModelForCausalLM.from_pretrained(folder)(tokens[None]).logits[0]
+    np.testing.assert_allclose(ours.numpy(), theirs.numpy(), rtol=1e-4, atol=1e-4)
+
+
+def test_folder_in_use_is_left_alone(workplace: Workplace, finished: tuple[Path, str]) -> None:
+    before = (finished[0] / "metrics.jsonl").read_text()
+    code, _, err = workplace.run("run", "good.yaml", "--out", "good")
+    assert code == 2
+    assert "--overwrite" in err
+    assert (finished[0] / "metrics.jsonl").read_text() == before
+
+
+BAD_INPUT: Mapping[str, tuple[str, str]] = {
+    "reward module": ("no_such_module:f", "cannot import 'no_such_module'"),
+    "reward function": ("my_rewards:lenght", "has no such function"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_INPUT)
+def test_bad_input_ends_before_the_ranks_start(workplace: Workplace, name: str) -> None:
+    reward, message = BAD_INPUT[name]
+    plan = workplace.plan("bad", reward)
+    code, _, err = workplace.run("run", plan.name, "--out", "bad")
+    assert code == 2
+    assert message in err
+    assert "Traceback" not in err
+
+
+FAILURES: Mapping[str, tuple[str, str]] = {
+    "a reward that is not a number": ("my_rewards:not_a_number", "expected a finite number"),
+    "too few rewards": ("my_rewards:too_few", "one number for each"),
+    "a reward function that raises": ("my_rewards:raises", "ZeroDivisionError"),
+}
+
+
+@pytest.mark.parametrize("name", FAILURES)
+def test_failing_reward_names_rank_and_call(workplace: Workplace, name: str) -> None:
+    reward, message = FAILURES[name]
+    plan = workplace.plan("failing", reward)
+    code, out, err = workplace.run("run", plan.name, "--out", "failing", "--overwrite")
+    assert code == 1, out
+    assert message in err
+    assert "iteration 0, rew_inf" in err
+    assert "Traceback" not in err
+    assert len(err.strip().splitlines()) <= 3
+
+
+def test_killed_rank_is_named(workplace: Workplace) -> None:
+    plan = workplace.plan("killed", "my_rewards:slow")
+    process = workplace.start("run", plan.name, "--out", "killed")
+    status = workplace.folder / "killed" / "status" / "rank-1"
+    deadline = time.monotonic() + 60
+    while not (status.exists() and status.stat().st_size):
+        assert time.monotonic() < deadline, "the ranks did not start"
+        time.sleep(0.1)
+    time.sleep(1.0)  # into the reward function
+    os.kill(_children(process.pid)[-1], signal.SIGKILL)
+    killed_s = time.monotonic()
+    _, err = process.communicate(timeout=60)
+    assert time.monotonic() - killed_s < 10
+    assert process.returncode == 1
+    assert "rank 1 (iteration 0, rew_inf) was killed by signal 9 (SIGKILL)" in err
+    assert "Traceback" not in err
+
+
+def _children(pid: int) -> list[int]:
+    import psutil
+
+    return [child.pid for child in psutil.Process(pid).children()]
