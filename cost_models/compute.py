@@ -127,17 +127,22 @@ class ComputeCosts:
 
     def backward_layer_s(self, pack: Pack) -> float:
         """Seconds of one layer's backward pass: two products for each of the forward's."""
-        products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
-        return (
-            2 * products + self._attention_s(pack, _ATTENTION_BACKWARD) + self._elementwise_s(pack.tokens, 2)
-        )
+        seconds = 2 * sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+        seconds += self._attention_s(pack, _ATTENTION_BACKWARD) + self._elementwise_s(pack.tokens, 2)
+        if self._kernels(pack) > 1:
+            # each run was a slice of q, k and v, whose gradients are as long as the whole pack: filled, added
+            vectors = (self.heads + 2 * self.kv_heads) * self.shape.head_dim * self.element_bytes
+            seconds += self.memory_s(2 * self._kernels(pack) * pack.tokens * vectors, pack.tokens * vectors)
+        return seconds
+
+    def _kernels(self, pack: Pack) -> float:
+        return max(1.0, pack.runs) if self._profile.attention.per_sequence else 1.0
 
     def _attention_s(self, pack: Pack, factor: float) -> float:
         # causal: half of the 4 * length^2 * width flops of the two products
         flops = 2.0 * pack.sum_squares * self.heads * self.shape.head_dim * factor
-        attention = self._profile.attention
-        kernels = pack.runs if attention.per_sequence else 1.0
-        return flops / self._attention_rate + max(1.0, kernels) * attention.launch_s
+        launches = self._kernels(pack) * max(1.0, factor) * self._profile.attention.launch_s
+        return flops / self._attention_rate + launches
 
     def _elementwise_s(self, tokens: float, factor: int) -> float:
         moved = tokens * self._elementwise

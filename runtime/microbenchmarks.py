@@ -188,7 +188,8 @@ def concurrency_points(clock: Clock, device: torch.device, rank: int, ranks: int
             samples.append(_largest(device, spent))
         seconds = median(samples)
         alone = alone or seconds
-        points.append([float(active), max(1.0, seconds / alone)])
+        # sharing the cores in turns slows n ranks down n times; more is the work of others
+        points.append([float(active), min(max(1.0, seconds / alone), float(active))])
     return points
 
 

@@ -60,6 +60,13 @@ def test_ragged_sequences_take_a_kernel_each_where_kernels_are_per_sequence():
     assert seconds[True] - seconds[False] == pytest.approx(9.0)
 
 
+def test_gradients_of_slices_grow_with_their_number():
+    c = costs(attention=Attention(1.0, 0.0, True))
+    one, ten = (c.backward_layer_s(Pack(100, 1000, runs, 0)) for runs in (1, 10))
+    # ten times 100 tokens of q, k and v (128 fp32 numbers), written and added
+    assert ten - one == pytest.approx(2 * 10 * 100 * 128 * 4 / 1e11)
+
+
 def test_layer_flops_follow_the_parameters():
     c = costs(memory=Curve(((1.0, 1e30),)))
     weights = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128
