@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
+from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -168,7 +169,7 @@ def _load(
 def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:
     """[1, hidden] normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et al. 2020)."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, shape.hidden, generator=generator) * (shape.hidden + 1.0) ** -0.5
+    return torch.randn(1, shape.hidden, generator=generator) / sqrt(shape.hidden + 1)
 
 
 def random_boxes(
