@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import inf
 
 from planner.candidates import Candidate, CandidateSet
@@ -128,6 +129,33 @@ class Problem:
             del waits[free[0]]
         return order
 
+    @cached_property
+    def with_layout(self) -> tuple[Mapping[int, Sequence[int]], ...]:
+        """For each call: layout -> the candidates that have it, fastest first."""
+        found: list[dict[int, list[int]]] = [{} for _ in self.rows]
+        for layouts, rows in zip(found, self.rows, strict=True):
+            for index, row in enumerate(rows):
+                layouts.setdefault(row[4], []).append(index)
+        return tuple(found)
+
+    @cached_property
+    def on_mesh(self) -> tuple[Mapping[tuple[int, int], Sequence[int]], ...]:
+        """For each call: (first GPU, GPU after the last) -> the candidates there, fastest first."""
+        found: list[dict[tuple[int, int], list[int]]] = [{} for _ in self.rows]
+        for meshes, rows in zip(found, self.rows, strict=True):
+            for index, row in enumerate(rows):
+                meshes.setdefault((row[1], row[2]), []).append(index)
+        return tuple(found)
+
+    def sharing(self, choice: Choice, call: int) -> list[int]:
+        """The other calls of the call's role that use its layout in this choice."""
+        key = self.rows[call][choice[call]][6]
+        return [
+            other
+            for other, (table, index) in enumerate(zip(self.rows, choice, strict=True))
+            if other != call and table[index][6] == key
+        ]
+
     def placements(self, choice: Choice) -> dict[str, Placement]:
         return {call.name: self.candidates[i][choice[i]].placement for i, call in enumerate(self.graph.calls)}
 
@@ -139,14 +167,14 @@ class Problem:
     def peak_bytes(self, choice: Choice) -> int:
         """Bytes of the GPU that needs most (see `planner.memory`)."""
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
-        return max(_load(rows, row[1])[0] for row in rows)
+        return max(load(rows, row[1])[0] for row in rows)
 
     def overflow_bytes(self, choice: Choice) -> int:
         """Bytes above the capacity, summed over the first GPUs of the meshes; 0 when it fits."""
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
         over = 0
         for gpu in {row[1] for row in rows}:
-            over += max(0, _load(rows, gpu)[0] - self.capacity_bytes)
+            over += max(0, load(rows, gpu)[0] - self.capacity_bytes)
         return over
 
     def evaluate(self, choice: Choice, limit_s: float = inf) -> float:
@@ -194,7 +222,7 @@ class Problem:
         for row in rows:
             if row[1] not in seen:
                 seen.append(row[1])
-                size, busy = _load(rows, row[1])
+                size, busy = load(rows, row[1])
                 if size > self.capacity_bytes or busy >= limit_s:
                     return False
         return True
@@ -307,7 +335,7 @@ class Problem:
         return reallocation_name(call.role, call.name)
 
 
-def _load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:
+def load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:
     """Peak bytes on a GPU, and the seconds that calls occupy it."""
     size = working = 0
     busy = 0.0

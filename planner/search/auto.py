@@ -16,9 +16,10 @@ from planner.search.mcmc import walk
 from planner.search.method import Record
 
 EXHAUSTIVE_UP_TO = 4000
-RANDOM_STARTS = 6
-MOVES_PER_CALL = 400
-ROUNDS = 4
+RANDOM_STARTS = 4
+MOVES_PER_CALL = 600
+BETAS = (20.0, 200.0)
+STALE_ROUNDS = 5
 SHORTLIST = 24
 
 
@@ -35,7 +36,7 @@ def greedy(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
 
 
 def auto(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
-    """All starts, then rounds of walk and descent until a round finds nothing or the time is up.
+    """All starts, then rounds of walk and descent until several find nothing or the time is up.
 
     Tries every plan where there are few. Ends early when the lower bound is reached.
     """
@@ -53,18 +54,17 @@ def auto(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
             choice, seconds = descend(record, choice, record.evaluate(choice), generator)
             optima[choice] = seconds
     stale = 0
-    for number in range(ROUNDS * 4):
-        if record.best is None or record.best_s <= bound_s or record.expired or stale >= ROUNDS:
+    while record.best is not None and stale < STALE_ROUNDS and record.best_s > bound_s:
+        if record.expired:
             break
         before = record.best_s
-        # every other round starts from another local optimum
-        ranked = sorted(optima, key=lambda c: (optima[c], c))
-        start = record.best if number % 2 == 0 else ranked[(number // 2) % len(ranked)]
-        seconds = optima.get(start, record.best_s)
-        walk(record, start, seconds, generator, MOVES_PER_CALL * len(start))
-        choice, seconds = descend(record, record.best, record.best_s, generator)
-        choice, seconds = descend_pairs(record, choice, seconds, SHORTLIST)
+        # the best local optimum that no walk has started from yet; then the best plan again
+        start = min(optima, key=lambda c: (optima[c], c), default=record.best)
+        seconds = optima.pop(start, record.best_s)
+        choice, seconds = walk(record, start, seconds, generator, MOVES_PER_CALL * len(start), BETAS)
         choice, seconds = descend(record, choice, seconds, generator)
-        optima[choice] = seconds
+        if seconds <= before:
+            choice, seconds = descend_pairs(record, choice, seconds, SHORTLIST)
+            descend(record, choice, seconds, generator)
         stale = 0 if record.best_s < before * (1 - 1e-9) else stale + 1
     return record.conclude("auto")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator
 from itertools import combinations
 
 from planner.problem import Choice, Problem
 from planner.search.method import Record
+from planner.search.splits import best_splits, fastest_within
+
+NUM_SPLITS = 10
 
 
 def starts(problem: Problem, generator: random.Random, num_random: int) -> list[Choice]:
@@ -19,12 +22,9 @@ def starts(problem: Problem, generator: random.Random, num_random: int) -> list[
         size = whole // shares
         for rotate in range(min(shares, 2)):
             where = {role: (i + rotate) % shares for i, role in enumerate(roles)}
-            found.append(
-                tuple(
-                    _fastest_within(rows, where[call.role or call.name] * size, size)
-                    for call, rows in zip(problem.graph.calls, problem.rows, strict=True)
-                )
-            )
+            regions = [(where[c.role or c.name] * size, size) for c in problem.graph.calls]
+            found.append(fastest_within(problem, regions))
+    found += best_splits(problem, NUM_SPLITS)
     found.append(
         tuple(
             min(range(len(c)), key=lambda k, c=c: (c[k].option.total_bytes, k))  # type: ignore[misc]
@@ -34,14 +34,6 @@ def starts(problem: Problem, generator: random.Random, num_random: int) -> list[
     for _ in range(num_random):
         found.append(tuple(generator.randrange(len(rows)) for rows in problem.rows))
     return list(dict.fromkeys(found))
-
-
-def _fastest_within(rows: Sequence[tuple[float, int, int, *tuple[int, ...]]], first: int, size: int) -> int:
-    """The fastest candidate of a call inside GPUs first to first + size - 1; else the fastest."""
-    for index, row in enumerate(rows):
-        if first <= row[1] and row[2] <= first + size:
-            return index
-    return 0
 
 
 def fit(record: Record, choice: Choice) -> Choice | None:
@@ -83,13 +75,31 @@ def descend(record: Record, choice: Choice, seconds: float, generator: random.Ra
                 break  # sorted by seconds: all that follow take longer alone
             if index == choice[call]:
                 continue
-            other = (*choice[:call], index, *choice[call + 1 :])
-            found = record.evaluate(other, seconds)
-            if found < seconds:
-                choice, seconds, improved = other, found, True
+            for other in _moved(problem, choice, call, index):
+                found = record.evaluate(other, seconds)
+                if found < seconds:
+                    choice, seconds, improved = other, found, True
         if improved:
             waiting.update(dict.fromkeys(c for c in calls if c != call))
     return choice, seconds
+
+
+def _moved(problem: Problem, choice: Choice, call: int, index: int) -> Iterator[Choice]:
+    """The choice with the call at another candidate: alone, and with those that share its layout."""
+    yield (*choice[:call], index, *choice[call + 1 :])
+    sharing = problem.sharing(choice, call)
+    layout = problem.rows[call][index][4]
+    if not sharing or layout == problem.rows[call][choice[call]][4]:
+        return
+    options = [problem.with_layout[other].get(layout, ()) for other in sharing]
+    if not all(options):
+        return
+    for pick in (0, -1):  # the fastest micro-batches, or the smallest
+        changed = list(choice)
+        changed[call] = index
+        for other, found in zip(sharing, options, strict=True):
+            changed[other] = found[pick]
+        yield tuple(changed)
 
 
 def descend_pairs(record: Record, choice: Choice, seconds: float, shortlist: int) -> tuple[Choice, float]:

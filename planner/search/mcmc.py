@@ -7,6 +7,7 @@ relative to the best time so far, so that one `beta` suits experiments of millis
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from math import log
 
 from planner.problem import Choice, Problem
@@ -14,34 +15,27 @@ from planner.result import SearchResult
 from planner.search.descent import fit, starts
 from planner.search.method import Record
 
-BETA = 30.0
+BETA = 60.0
 
 
 class Moves:
-    """Random neighbours of a choice: move one call, swap two calls' meshes, copy a placement."""
+    """Random neighbours of a choice: move one call or a role, swap meshes, copy a placement."""
 
     def __init__(self, problem: Problem, generator: random.Random) -> None:
         self._problem, self._random = problem, generator
-        self._by_mesh: list[dict[tuple[int, int], list[int]]] = []
-        self._by_layout: list[dict[int, list[int]]] = []
-        for rows in problem.rows:
-            meshes: dict[tuple[int, int], list[int]] = {}
-            layouts: dict[int, list[int]] = {}
-            for index, row in enumerate(rows):
-                meshes.setdefault((row[1], row[2]), []).append(index)
-                layouts.setdefault(row[4], []).append(index)
-            self._by_mesh.append(meshes)
-            self._by_layout.append(layouts)
+        self._by_mesh, self._by_layout = problem.on_mesh, problem.with_layout
 
     def neighbour(self, choice: Choice) -> Choice:
         kind = self._random.random()
         changed = list(choice)
-        if kind < 0.2:
+        if kind < 0.15:
             self._swap(changed)
-        elif kind < 0.4:
+        elif kind < 0.3:
             self._copy(changed)
-        elif kind < 0.6:
+        elif kind < 0.5:
             self._restrategise(changed)
+        elif kind < 0.7:
+            self._together(choice, changed)
         else:
             call = self._random.randrange(len(changed))
             changed[call] = self._random.randrange(len(self._problem.rows[call]))
@@ -51,7 +45,7 @@ class Moves:
         row = self._problem.rows[call][choice[call]]
         return row[1], row[2]
 
-    def _pick(self, choice: list[int], call: int, found: list[int] | None) -> None:
+    def _pick(self, choice: list[int], call: int, found: Sequence[int] | None) -> None:
         if found:
             choice[call] = self._random.choice(found)
 
@@ -73,6 +67,20 @@ class Moves:
         same = self._by_layout[a].get(layout) or self._by_mesh[a].get(self._mesh(choice, b))
         self._pick(choice, a, same)
 
+    def _together(self, choice: Choice, changed: list[int]) -> None:
+        """Calls of one role that share a layout go to another one together.
+
+        One at a time, the role's parameters would lie there twice on the way, which may not fit.
+        """
+        call = self._random.randrange(len(changed))
+        if self._random.random() < 0.5:
+            self._pick(changed, call, self._by_mesh[call].get(self._mesh(changed, call)))
+        else:
+            changed[call] = self._random.randrange(len(self._problem.rows[call]))
+        layout = self._problem.rows[call][changed[call]][4]
+        for other in self._problem.sharing(choice, call):
+            self._pick(changed, other, self._by_layout[other].get(layout))
+
     def _restrategise(self, choice: list[int]) -> None:
         """One call changes its strategy and keeps its mesh."""
         call = self._random.randrange(len(choice))
@@ -85,21 +93,31 @@ def walk(
     seconds: float,
     generator: random.Random,
     num_moves: int,
-    beta: float = BETA,
-) -> None:
-    """`num_moves` Metropolis steps from a choice; the record keeps the best."""
+    betas: tuple[float, float] = (BETA, BETA),
+) -> tuple[Choice, float]:
+    """`num_moves` Metropolis steps from a choice; returns the best choice of this walk.
+
+    `beta` goes from the first of `betas` to the second, by an equal factor each move.
+    """
     moves = Moves(record.problem, generator)
+    best, best_s = choice, seconds
+    beta = betas[0]
+    factor = (betas[1] / betas[0]) ** (1 / max(1, num_moves))
     for step in range(num_moves):
         if step % 64 == 0 and record.expired:
-            return
+            break
+        beta *= factor
         other = moves.neighbour(choice)
         # u < exp(-beta * (new - old) / best)  is the same as  new < old - best * log(u) / beta
-        limit = seconds - record.best_s * log(1.0 - generator.random()) / beta
+        limit = seconds - best_s * log(1.0 - generator.random()) / beta
         if other == choice:
             continue
         found = record.evaluate(other, limit)
         if found < limit:
             choice, seconds = other, found
+            if found < best_s:
+                best, best_s = other, found
+    return best, best_s
 
 
 def mcmc(
@@ -116,6 +134,6 @@ def mcmc(
     for start in starts(problem, generator, 4):
         choice = fit(record, start)
         if choice is not None:
-            walk(record, choice, record.evaluate(choice), generator, num_moves, beta)
+            walk(record, choice, record.evaluate(choice), generator, num_moves, (beta, beta))
             break
     return record.conclude("mcmc")

@@ -105,3 +105,22 @@ def test_what_does_not_feed_the_actor_may_overlap_the_next_iteration():
     gen, rew, ref, critic, actor_train, critic_train = fastest
     expected = max(gen + max(rew, ref, critic) + actor_train, critic + critic_train)
     assert dependency_bound_s(problem) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("seed", [1, 3, 5, 7])
+def test_ppo_on_four_gpus_reaches_the_proven_optimum(seed):
+    """16.8 million plans: more than exhaustive search can try, few enough for branch and bound."""
+    problem = make_problem(ppo_graph(), FOUR, seed)
+    proven = methods()["branch"](problem, LONG_S, 0)
+    assert proven.proven
+    found = methods()["auto"](problem, LONG_S, seed)
+    assert found.iteration_s == pytest.approx(proven.iteration_s)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_branch_and_bound_is_exhaustive(seed):
+    problem = make_problem(short_graph(), FOUR, 100 + seed, bytes_scale=(0.0, 350.0)[seed % 2])
+    exhaustive = methods()["exhaustive"](problem, LONG_S, 0)
+    proven = methods()["branch"](problem, LONG_S, 0)
+    assert proven.proven
+    assert proven.iteration_s == pytest.approx(exhaustive.iteration_s)
