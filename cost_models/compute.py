@@ -33,8 +33,6 @@ _PASS_OPS = 16
 _ATTENTION_BACKWARD = 2.5
 GRADIENT_BYTES = 4
 """Of one element's gradient: a flat fp32 buffer, whatever the parameters' dtype."""
-NORM_BYTES = 8
-"""Of one element while the gradient's norm is taken: its square in double precision."""
 
 
 @dataclass(frozen=True)
@@ -190,16 +188,14 @@ class ComputeCosts:
     def optimizer_s(self, elements: int, params: int) -> float:
         """Seconds of clearing, clipping and applying fp32 gradients of local parameters.
 
-        Bytes per element: 4 to clear them, 36 for the norm (taken in double precision: a copy, its
-        squares, their sum), 8 to scale. AdamW reads gradient, weight and both moments and writes
-        weight and moments: 28; narrower weights are written from their fp32 master copy besides.
+        Bytes per element: 4 to clear them, 4 to read for the norm, 8 to scale. AdamW reads
+        gradient, weight and both moments and writes weight and moments: 28; narrower weights are
+        written from their fp32 master copy besides.
         """
-        clear = 4 * elements
-        norm = 36 * elements
+        passes = (4 + 4 + 8) * elements
         step = (28 if self.element_bytes == 4 else 32 + self.element_bytes) * elements
-        scale = 8 * elements
         seconds = step / self._profile.optimizer_bytes_per_s
-        seconds += self.memory_s(clear + norm + scale, NORM_BYTES * elements)
+        seconds += self.memory_s(passes, GRADIENT_BYTES * elements)
         return seconds + 3 * params * self._profile.launch_s
 
     def accumulate_s(self, elements: int) -> float:

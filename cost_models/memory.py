@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from cost_models.calls import share
-from cost_models.compute import GRADIENT_BYTES, NORM_BYTES, ComputeCosts
+from cost_models.compute import GRADIENT_BYTES, ComputeCosts
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
 from realloc.params import stage_layers
@@ -88,10 +88,6 @@ def _stage_memory(
     working = _pass_bytes(costs, strategy, workload, call, stage, layers)
     if call.kind is not CallKind.TRAIN_STEP:
         return CallMemory(elements * costs.element_bytes, working=_whole(working))
-    # the norm is taken when the activations are gone
-    norm = float(NORM_BYTES * elements)
-    if norm > sum(working.values()):
-        working = {"gradient_norm": norm}
     return CallMemory(
         parameters=elements * costs.element_bytes,
         gradients=elements * GRADIENT_BYTES,

@@ -102,7 +102,7 @@ class CallExecutor:
         data.lengths[tokens_key] = [p + r for p, r in zip(data.prompt_lengths, responses, strict=True)]
         data.lengths[logprobs_key] = responses
         metrics = Metrics()
-        if self.context.is_last:
+        if result.tokens is not None and result.logprobs is not None and self.context.is_last:
             data.put(tokens_key, share, result.tokens.cpu())
             data.put(logprobs_key, share, result.logprobs.float().cpu())
             mine = [responses[p] for p in share]

@@ -116,10 +116,12 @@ class Trainer:
 
     def _global_norm(self) -> torch.Tensor:
         """Norm over the whole model: every element counted once, wherever it is replicated."""
-        squares = self._gradient.double().square_()
-        total = torch.zeros((), dtype=torch.float64, device=squares.device)
-        for name, weight in self._weights.items():
-            total += weight * squares[self._params.span(name)].sum()
+        norms = [
+            torch.linalg.vector_norm(self._gradient_views[name], dtype=torch.float64)
+            for name in self._weights
+        ]
+        weights = torch.tensor(list(self._weights.values()), dtype=torch.float64, device=self._context.device)
+        total = (torch.stack(norms).square() * weights).sum()
         if self._context.mesh_group is not None:
             dist.all_reduce(total, group=self._context.mesh_group)
             total /= self._context.strategy.dp

@@ -165,7 +165,9 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-4) -> 
     for iteration, (got, want) in enumerate(zip(actual.metrics, expected.metrics, strict=True)):
         assert got.keys() == want.keys()
         for name, value in want.items():
-            limit = tolerance * max(abs(value), 1e-2)
+            # a fraction counts elements beyond a threshold: rounding may carry one or two across
+            counts = name.endswith("clip_fraction")
+            limit = 0.03 if counts else tolerance * max(abs(value), 1e-2)
             assert abs(got[name] - value) <= limit, (iteration, name, got[name], value)
     assert actual.weights.keys() == expected.weights.keys()
     for role, tensors in expected.weights.items():

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,7 @@ def test_trace_has_every_instruction_of_every_rank(finished: tuple[Path, str]) -
     assert all(r.end_s >= r.start_s and r.wait_s >= 0 for r in trace.records)
     for rank in range(2):
         mine = [r for r in trace.records if r.rank == rank]
-        assert all(a.end_s <= b.start_s + 1e-6 for a, b in zip(mine, mine[1:], strict=False))
+        assert all(a.end_s <= b.start_s + 1e-6 for a, b in pairwise(mine))
 
 
 def test_files_of_a_run_pass_check(workplace: Workplace, finished: tuple[Path, str]) -> None:
