@@ -51,7 +51,7 @@ def _best_other(problem: Problem, best: Choice, call: int) -> Choice | None:
         if _kind(candidate.placement) == _kind(chosen):
             continue
         choice = (*best[:call], index, *best[call + 1 :])
-        seconds = problem.evaluate(choice, limit)
+        seconds = problem.evaluate(choice, limit, hasty=True)
         if seconds < limit:
             limit, found = seconds, choice
     return found

@@ -177,20 +177,25 @@ class Problem:
             over += max(0, load(rows, gpu)[0] - self.capacity_bytes)
         return over
 
-    def evaluate(self, choice: Choice, limit_s: float = inf) -> float:
+    def evaluate(self, choice: Choice, limit_s: float = inf, *, hasty: bool = False) -> float:
         """Steady seconds per iteration of a choice; inf when it does not fit in memory.
 
         May return inf without simulating when the calls alone prove that it takes at least `limit_s`.
+        `hasty` also gives up when it takes that long with reallocations that were never priced for
+        free: pricing one can take a hundred times as long as all the rest. Nearly always right, but no
+        proof, since cheaper nodes can lead to a worse order.
         """
         self.evaluated += 1
         rows = [table[c] for table, c in zip(self.rows, choice)]  # noqa: B905 (hot)
         if not self._possible(rows, limit_s):
             return inf
         structure = self._structure(rows)
+        if hasty and limit_s < inf and self._unpriced(structure, rows):
+            seconds, masks = self._priced(structure, rows, choice, free=True)
+            if _period_s(structure, seconds, masks) >= limit_s:
+                return inf
         seconds, masks = self._priced(structure, rows, choice)
-        order, ends = list_schedule(structure.precedence, seconds, masks)
-        arcs = rank_arcs(structure.precedence, order, masks)
-        return steady_state(order, arcs, seconds, ends).period_s
+        return _period_s(structure, seconds, masks)
 
     def schedule(self, choice: Choice) -> Schedule:
         """The order and the seconds of every node behind `evaluate`."""
@@ -274,9 +279,9 @@ class Problem:
         return _Structure(tuple(slots), Precedence.of(len(slots), edges))
 
     def _priced(
-        self, structure: _Structure, rows: Sequence[Row], choice: Choice
+        self, structure: _Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False
     ) -> tuple[list[float], list[int]]:
-        """Seconds and ranks of every node."""
+        """Seconds and ranks of every node. `free`: reallocations not priced yet take no time."""
         count, base = len(rows), len(rows) + len(self._edges)
         seconds: list[float] = []
         masks: list[int] = []
@@ -302,7 +307,7 @@ class Problem:
                 trainer = self._trainer_of(user)
                 a, b = rows[trainer], rows[user]
                 key = (user, a[4], b[4])
-                spent = self._reallocate_s.get(key)
+                spent = self._reallocate_s.get(key, 0.0 if free else None)
                 if spent is None:
                     role = self.graph.calls[user].role
                     assert role is not None
@@ -312,6 +317,17 @@ class Problem:
                 seconds.append(spent)
                 masks.append(a[3] | b[3])
         return seconds, masks
+
+    def _unpriced(self, structure: _Structure, rows: Sequence[Row]) -> bool:
+        """Whether a reallocation of the choice was never priced."""
+        base = len(rows) + len(self._edges)
+        for slot in structure.slots:
+            if slot >= base:
+                user = slot - base
+                key = (user, rows[self._trainer_of(user)][4], rows[user][4])
+                if key not in self._reallocate_s:
+                    return True
+        return False
 
     def _placed(self, call: int, choice: Choice) -> Placement:
         return self.candidates[call][choice[call]].placement
@@ -333,6 +349,12 @@ class Problem:
         call = calls[slot - len(self._edges)]
         assert call.role is not None
         return reallocation_name(call.role, call.name)
+
+
+def _period_s(structure: _Structure, seconds: Sequence[float], masks: Sequence[int]) -> float:
+    order, ends = list_schedule(structure.precedence, seconds, masks)
+    arcs = rank_arcs(structure.precedence, order, masks)
+    return steady_state(order, arcs, seconds, ends).period_s
 
 
 def load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:

@@ -76,7 +76,7 @@ def descend(record: Record, choice: Choice, seconds: float, generator: random.Ra
             if index == choice[call]:
                 continue
             for other in _moved(problem, choice, call, index):
-                found = record.evaluate(other, seconds)
+                found = record.evaluate(other, seconds, hasty=True)
                 if found < seconds:
                     choice, seconds, improved = other, found, True
         if improved:
@@ -122,7 +122,7 @@ def descend_pairs(record: Record, choice: Choice, seconds: float, shortlist: int
                 changed = list(choice)
                 changed[a], changed[b] = i, j
                 other = tuple(changed)
-                found = record.evaluate(other, seconds)
+                found = record.evaluate(other, seconds, hasty=True)
                 if found < seconds:
                     choice, seconds = other, found
     return choice, seconds

@@ -112,7 +112,7 @@ def walk(
         limit = seconds - best_s * log(1.0 - generator.random()) / beta
         if other == choice:
             continue
-        found = record.evaluate(other, limit)
+        found = record.evaluate(other, limit, hasty=True)
         if found < limit:
             choice, seconds = other, found
             if found < best_s:

@@ -52,9 +52,9 @@ class Record:
     def expired(self) -> bool:
         return time.monotonic() > self._deadline
 
-    def evaluate(self, choice: Choice, limit_s: float = inf) -> float:
+    def evaluate(self, choice: Choice, limit_s: float = inf, *, hasty: bool = False) -> float:
         """As `Problem.evaluate`, and remembers the choice when it is the best so far."""
-        seconds = self.problem.evaluate(choice, limit_s)
+        seconds = self.problem.evaluate(choice, limit_s, hasty=hasty)
         if seconds < self.best_s:
             self.best, self.best_s = choice, seconds
             self.history.append(Progress(self.evaluated, self.elapsed_s, seconds))
