@@ -11,18 +11,20 @@ from planner.problem import Choice, Problem
 from planner.result import Alternative
 from realloc.augmented import Placement
 
+GRACE_S = 2.0
+
 
 def runners_up(problem: Problem, best: Choice, best_s: float, deadline: float) -> tuple[Alternative, ...]:
     """The best other placement of each call, and the plans that put every call on all GPUs.
 
     A placement counts as other when its mesh size or its degrees differ. `deadline` (as
-    `time.monotonic`) cuts the search for alternatives, with two seconds' grace.
+    `time.monotonic`) cuts the search for alternatives, with GRACE_S on top.
     """
     found = []
     for call in range(len(best)):
-        if time.monotonic() > deadline + 2.0:
+        if time.monotonic() > deadline + GRACE_S:
             break
-        choice = _best_other(problem, best, call)
+        choice = _best_other(problem, best, call, deadline + GRACE_S)
         name = problem.graph.calls[call].name
         if choice is not None:
             placed = problem.candidates[call][choice[call]].placement
@@ -42,11 +44,11 @@ def runners_up(problem: Problem, best: Choice, best_s: float, deadline: float) -
     return tuple(found)
 
 
-def _best_other(problem: Problem, best: Choice, call: int) -> Choice | None:
+def _best_other(problem: Problem, best: Choice, call: int, deadline: float) -> Choice | None:
     chosen = problem.candidates[call][best[call]].placement
     limit, found = inf, None
     for index, candidate in enumerate(problem.candidates[call]):
-        if candidate.option.seconds >= limit:
+        if candidate.option.seconds >= limit or time.monotonic() > deadline:
             break  # candidates are sorted: all that follow take longer alone
         if _kind(candidate.placement) == _kind(chosen):
             continue

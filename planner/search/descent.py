@@ -71,7 +71,7 @@ def descend(record: Record, choice: Choice, seconds: float, generator: random.Ra
         del waiting[call]
         improved = False
         for index, row in enumerate(problem.rows[call]):
-            if row[0] >= seconds:
+            if row[0] >= seconds or record.expired:
                 break  # sorted by seconds: all that follow take longer alone
             if index == choice[call]:
                 continue
