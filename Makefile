@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --quiet -c const
 TORCH := $(shell grep '^torch==' constraints.txt)
 DEMO := out/demo
 
-.PHONY: install demo test checks format clean
+.PHONY: install demo demo-model test checks format clean
 .DEFAULT_GOAL := install
 
 install: $(STAMP)
@@ -21,10 +21,20 @@ $(STAMP): pyproject.toml constraints.txt
 	$(PIP) -e '.[dev]'
 	@touch $@
 
-# Plans and runs the demo experiment on this machine's CPU.
+# Measures this machine, plans PPO for four ranks on it, and runs the plan.
 demo: $(STAMP)
-	$(BIN)/realloc search experiments/demo/experiment.yaml -o $(DEMO)/plan.yaml
+	$(BIN)/realloc profile --quick --ranks 4 -o $(DEMO)/profile.yaml
+	$(BIN)/realloc search experiments/demo/experiment.yaml --device $(DEMO)/profile.yaml -o $(DEMO)/plan.yaml
 	$(BIN)/realloc run $(DEMO)/plan.yaml --out $(DEMO)/run --overwrite
+
+# Makes experiments/demo/model and prompts.jsonl anew: a language model trained from scratch.
+demo-model: $(STAMP)
+	$(BIN)/python -m experiments.toy out/toy --seed 1
+	$(BIN)/realloc search experiments/demo/sft.yaml -o out/toy/plan.yaml
+	$(BIN)/realloc run out/toy/plan.yaml --out out/toy/run --overwrite
+	rm -rf experiments/demo/model
+	cp -r out/toy/run/models/actor experiments/demo/model
+	cp out/toy/prompts.jsonl experiments/demo/prompts.jsonl
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -5,7 +5,8 @@ of its word choices, and over many stories the moods balance. So a model trained
 average and has many choices to shift when a reward asks for a mood. Decides the language, its tokenizer's
 files and a random initial model; knows nothing of training.
 
-`python -m experiments.toy OUT [--seed N] [--stories N]` writes OUT/train.jsonl, OUT/test.jsonl and OUT/model.
+`python -m experiments.toy OUT [--seed N] [--stories N]` writes OUT/{train,test,prompts}.jsonl and
+OUT/model.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ MOOD_KEPT = 0.6
 """How often a word follows its story's mood; otherwise any mood is as likely as another."""
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CONTEXT = 128
+NUM_PROMPTS = 512
 
 NEUTRAL_SLOTS: Mapping[str, str] = {
     "who": "dog cat boy girl bird fox bear frog horse mouse king queen farmer baker robot rabbit",
@@ -172,7 +174,10 @@ def _word(slot: str, rng: random.Random, mood: str, hero: str) -> str:
 
 
 def write_data(folder: Path, seed: int, num_train: int, num_test: int) -> None:
-    """Writes `train.jsonl` and `test.jsonl`, columns `prompt` and `story`; no prompt is in both."""
+    """Writes `train.jsonl` and `test.jsonl`, columns `prompt` and `story`; no prompt is in both.
+
+    `prompts.jsonl` gets the first distinct prompts of the training stories, at most `NUM_PROMPTS`.
+    """
     source = stories(seed)
     test: dict[str, Story] = {}
     while len(test) < num_test:
@@ -184,7 +189,13 @@ def write_data(folder: Path, seed: int, num_train: int, num_test: int) -> None:
         if story.prompt not in test:
             train.append(story)
     for name, rows in (("train", train), ("test", list(test.values()))):
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(vars(row)) + "\n" for row in rows))
+        _write_rows(folder / f"{name}.jsonl", [vars(row) for row in rows])
+    prompts = list(dict.fromkeys(story.prompt for story in train))[:NUM_PROMPTS]
+    _write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+
+
+def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
+    write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
 def write_tokenizer(folder: Path) -> None:

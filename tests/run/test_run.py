@@ -38,7 +38,7 @@ SPLIT = {
     "actor_train": ("node0", "d1t1p2m2"),
     "critic_train": ("node0:gpu[1]", "d1t1p1m2"),
 }
-REWARDS = '''
+REWARDS = """
 import os, time
 
 def length(samples):
@@ -56,7 +56,7 @@ def raises(samples):
 def slow(samples):
     time.sleep(60)
     return [0.0 for s in samples]
-'''
+"""
 
 
 class Workplace:

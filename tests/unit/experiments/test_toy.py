@@ -25,7 +25,7 @@ def test_the_command_writes_the_same_files_for_the_same_seed(tmp_path: Path) -> 
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         toy.main([str(tmp_path / name), "--seed", seed, "--stories", "50"])
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) == 6
+    assert len(files) == 7
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     for seeded in ("train.jsonl", "test.jsonl", "model/model.safetensors"):
@@ -83,3 +83,11 @@ def test_the_initial_model_has_the_shape_that_its_config_says(tmp_path: Path) ->
     assert shape.vocab >= len(toy.vocabulary())
     assert all(w.dtype == np.float32 for w in weights.values())
     assert float(weights["model.embed_tokens.weight"].std()) == pytest.approx(0.05, rel=0.05)
+
+
+def test_the_demos_prompts_are_those_of_its_model(tmp_path: Path) -> None:
+    """`make demo-model` writes them; the model beside them was trained on the same stories."""
+    toy.write_data(tmp_path, seed=1, num_train=4000, num_test=256)
+    demo = Path(toy.__file__).parent / "demo"
+    assert (tmp_path / "prompts.jsonl").read_text() == (demo / "prompts.jsonl").read_text()
+    assert sum(file.stat().st_size for file in demo.rglob("*") if file.is_file()) < 2_000_000
