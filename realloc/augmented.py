@@ -27,9 +27,10 @@ class Placement:
     strategy: Strategy
 
     @property
-    def layout_key(self) -> tuple[DeviceMesh, int, int, int]:
+    def layout_key(self) -> tuple[DeviceMesh, int, int, int, int, bool]:
         """Placements with equal keys hold a role's parameters in the same places."""
-        return (self.mesh, self.strategy.dp, self.strategy.tp, self.strategy.pp)
+        s = self.strategy
+        return (self.mesh, s.dp, s.tp, s.pp, s.virtual_stages, s.zero == 3)
 
     def __str__(self) -> str:
         return f"{self.mesh} {self.strategy}"

@@ -6,6 +6,7 @@ optimizer, checkpoints, Hugging Face export. Linear weights are [out, in] as in 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import prod
@@ -46,9 +47,14 @@ def split_range(total: int, parts: int, part: int) -> tuple[int, int]:
     return part * total // parts, (part + 1) * total // parts
 
 
-def stage_layers(shape: ModelShape, pp: int, stage: int) -> range:
-    """The layers that a pipeline stage holds."""
-    return range(*split_range(shape.num_layers, pp, stage))
+def stage_layers(shape: ModelShape, pp: int, stage: int, virtual: int = 1) -> Sequence[int]:
+    """The layers that a pipeline stage holds, ascending; of all its chunks when `virtual` > 1."""
+    return [layer for chunk in range(virtual) for layer in chunk_layers(shape, pp, stage, chunk, virtual)]
+
+
+def chunk_layers(shape: ModelShape, pp: int, stage: int, chunk: int, virtual: int) -> range:
+    """The layers of one of the `virtual` chunks of a stage: chunks go round the stages in turn."""
+    return range(*split_range(shape.num_layers, pp * virtual, chunk * pp + stage))
 
 
 def tp_range(spec: ParamSpec, tp: int, rank: int) -> tuple[int, int] | None:

@@ -70,6 +70,7 @@ class ExecutionPlan:
             placement.mesh.check(self.cluster, at)
             shape = None if call.role is None else self.experiment.role_shape(self.graph, call.role)
             placement.strategy.check(placement.mesh, shape, at)
+            placement.strategy.check_kind(call.kind, at)
             if call.kind is CallKind.COMPUTE and placement.strategy.dp != placement.mesh.size:
                 raise PlanError(f"{at}: a compute call has no model to split: use dp alone.")
             if placement.strategy.dp > self.experiment.workload.sequences:
