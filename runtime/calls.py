@@ -47,11 +47,22 @@ class CallExecutor:
     trainer: Trainer | None = None
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
-        """Runs this rank's share; returns its contribution to the call's metrics."""
+        """Runs this rank's share; returns its contribution to the call's metrics.
+
+        Every call reports `tokens`: prompt and response tokens of the batch, each counted once.
+        """
+        assignment = self._assignment(data)
+        metrics = self._run(data, assignment, iteration)
+        written = self.call.writes[0] if self.call.kind is CallKind.GENERATE else self._sequence
+        lengths = data.key_lengths(written)
+        tokens = sum(lengths[p] for p in assignment.of(self.context.at.dp))
+        metrics.add("tokens", tokens, 1.0 / self.context.strategy.dp)
+        return metrics
+
+    def _run(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
         self._announce_lengths(data)
         if self.call.kind is CallKind.GENERATE:
-            return self._generate(data, iteration)
-        assignment = self._assignment(data)
+            return self._generate(data, assignment, iteration)
         if self.call.kind is CallKind.INFERENCE:
             return self._inference(data, assignment)
         if self.call.kind is CallKind.TRAIN_STEP:
@@ -81,9 +92,9 @@ class CallExecutor:
 
     # generate -------------------------------------------------------------------------------
 
-    def _generate(self, data: IterationData, iteration: int) -> Metrics:
+    def _generate(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
         key = self._sequence
-        share = self._assignment(data).of(self.context.at.dp)
+        share = assignment.of(self.context.at.dp)
         prompts = data.packed(key, share) if self.context.is_first else None
         result = generate(
             self._model,

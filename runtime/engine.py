@@ -84,10 +84,11 @@ class Engine:
     ) -> None:
         node = instruction.node
         start = recorder.now()
-        sent = 0
+        sent, tokens = 0, 0
         if node.kind is NodeKind.CALL:
             executor = self._calls[node.name]
             metrics = executor.run(data, iteration)
+            tokens = int(metrics.sums["tokens"][0])
             if executor.reports:
                 sums.update({f"{node.name}/{k}": v for k, v in metrics.sums.items()})
         elif node.kind is NodeKind.TRANSFER:
@@ -103,6 +104,7 @@ class Engine:
             start,
             predicted_s=instruction.predicted_s,
             sent_bytes=sent,
+            tokens=tokens,
         )
 
     def _source(self, iteration: int) -> IterationData:

@@ -83,7 +83,7 @@ class Monitor:
             self._show(iteration, metrics, seconds)
 
     def _show(self, iteration: int, metrics: Mapping[str, float], seconds: float) -> None:
-        tokens = self._tokens(metrics)
+        tokens = tokens_of(metrics)
         record = {
             "iteration": iteration,
             "seconds": round(seconds, 4),
@@ -107,12 +107,10 @@ class Monitor:
                 soft_wrap=True,
             )
 
-    def _tokens(self, metrics: Mapping[str, float]) -> float:
-        """Tokens, prompts and responses, of one iteration."""
-        workload = self._plan.experiment.workload
-        generated = [v for k, v in metrics.items() if k.endswith("/response_tokens")]
-        response = sum(generated) / len(generated) if generated else workload.response.mean
-        return workload.sequences * (workload.prompt.mean + response)
+
+def tokens_of(metrics: Mapping[str, float]) -> float:
+    """Tokens of one iteration, prompts and responses; of the longest call where they differ."""
+    return max(value for name, value in metrics.items() if name.endswith("/tokens"))
 
 
 def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:

@@ -34,9 +34,12 @@ class Recorder:
         *,
         predicted_s: float | None,
         sent_bytes: int = 0,
+        tokens: int = 0,
     ) -> None:
         self.records.append(
-            TraceRecord(iteration, self._rank, node, kind, start_s, self.now(), 0.0, predicted_s, sent_bytes)
+            TraceRecord(
+                iteration, self._rank, node, kind, start_s, self.now(), 0.0, predicted_s, sent_bytes, tokens
+            )
         )
 
 
