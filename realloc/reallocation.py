@@ -15,12 +15,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from itertools import chain
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 from realloc.augmented import Placement
-from realloc.layout import Box, Layout, shard_box
+from realloc.layout import Box, Layout, shard_box, zero_boxes
 from realloc.model_shape import ModelShape
 from realloc.params import ParamSpec, parameters, stage_layers
 from realloc.routes import (
@@ -242,16 +243,17 @@ def schedule_bytes(shape: ModelShape, src: Placement, dst: Placement) -> Traffic
     """What each rank sends and receives in `schedule(layout(src), layout(dst))`, in elements.
 
     Exact, without making the copies: layers with the same pipeline stages before and after are
-    counted, not listed. Results are kept by layout, so micro-batches do not count; the arrays are
-    shared between callers and read-only.
+    counted, not listed. Results are kept by layout (degrees, chunks of interleaved stages, ZeRO 3),
+    so micro-batches do not count; the arrays are shared between callers and read-only.
     """
     return _traffic(shape, _plain(src), _plain(dst))
 
 
 def _plain(placement: Placement) -> Placement:
     """The placement without what does not matter to its layout."""
-    strategy = placement.strategy
-    return Placement(placement.mesh, Strategy(strategy.dp, strategy.tp, strategy.pp))
+    s = placement.strategy
+    zero = 3 if s.zero == 3 and s.dp > 1 else 0
+    return Placement(placement.mesh, Strategy(s.dp, s.tp, s.pp, zero=zero, virtual_stages=s.virtual_stages))
 
 
 @lru_cache(maxsize=8192)
@@ -284,49 +286,73 @@ def _array(values: Sequence[int]) -> npt.NDArray[np.int64]:
 
 def _classes(shape: ModelShape, src: Placement, dst: Placement) -> Iterable[tuple[ParamClass, int]]:
     """The classes of `schedule` between two placements, some of them in several parts."""
-    pairs = _stage_pairs(shape, src.strategy.pp, dst.strategy.pp)
+    before, after = src.strategy, dst.strategy
+    pairs = _stage_pairs(shape, before.pp, before.virtual_stages, after.pp, after.virtual_stages)
+    cuts = _shards(before), _shards(after)
     kinds: dict[tuple[tuple[int, ...], int | None, int], tuple[ParamSpec, int]] = {}
     for spec in parameters(shape):
         if spec.layer == 0:
             kind = (spec.shape, spec.tp_dim, spec.unit)
             kinds[kind] = (spec, kinds.get(kind, (spec, 0))[1] + 1)
-    memo: dict[tuple[bool, tuple[int, ...], tuple[Cell, ...]], Held] = {}
+    memo: dict[tuple[bool, tuple[int, ...], _Cells], Held] = {}
 
-    def held(source: bool, stages: tuple[int, ...], cells: tuple[Cell, ...]) -> Held:
+    def held(source: bool, stages: tuple[int, ...], cells: _Cells) -> Held:
         key = (source, stages, cells)
         if key not in memo:
             memo[key] = _held(src if source else dst, stages, cells)
         return memo[key]
 
     for spec, alike in kinds.values():
-        unit, ours, theirs = _shard_cells(spec, src.strategy.tp, dst.strategy.tp)
+        unit, ours, theirs = _shard_cells(spec, *cuts)
         for (a, b), layers in pairs.items():
             yield ParamClass(unit, held(True, (a,), ours), held(False, (b,), theirs)), layers * alike
     for spec in parameters(shape):
         if spec.layer is None:
-            unit, ours, theirs = _shard_cells(spec, src.strategy.tp, dst.strategy.tp)
-            before, after = _ends(spec, src.strategy.pp), _ends(spec, dst.strategy.pp)
-            yield ParamClass(unit, held(True, before, ours), held(False, after, theirs)), 1
+            unit, ours, theirs = _shard_cells(spec, *cuts)
+            stages = _ends(spec, before.pp), _ends(spec, after.pp)
+            yield ParamClass(unit, held(True, stages[0], ours), held(False, stages[1], theirs)), 1
 
 
 @lru_cache(maxsize=1024)
-def _stage_pairs(shape: ModelShape, pp: int, new_pp: int) -> Mapping[tuple[int, int], int]:
+def _stage_pairs(
+    shape: ModelShape, pp: int, virtual: int, new_pp: int, new_virtual: int
+) -> Mapping[tuple[int, int], int]:
     """(stage before, stage after) -> how many layers go that way."""
-    before = [s for s in range(pp) for _ in stage_layers(shape, pp, s)]
-    after = [s for s in range(new_pp) for _ in stage_layers(shape, new_pp, s)]
+    before = {layer: s for s in range(pp) for layer in stage_layers(shape, pp, s, virtual)}
+    after = {layer: s for s in range(new_pp) for layer in stage_layers(shape, new_pp, s, new_virtual)}
     pairs: dict[tuple[int, int], int] = {}
-    for pair in zip(before, after, strict=True):
+    for layer in range(shape.num_layers):
+        pair = before[layer], after[layer]
         pairs[pair] = pairs.get(pair, 0) + 1
     return pairs
 
 
+_Cells: TypeAlias = tuple[Cell | None, ...]
+"""Scaled boxes of the shards of a stage: tensor shards, each in its ZeRO parts; None where empty."""
+
+
+def _shards(strategy: Strategy) -> tuple[int, int]:
+    """Tensor shards, and the parts that ZeRO 3 makes of each."""
+    return strategy.tp, strategy.dp if strategy.zero == 3 else 1
+
+
 @lru_cache(maxsize=4096)
-def _shard_cells(spec: ParamSpec, tp: int, new_tp: int) -> tuple[int, tuple[Cell, ...], tuple[Cell, ...]]:
-    """Elements of a unit, and the scaled box of every tensor shard before and after."""
-    ours = [shard_box(spec, tp, i) for i in range(tp)]
-    theirs = [shard_box(spec, new_tp, i) for i in range(new_tp)]
-    scale = scale_of([*ours, *theirs])
-    return scale.unit_elements, tuple(map(scale.down, ours)), tuple(map(scale.down, theirs))
+def _shard_cells(
+    spec: ParamSpec, shards: tuple[int, int], new_shards: tuple[int, int]
+) -> tuple[int, _Cells, _Cells]:
+    """Elements of a unit, and the scaled box of every shard before and after."""
+    ours, theirs = _shard_boxes(spec, *shards), _shard_boxes(spec, *new_shards)
+    scale = scale_of([box for box in (*ours, *theirs) if box is not None])
+
+    def down(boxes: Sequence[Box | None]) -> _Cells:
+        return tuple(None if box is None else scale.down(box) for box in boxes)
+
+    return scale.unit_elements, down(ours), down(theirs)
+
+
+def _shard_boxes(spec: ParamSpec, tp: int, parts: int) -> Sequence[Box | None]:
+    whole = [{spec.name: shard_box(spec, tp, i)} for i in range(tp)]
+    return [zero_boxes(boxes, parts, i).get(spec.name) for boxes in whole for i in range(parts)]
 
 
 def _ends(spec: ParamSpec, pp: int) -> tuple[int, ...]:
@@ -335,13 +361,20 @@ def _ends(spec: ParamSpec, pp: int) -> tuple[int, ...]:
     return tuple(sorted(first | ({pp - 1} if spec.on_last else set())))
 
 
-def _held(placement: Placement, stages: Sequence[int], cells: Sequence[Cell]) -> Held:
-    """Which ranks of these stages hold which scaled box; `cells` are those of the tensor shards."""
+def _held(placement: Placement, stages: Sequence[int], cells: _Cells) -> Held:
+    """Which ranks of these stages hold which scaled box; `cells` are those of the shards."""
     strategy, first = placement.strategy, placement.mesh.first
+    _, parts = _shards(strategy)
     by_cell: dict[Cell, list[int]] = {}
-    for tp, cell in enumerate(cells):
+    for index, cell in enumerate(cells):
+        if cell is None:
+            continue
+        tp, part = divmod(index, parts)
         ranks = by_cell.setdefault(cell, [])
         for stage in stages:
             start = first + stage * strategy.dp * strategy.tp + tp
-            ranks += range(start, start + strategy.dp * strategy.tp, strategy.tp)
+            if parts > 1:
+                ranks.append(start + part * strategy.tp)
+            else:
+                ranks += range(start, start + strategy.dp * strategy.tp, strategy.tp)
     return tuple(sorted((cell, tuple(sorted(ranks))) for cell, ranks in by_cell.items()))

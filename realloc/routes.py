@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import chain, pairwise, product
+from itertools import chain, product
 from math import gcd, prod
 from typing import TypeAlias
 
@@ -109,17 +109,31 @@ def _parts(
 ) -> tuple[Cell | None, tuple[tuple[Cell, tuple[int, ...]], ...]]:
     """What of `wanted` is in `own`, and the rest cut along the sources, with those that hold it."""
     kept = _intersect(wanted, own) if own is not None else None
-    parts = []
+    parts: list[tuple[Cell, tuple[int, ...]]] = []
     for piece in [wanted] if kept is None else _subtract(wanted, kept):
-        cuts = []
-        for dim, (low, high) in enumerate(zip(*piece, strict=True)):
-            inner = {edge[dim] for cell in sources for edge in cell if low < edge[dim] < high}
-            cuts.append(tuple(pairwise(sorted({low, high, *inner}))))
-        for spans in product(*cuts):
-            atom = tuple(a for a, _ in spans), tuple(b for _, b in spans)
-            holding = tuple(i for i, cell in enumerate(sources) if _intersect(atom, cell) == atom)
-            parts.append((atom, holding))
+        parts += _atoms(piece, sources)
     return kept, tuple(parts)
+
+
+def _atoms(piece: Cell, sources: tuple[Cell, ...]) -> Iterable[tuple[Cell, tuple[int, ...]]]:
+    """The piece cut along the edges of all sources that meet it, each part with those that hold it."""
+    meeting = [(i, cell) for i, s in enumerate(sources) if (cell := _intersect(piece, s)) is not None]
+    edges = [
+        sorted({low, high, *(edge[dim] for _, cell in meeting for edge in cell)})
+        for dim, (low, high) in enumerate(zip(*piece, strict=True))
+    ]
+    place = [{edge: i for i, edge in enumerate(along)} for along in edges]
+    holding: dict[tuple[int, ...], list[int]] = {
+        at: [] for at in product(*(range(len(along) - 1) for along in edges))
+    }
+    for i, cell in meeting:
+        spans = (range(at[low], at[high]) for at, low, high in zip(place, *cell, strict=True))
+        for position in product(*spans):
+            holding[position].append(i)
+    for position, holders in holding.items():
+        start = tuple(along[i] for along, i in zip(edges, position, strict=True))
+        stop = tuple(along[i + 1] for along, i in zip(edges, position, strict=True))
+        yield (start, stop), tuple(holders)
 
 
 def find_routes(src: Held, dst: Held, gpus_per_node: int) -> Routes:

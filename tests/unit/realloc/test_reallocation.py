@@ -58,7 +58,11 @@ def placements(draw: st.DrawFn, shape: ModelShape) -> Placement:
         for tp in range(1, size + 1)
         if size % (dp * tp) == 0 and size // dp // tp <= shape.num_layers
     ]
-    return Placement(mesh, Strategy(*draw(st.sampled_from(degrees))))
+    dp, tp, pp = draw(st.sampled_from(degrees))
+    # any combination: layouts of optimizer states are cut by rows on pipelines, too
+    zero = draw(st.sampled_from([0, 0, 3])) if dp > 1 else 0
+    virtual = draw(st.integers(1, shape.num_layers // pp))
+    return Placement(mesh, Strategy(dp, tp, pp, zero=zero, virtual_stages=virtual))
 
 
 @st.composite
