@@ -35,7 +35,8 @@ class Cluster:
 
     def __str__(self) -> str:
         nodes = f"{self.num_nodes} node{'s' if self.num_nodes > 1 else ''}"
-        return f"{nodes} x {self.gpus_per_node} {self.device}"
+        device = Path(self.device).stem if self.device.endswith((".yaml", ".yml")) else self.device
+        return f"{nodes} x {self.gpus_per_node} {device}"
 
 
 def read_cluster(path: str | Path) -> Cluster:
