@@ -7,7 +7,6 @@ master weights when the parameters are narrower).
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 
 import torch
@@ -15,9 +14,11 @@ import torch.distributed as dist
 
 from realloc.errors import RunError
 from realloc.experiment import OptimizerSpec
+from realloc.layout import Box
 from realloc.model_shape import ModelShape
 from realloc.params import EMBED, parameters
 from runtime.decoder import Decoder, reduce_partial_gradients
+from runtime.optimizer import AdamW
 from runtime.parallel import ParallelContext
 from runtime.parameters import FlatParameters, views_of
 
@@ -36,30 +37,41 @@ class Trainer:
         total_steps: int,
     ) -> None:
         """`total_steps`: optimizer steps of the whole run, for the decay of the learning rate."""
-        self._total_steps = total_steps
         self._role, self._context, self._spec, self._decoder = role, context, spec, decoder
         self._params = params
         self._gradient = torch.zeros_like(params.flat, dtype=torch.float32)
         self._gradient_views = views_of(self._gradient, params.boxes)
         self._weights = _norm_weights(shape, params, context)
         narrow = params.flat.dtype != torch.float32
-        self._master = params.flat.detach().clone().float() if narrow else params.flat.detach()
-        self._master.grad = self._gradient
-        self._optimizer = torch.optim.AdamW(
-            [self._master],
-            lr=spec.learning_rate,
-            betas=(spec.beta1, spec.beta2),
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=True,
+        self.optimizer_boxes: Mapping[str, Box] = params.boxes
+        """The box of each parameter whose optimizer states this rank keeps."""
+        self.optimizer = AdamW(
+            self.optimizer_boxes, params.views, self._gradient_views, spec, total_steps, context.device
         )
-        self.num_steps = 0
         for name, view in params.views.items():
             view.requires_grad_(True)
             if not narrow:
                 view.grad = self._gradient_views[name]
             else:
                 view.register_post_accumulate_grad_hook(_accumulate(self._gradient_views[name]))
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps taken."""
+        return self.optimizer.num_steps
+
+    def optimizer_state(self) -> Mapping[str, Mapping[str, torch.Tensor]]:
+        """State name -> parameter name -> fp32 tensor of the shape of `optimizer_boxes[parameter]`.
+
+        The states are `exp_avg`, `exp_avg_sq`, and `master` with parameters narrower than fp32. The
+        tensors are what the optimizer works on and stay in place: to load states, write into them
+        and call `resume`.
+        """
+        return self.optimizer.states
+
+    def resume(self, num_steps: int) -> None:
+        """Continues after `num_steps` steps; `optimizer_state` and the parameters have been written."""
+        self.optimizer.resume(num_steps)
 
     def zero_gradients(self) -> None:
         self._gradient.zero_()
@@ -79,32 +91,12 @@ class Trainer:
             )
         if self._spec.clip_norm > 0:
             self._gradient.mul_((self._spec.clip_norm / (norm + 1e-6)).clamp(max=1.0))
-        rate = self._learning_rate()
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()
-        if self._master.data_ptr() != self._params.flat.data_ptr():
-            self._params.flat.copy_(self._master)
-        self.num_steps += 1
+        rate = self.optimizer.step()
         return {"grad_norm": norm.item(), "learning_rate": rate}
 
     def reload_master(self) -> None:
         """Takes the parameters, newly loaded, as the master weights."""
-        if self._master.data_ptr() != self._params.flat.data_ptr():
-            with torch.no_grad():
-                self._master.copy_(self._params.flat)
-
-    def _learning_rate(self) -> float:
-        """The rate of the step about to be taken."""
-        spec, step = self._spec, self.num_steps
-        if step < spec.warmup_steps:
-            return spec.learning_rate * (step + 1) / spec.warmup_steps
-        if spec.decay == "constant":
-            return spec.learning_rate
-        done = (step - spec.warmup_steps) / max(1, self._total_steps - spec.warmup_steps)
-        left = max(0.0, 1.0 - done)
-        if spec.decay == "cosine":
-            left = (1.0 - math.cos(math.pi * left)) / 2.0
-        return spec.learning_rate * left
+        self.optimizer.reload_master()
 
     def _reduce(self) -> None:
         """Sums gradients over everything that holds a replica of a parameter."""
