@@ -93,9 +93,9 @@ class Decoder:
     def forward(self, x: torch.Tensor, packed: PackedSequences, cache: KVCache | None = None) -> torch.Tensor:
         """Packed sequences through this stage.
 
-        x: token ids [T] int64 on the first stage, hidden states [T, hidden] on the others.
-        Returns hidden states [T, hidden], normed for the head on the last stage. With a `cache`,
-        keys and values of sequence i are also stored in its slot i.
+        x: token ids [T] int64 on the first stage, hidden states [num_rows(T), hidden] on the others.
+        Returns hidden states [num_rows(T), hidden]; on the last stage [T, hidden], normed for the
+        head. With a `cache`, keys and values of sequence i are also stored in its slot i.
         """
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -117,6 +117,11 @@ class Decoder:
             return decode_attention(q, cache, layer, step)
 
         return self._run(x, step.positions, attend)
+
+    def num_rows(self, num_tokens: int) -> int:
+        """Rows of the hidden states that this rank passes to the next stage: all, or its part of them."""
+        strategy = self.context.strategy
+        return tp.rows_per_shard(num_tokens, strategy.tp) if strategy.sequence_parallel else num_tokens
 
     def head_weight(self) -> torch.Tensor:
         """[local vocabulary, hidden] of the lm head (a tied embedding serves), [1, hidden] if scalar."""
@@ -154,25 +159,27 @@ class Decoder:
         return box.start[0], box.stop[0]
 
     def _run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+        split = self.context.strategy.sequence_parallel
+        region = tp.Region(self._tp, positions.shape[0] if split else None)
         if self.context.is_first:
-            x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], self._tp)
+            x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], region)
         rotary = Rotary(self._freqs, positions, x.dtype)
         for index, layer in enumerate(self.layers):
-            x = self._layer(x, f"layers.{layer}", index, rotary, attend)
-        return self._norm(x, FINAL_NORM) if self.context.is_last else x
+            x = self._layer(x, f"layers.{layer}", index, rotary, attend, region)
+        return region.join(self._norm(x, FINAL_NORM)) if self.context.is_last else x
 
-    def _layer(self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend) -> torch.Tensor:
-        attn_in = tp.copy_to_region(self._norm(x, f"{name}.attn_norm"), self._tp)
+    def _layer(
+        self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend, region: tp.Region
+    ) -> torch.Tensor:
+        attn_in = region.enter(self._norm(x, f"{name}.attn_norm"))
         attn = self._attention(attn_in, f"{name}.attn", index, rotary, attend)
         if self.shape.parallel_residual:
-            mlp_in = tp.copy_to_region(self._norm(x, f"{name}.mlp_norm"), self._tp)
-            both = attn + self._mlp(mlp_in, f"{name}.mlp")
-            x = x + tp.reduce_from_region(both, self._tp)
+            mlp_in = region.enter(self._norm(x, f"{name}.mlp_norm"))
+            x = x + region.leave(attn + self._mlp(mlp_in, f"{name}.mlp"))
             return self._add_bias(self._add_bias(x, f"{name}.attn.o"), f"{name}.mlp.down")
-        x = self._add_bias(x + tp.reduce_from_region(attn, self._tp), f"{name}.attn.o")
-        mlp_in = tp.copy_to_region(self._norm(x, f"{name}.mlp_norm"), self._tp)
-        mlp = tp.reduce_from_region(self._mlp(mlp_in, f"{name}.mlp"), self._tp)
-        return self._add_bias(x + mlp, f"{name}.mlp.down")
+        x = self._add_bias(x + region.leave(attn), f"{name}.attn.o")
+        mlp_in = region.enter(self._norm(x, f"{name}.mlp_norm"))
+        return self._add_bias(x + region.leave(self._mlp(mlp_in, f"{name}.mlp")), f"{name}.mlp.down")
 
     def _attention(
         self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend
@@ -222,21 +229,29 @@ def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
     return lambda x: F.gelu(x, approximate="tanh")
 
 
-def partial_gradients(shape: ModelShape, tp_degree: int, boxes: Mapping[str, Box]) -> frozenset[str]:
+_KV = (".attn.k.weight", ".attn.v.weight", ".attn.k.bias", ".attn.v.bias")
+_QK_NORMS = (".attn.q_norm.weight", ".attn.k_norm.weight")
+_OUTSIDE = ("_norm.weight", "_norm.bias", ".attn.o.bias", ".mlp.down.bias")
+
+
+def partial_gradients(
+    shape: ModelShape, tp_degree: int, boxes: Mapping[str, Box], sequence_parallel: bool = False
+) -> frozenset[str]:
     """Parameters whose local gradient is only one tensor-parallel rank's part of the whole.
 
     These are what several ranks hold and each uses on its own heads alone: q/k norms, and kv
-    heads that are replicated because there are fewer of them than ranks. All other gradients
-    are complete: of split parameters as they are, of norms, biases and scalar heads because every
-    rank computes them alike.
+    heads that are replicated because there are fewer of them than ranks. With sequence parallelism
+    also what each rank uses on its own rows alone: norms, and biases of row-split matrices. All
+    other gradients are complete: of split parameters as they are, of the rest because every rank
+    computes them alike.
     """
     if tp_degree == 1:
         return frozenset()
-    endings: tuple[str, ...] = ()
+    endings: tuple[str, ...] = _OUTSIDE if sequence_parallel else ()
     if shape.qk_norm:
-        endings += (".attn.q_norm.weight", ".attn.k_norm.weight")
+        endings += _QK_NORMS
     if shape.num_kv_heads < tp_degree:
-        endings += (".attn.k.weight", ".attn.v.weight", ".attn.k.bias", ".attn.v.bias")
+        endings += _KV
     return frozenset(name for name in boxes if endings and name.endswith(endings))
 
 
@@ -247,16 +262,15 @@ def reduce_partial_gradients(decoder: Decoder, grads: Mapping[str, torch.Tensor]
     Call once per optimizer step, after the last backward and before clipping, on all ranks of the
     tensor-parallel group. `grads` maps parameter names to local gradients. One all-reduce.
     """
-    group, shape = decoder.context.tp_group, decoder.shape
-    degree = decoder.context.strategy.tp
-    names = sorted(partial_gradients(shape, degree, decoder.boxes))
+    group, shape, strategy = decoder.context.tp_group, decoder.shape, decoder.context.strategy
+    names = sorted(partial_gradients(shape, strategy.tp, decoder.boxes, strategy.sequence_parallel))
     if group is None or not names:
         return
     # a replicated kv head has its own place in the buffer, and each rank adds to its head's
     flat, places = [], []
     for name in names:
         grad = grads[name]
-        heads = 1 if "norm" in name else shape.num_kv_heads
+        heads = shape.num_kv_heads if name.endswith(_KV) else 1
         mine = 0 if heads == 1 else decoder.boxes[name].start[0] // shape.head_dim
         buffer = grad.new_zeros(heads, grad.numel())
         buffer[mine] = grad.reshape(-1)

@@ -58,7 +58,7 @@ class _Stage:
         self._pending.clear()
 
     def _receive(self, batch: MicroBatch, stage: int) -> torch.Tensor:
-        shape = (batch.packed.num_tokens, self._decoder.shape.hidden)
+        shape = (self._decoder.num_rows(batch.packed.num_tokens), self._decoder.shape.hidden)
         buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
         dist.recv(buffer, src=self._context.stage_rank(stage))
         return buffer

@@ -74,7 +74,10 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
             key = placement.layout_key
             if key not in layouts:
                 layouts[key] = _load(spec.model, shape, context, dtype)
-            role.by_call[call.name] = layouts[key]
+            # its own decoder: calls of one layout may differ in what the layout does not say
+            params = layouts[key].params
+            decoder = Decoder(shape, context, dtype, layouts[key].decoder.params)
+            role.by_call[call.name] = RankModel(params, decoder)
             role.contexts[call.name] = context
         trainer = graph.trainer(name)
         if trainer is not None and trainer.name in role.by_call:

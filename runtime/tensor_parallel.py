@@ -4,16 +4,23 @@ Two autograd functions surround a pair of column-split and row-split matrices (M
 arXiv 1909.08053, section 3); embedding and head are split over the vocabulary. Shards may be
 uneven. Everything works without a group (one shard) and then communicates nothing. This module
 knows no model: which matrix is split how is the decoder's affair.
+
+With sequence parallelism (Korthikanti et al., arXiv 2205.05198, section 4.2.2) hidden states between
+those pairs are split over the group by rows: an all-gather before the column-split matrices and a
+reduce-scatter after the row-split ones take the place of the two all-reduces. Each shard has
+`ceil(rows / shards)` rows; what the last ones have too many are padding that no result depends on.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from runtime.collectives import all_gather, reduce_scatter
 from runtime.linear import linear
 
 Group = dist.ProcessGroup | None
@@ -71,16 +78,104 @@ def reduce_from_region(x: torch.Tensor, group: Group) -> torch.Tensor:
     return x if group is None else _apply(_ReduceFromRegion, x, group)
 
 
-def embedding(tokens: torch.Tensor, weight: torch.Tensor, vocab_start: int, group: Group) -> torch.Tensor:
-    """Rows of a vocabulary-split embedding: tokens [T] int64 -> [T, hidden].
+def rows_per_shard(num_rows: int, shards: int) -> int:
+    """Rows that each shard of a split has, padding included."""
+    return -(-num_rows // shards)
+
+
+def _gather(local: torch.Tensor, num_rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+    """[n, width] of each rank -> their first `num_rows` rows, in rank order."""
+    size = dist.get_world_size(group)
+    whole = local.new_empty(size * local.shape[0], *local.shape[1:])
+    all_gather(whole, local.contiguous(), group)
+    return whole[:num_rows]
+
+
+def _scatter_sum(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """[T, width] -> this rank's rows of the sum over the group, padding rows 0."""
+    shards = dist.get_world_size(group)
+    rows = rows_per_shard(whole.shape[0], shards)
+    missing = rows * shards - whole.shape[0]
+    padded = F.pad(whole, (0, 0, 0, missing)) if missing else whole.contiguous()
+    local = whole.new_empty(rows, *whole.shape[1:])
+    reduce_scatter(local, padded, group)
+    return local
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, num_rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group = group
+        return _gather(x, num_rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        return _scatter_sum(grads[0], ctx.group), None, None
+
+
+class _ScatterRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.group, ctx.num_rows = group, x.shape[0]
+        return _scatter_sum(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return _gather(grads[0], ctx.num_rows, ctx.group), None
+
+
+class _JoinRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, num_rows: int, group: dist.ProcessGroup) -> torch.Tensor:
+        ctx.rows, ctx.rank = x.shape[0], dist.get_rank(group)
+        return _gather(x, num_rows, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        start = ctx.rank * ctx.rows
+        own = grads[0][start : start + ctx.rows]
+        return F.pad(own, (0, 0, 0, ctx.rows - own.shape[0])), None, None
+
+
+@dataclass(frozen=True)
+class Region:
+    """The part of a layer where matrices are split over the group, and how hidden states enter it.
+
+    `num_rows` is how many rows the whole pack has when hidden states outside the region are split by
+    rows (sequence parallelism), None when every rank has all of them.
+    """
+
+    group: Group
+    num_rows: int | None = None
+
+    def enter(self, x: torch.Tensor) -> torch.Tensor:
+        """Hidden states for column-split matrices: all rows [T, width]."""
+        if self.group is None or self.num_rows is None:
+            return copy_to_region(x, self.group)
+        return _apply(_GatherRows, x, self.num_rows, self.group)
+
+    def leave(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum over the group of what row-split matrices gave; `x` [T, width] must be fresh."""
+        if self.group is None or self.num_rows is None:
+            return reduce_from_region(x, self.group)
+        return _apply(_ScatterRows, x, self.group)
+
+    def join(self, x: torch.Tensor) -> torch.Tensor:
+        """All rows, for what every rank computes alike: its gradient must be the same on all ranks."""
+        if self.group is None or self.num_rows is None:
+            return x
+        return _apply(_JoinRows, x, self.num_rows, self.group)
+
+
+def embedding(tokens: torch.Tensor, weight: torch.Tensor, vocab_start: int, region: Region) -> torch.Tensor:
+    """Rows of a vocabulary-split embedding: tokens [T] int64 -> [T, hidden], or this rank's rows.
 
     `weight` holds the rows from `vocab_start` on.
     """
-    if group is None:
+    if region.group is None:
         return F.embedding(tokens, weight)
     local, inside = _local_tokens(tokens, vocab_start, weight.shape[0])
-    rows = F.embedding(local, weight).masked_fill(~inside[:, None], 0.0)
-    return reduce_from_region(rows, group)
+    return region.leave(F.embedding(local, weight).masked_fill(~inside[:, None], 0.0))
 
 
 def _local_tokens(

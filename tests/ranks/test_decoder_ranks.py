@@ -50,16 +50,16 @@ def make_tokens(vocab: int, lengths: tuple[int, ...] = LENGTHS) -> torch.Tensor:
     return torch.randint(3, vocab, (sum(lengths),), generator=torch.Generator().manual_seed(1))
 
 
-def train(decoder: Decoder) -> tuple[Arrays, Arrays]:
+def train(decoder: Decoder, lengths: tuple[int, ...] = LENGTHS) -> tuple[Arrays, Arrays]:
     """Forward and backward of a weighted sum, over the stages; outputs (last stage) and gradients."""
     context = decoder.context
-    tokens = make_tokens(decoder.shape.vocab)
-    packed = pack(LENGTHS)
+    tokens = make_tokens(decoder.shape.vocab, lengths)
+    packed = pack(lengths)
     for param in decoder.params.values():
         param.requires_grad_()
     entry = tokens
     if not context.is_first:
-        entry = torch.empty(tokens.shape[0], decoder.shape.hidden)
+        entry = torch.empty(decoder.num_rows(tokens.shape[0]), decoder.shape.hidden)
         dist.recv(entry, context.stage_rank(context.at.pp - 1))
         entry.requires_grad_()
     hidden = decoder.forward(entry, packed)
@@ -86,8 +86,10 @@ def train(decoder: Decoder) -> tuple[Arrays, Arrays]:
     return outputs, {name: grad.numpy() for name, grad in grads.items()}
 
 
-def _train_rank(rank: int, world_size: int, folder: Path, strategy: Strategy, head: str) -> Any:
-    return train(make_decoder(folder, make_context(rank, world_size, strategy), head))
+def _train_rank(
+    rank: int, world_size: int, folder: Path, strategy: Strategy, head: str, lengths: tuple[int, ...]
+) -> Any:
+    return train(make_decoder(folder, make_context(rank, world_size, strategy), head), lengths)
 
 
 @pytest.mark.parametrize(
@@ -107,10 +109,17 @@ def _train_rank(rank: int, world_size: int, folder: Path, strategy: Strategy, he
     ids=str,
 )
 def test_training_equals_one_rank(name: str, short: Strategy, head: str, tmp_path: Path) -> None:
+    check_training(name, short, head, tmp_path)
+
+
+def check_training(
+    name: str, short: Strategy, head: str, tmp_path: Path, lengths: tuple[int, ...] = LENGTHS
+) -> None:
+    """Outputs and gradients of all ranks are those of one rank alone."""
     folder = write_model(tmp_path, name, head=head)
-    expected, expected_grads = train(make_decoder(folder, single_rank(), head))
+    expected, expected_grads = train(make_decoder(folder, single_rank(), head), lengths)
     whole = make_decoder(folder, single_rank(), head)
-    ranks = run_ranks(_train_rank, short.size, folder, short, head)
+    ranks = run_ranks(_train_rank, short.size, folder, short, head, lengths)
     total: dict[str, NDArray[Any]] = {}
     for rank, (outputs, grads) in enumerate(ranks):
         at = short.coordinates(rank)
