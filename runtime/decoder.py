@@ -7,7 +7,7 @@ where parameters come from, how stages exchange hidden states, or what optimizes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -186,25 +186,30 @@ class Decoder:
     ) -> torch.Tensor:
         """This shard's part of the attention output, to be summed over shards, without o's bias."""
         dim = self.shape.head_dim
-        q = self._linear(x, f"{name}.q").view(-1, self.num_heads, dim)
-        k = self._linear(x, f"{name}.k").view(-1, self.num_kv_heads, dim)
-        v = self._linear(x, f"{name}.v").view(-1, self.num_kv_heads, dim)
+        q, k, v = self._products(x, (f"{name}.q", f"{name}.k", f"{name}.v"))
+        q = q.view(-1, self.num_heads, dim)
+        k, v = (part.view(-1, self.num_kv_heads, dim) for part in (k, v))
         if self.shape.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         out = attend(index, rotary(q), rotary(k), v)
-        return linear(out.flatten(-2), self.params[f"{name}.o.weight"])
+        return self._product(out.flatten(-2), f"{name}.o")
 
     def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """This shard's part of the MLP output, to be summed over shards, without down's bias."""
-        inner = self._linear(x, f"{name}.up")
         if self.shape.gated_mlp:
-            inner = self._activation(self._linear(x, f"{name}.gate")) * inner
+            gate, up = self._products(x, (f"{name}.gate", f"{name}.up"))
+            inner = self._activation(gate) * up
         else:
-            inner = self._activation(inner)
-        return linear(inner, self.params[f"{name}.down.weight"])
+            inner = self._activation(self._products(x, (f"{name}.up",))[0])
+        return self._product(inner, f"{name}.down")
 
-    def _linear(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        return linear(x, self.params[f"{name}.weight"], self.params.get(f"{name}.bias"))
+    def _products(self, x: torch.Tensor, names: Sequence[str]) -> Sequence[torch.Tensor]:
+        """`x` times several column-split matrices, biases added."""
+        return [linear(x, self.params[f"{n}.weight"], self.params.get(f"{n}.bias")) for n in names]
+
+    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
+        """`x` times a row-split matrix, without its bias."""
+        return linear(x, self.params[f"{name}.weight"])
 
     def _add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Biases of row-split matrices are added once, after the sum over shards."""
