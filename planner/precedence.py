@@ -120,13 +120,21 @@ def list_schedule(
     return order, ends
 
 
-def rank_arcs(precedence: Precedence, order: Sequence[int], masks: Sequence[int]) -> Arcs:
-    """Adds, for every rank of every node, the node that the rank ran just before it."""
+def rank_arcs(
+    precedence: Precedence,
+    order: Sequence[int],
+    masks: Sequence[int],
+    needs: Sequence[int] | None = None,
+) -> Arcs:
+    """Adds, for every rank of every node, the node that the rank ran just before it.
+
+    `masks`: what nodes occupy. `needs`: what must be free for them to start, where that is more.
+    """
     same: list[list[int]] = [[] for _ in masks]
     previous: list[list[int]] = [[] for _ in masks]
     far: dict[int, list[tuple[int, int]]] = {}
     for position, i in enumerate(order):
-        same_i, need = list(precedence.before[i]), masks[i]
+        same_i, need = list(precedence.before[i]), (needs or masks)[i]
         at = position - 1
         while need and at >= 0:
             j = order[at]
@@ -136,7 +144,7 @@ def rank_arcs(precedence: Precedence, order: Sequence[int], masks: Sequence[int]
             at -= 1
         previous_i = []
         at = len(order) - 1
-        while need:  # the node's own run in the iteration before covers all its ranks
+        while need:  # runs of the iteration before, the node's own among them, cover all that it needs
             j = order[at]
             if masks[j] & need:
                 previous_i.append(j)

@@ -2,9 +2,11 @@
 
 Exactly what the runtime does: all ranks share one order of nodes, the same in every iteration, and
 each rank runs its own nodes in that order. A node starts when the nodes it waits for have ended and
-all its ranks are free, and it occupies all its ranks until it ends. Nothing is known here of
-calls, models or costs: only nodes, seconds, and which ranks they occupy (as bit masks, so that a
-thousand ranks cost what eight do).
+all its ranks are free, and it occupies all its ranks until it ends. Only a load may do otherwise:
+where the device copies from host memory on the side, it starts when its turn comes and occupies the
+ranks' copy engines, and the ranks run on. Nothing is known here of calls, models or costs: only
+nodes, seconds, and which ranks they occupy (as bit masks, so that a thousand ranks cost what eight
+do).
 
 The start times are the smallest solution of `end(i, t) = s(i) + max(end(j, t - lag))` over the nodes
 j that i waits for: a linear system in (max, +). After a few iterations all ends grow by one
@@ -18,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.precedence import Arcs, Precedence, exact_period, list_schedule, rank_arcs
-from realloc.augmented import AugmentedGraph
+from realloc.augmented import AugmentedGraph, NodeKind
 
 MOST_ITERATIONS = 24
 TOLERANCE = 1e-9
@@ -122,6 +124,18 @@ def masks_of(augmented: AugmentedGraph, order: Sequence[str]) -> list[int]:
     return [_mask(augmented.by_name[name].ranks) for name in order]
 
 
+def engine_masks(augmented: AugmentedGraph, order: Sequence[str]) -> tuple[list[int], list[int]]:
+    """What nodes occupy and what they need free, with copy engines: bits above those of the ranks."""
+    nodes = [augmented.by_name[name] for name in order]
+    width = 1 + max(node.ranks[-1] for node in nodes)
+    masks = masks_of(augmented, order)
+    pairs = [
+        (mask << width, mask << width | mask) if node.kind is NodeKind.LOAD else (mask, mask)
+        for node, mask in zip(nodes, masks, strict=True)
+    ]
+    return [mask for mask, _ in pairs], [need for _, need in pairs]
+
+
 def _mask(ranks: Sequence[int]) -> int:
     first, count = ranks[0], len(ranks)
     if ranks[-1] - first + 1 == count:
@@ -133,21 +147,27 @@ def list_order(augmented: AugmentedGraph, node_s: Mapping[str, float]) -> tuple[
     """The order in which nodes start when every node starts as early as it can.
 
     Of the nodes that could start at the same time, the one with the longest way to the end of the
-    next iteration comes first. `node_s`: seconds of every node.
+    next iteration comes first. Loads and offloads stand next to the calls they are for, so that
+    memory is free for as long as possible. `node_s`: seconds of every node.
     """
     names = augmented.default_order()
     precedence = precedence_of(augmented, names)
     seconds = [node_s[name] for name in names]
     order, _ = list_schedule(precedence, seconds, masks_of(augmented, names))
-    return tuple(names[i] for i in order)
+    return augmented.place_copies(names[i] for i in order)
 
 
 def simulate(
-    augmented: AugmentedGraph, node_s: Mapping[str, float], order: Sequence[str] | None = None
+    augmented: AugmentedGraph,
+    node_s: Mapping[str, float],
+    order: Sequence[str] | None = None,
+    *,
+    overlaps_loads: bool = False,
 ) -> Simulation:
     """The steady state of the augmented graph under an order of its nodes (None: `list_order`).
 
-    `node_s`: seconds of every node. Raises PlanError when the order contradicts the graph.
+    `node_s`: seconds of every node. `overlaps_loads`: loads run beside other nodes. Raises PlanError
+    when the order contradicts the graph.
     """
     if order is None:
         order = list_order(augmented, node_s)
@@ -155,7 +175,8 @@ def simulate(
     seconds = [node_s[name] for name in order]
     masks = masks_of(augmented, order)
     numbers = range(len(order))
-    arcs = rank_arcs(precedence_of(augmented, order), numbers, masks)
+    occupied, needs = engine_masks(augmented, order) if overlaps_loads else (masks, masks)
+    arcs = rank_arcs(precedence_of(augmented, order), numbers, occupied, needs)
     steady = steady_state(numbers, arcs, seconds)
     starts = [end - s for end, s in zip(steady.ends, seconds, strict=True)]
     origin = min(starts)
@@ -164,7 +185,7 @@ def simulate(
         iteration_s=steady.period_s,
         start_s={name: starts[i] - origin for i, name in enumerate(order)},
         end_s={name: steady.ends[i] - origin for i, name in enumerate(order)},
-        busy=_busy(masks, seconds),
+        busy=_busy(masks, [0.0 if a != b else s for a, b, s in zip(masks, occupied, seconds, strict=True)]),
         critical=tuple(order[i] for i in critical),
         critical_iterations=lags,
     )

@@ -6,8 +6,8 @@ happens in an iteration.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from functools import cached_property
 
@@ -40,6 +40,12 @@ class NodeKind(StrEnum):
     CALL = "call"
     TRANSFER = "transfer"
     REALLOCATE = "reallocate"
+    LOAD = "load"
+    OFFLOAD = "offload"
+
+
+PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
+"""What of a role can be absent from the device between its uses."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class Node:
 
     call: `call` runs. transfer: `keys` go from where `src` wrote them to where `dst` reads them.
     reallocate: the parameters of `role` go from the layout of call `src` (which trained them) to
-    that of call `dst`.
+    that of call `dst`. load: `keys` (PARAMETERS, ...) of `role` come to the device, for call `dst`.
+    offload: they leave it again; `src` is the call that used them.
     """
 
     name: str
@@ -95,7 +102,41 @@ class AugmentedGraph:
         within.add_nodes_from(node.name for node in self.nodes)
         within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)
         position = {node.name: i for i, node in enumerate(self.nodes)}
-        return tuple(nx.lexicographical_topological_sort(within, key=position.__getitem__))
+        return self.place_copies(nx.lexicographical_topological_sort(within, key=position.__getitem__))
+
+    def place_copies(self, order: Iterable[str], ahead: bool = False) -> tuple[str, ...]:
+        """The order with every load right before the first node that waits for it, and every offload
+        right after the last node that it waits for: nothing is on the device for longer than needed.
+
+        `ahead`: loads come one call earlier on their ranks, so that they overlap with that call.
+        """
+        moved = (NodeKind.LOAD, NodeKind.OFFLOAD)
+        fixed = [name for name in order if self.by_name[name].kind not in moved]
+        if len(fixed) == len(self.nodes):
+            return tuple(fixed)
+        position = {name: i for i, name in enumerate(fixed)}
+        before: dict[int, list[str]] = {}
+        after: dict[int, list[str]] = {}
+        for node in self.nodes:
+            if node.kind is NodeKind.LOAD:
+                at = min(position[edge.dst] for edge in self.edges if edge.src == node.name)
+                at = self._call_before(fixed, at, node.ranks) if ahead else at
+                before.setdefault(at, []).append(node.name)
+            elif node.kind is NodeKind.OFFLOAD:
+                edges = self.predecessors(node.name)
+                after.setdefault(max(position[edge.src] for edge in edges), []).append(node.name)
+        placed: list[str] = []
+        for i, name in enumerate(fixed):
+            placed += [*before.get(i, ()), name, *after.get(i, ())]
+        return tuple(placed)
+
+    def _call_before(self, order: Sequence[str], at: int, ranks: Sequence[int]) -> int:
+        """Where the last call before `at` stands that runs on some of the ranks; `at` without one."""
+        for i in range(at - 1, -1, -1):
+            node = self.by_name[order[i]]
+            if node.kind is NodeKind.CALL and not set(ranks).isdisjoint(node.ranks):
+                return i
+        return at
 
     def check_order(self, order: Sequence[str], where: str) -> None:
         """Raises PlanError unless `order` holds every node once, each after what it waits for."""
@@ -134,6 +175,77 @@ def reallocation_name(role: str, dst: str) -> str:
 
 def transfer_name(src: str, dst: str) -> str:
     return f"transfer:{src}:{dst}"
+
+
+def load_name(role: str, call: str) -> str:
+    return f"load:{role}:{call}"
+
+
+def offload_name(role: str, call: str, part: str = "") -> str:
+    return f"offload:{role}:{call}" + (f":{part}" if part else "")
+
+
+@dataclass(frozen=True)
+class Residence:
+    """`causes` of `role` are on the device of `call`'s ranks from node `first` to node `last` only.
+
+    `first` is a load, or the reallocation that fills the copy; `last` is an offload. Where `last`
+    comes before `first` in an iteration's order, they are there around its end. `calls` use them.
+    `is_kept`: what they hold is needed again, so that `last` copies it to the host; a frozen role's
+    parameters have a copy there for good, and a reallocation fills its destination anew.
+    """
+
+    role: str
+    call: str
+    calls: tuple[str, ...]
+    causes: tuple[str, ...]
+    first: str
+    last: str
+    is_kept: bool = False
+
+
+def residences(graph: DataflowGraph, placements: Mapping[str, Placement]) -> tuple[Residence, ...]:
+    """What is not on its device all the time: see `Strategy.offload`. In the graph's order of roles."""
+    if not any(placement.strategy.offload for placement in placements.values()):
+        return ()
+    found: list[Residence] = []
+    for role in graph.roles:
+        trainer = graph.trainer(role)
+        copies: dict[object, list[Call]] = {}
+        for call in graph.calls_of(role):
+            copies.setdefault(placements[call.name].layout_key, []).append(call)
+        for calls in copies.values():
+            names = tuple(call.name for call in calls)
+            if trainer in calls:
+                found += _train_residences(role, str(trainer and trainer.name), names, placements)
+            elif all(placements[name].strategy.offload for name in names):
+                first = reallocation_name(role, names[0]) if trainer else load_name(role, names[0])
+                last = offload_name(role, names[0])
+                found.append(Residence(role, names[0], names, (PARAMETERS,), first, last))
+    return tuple(found)
+
+
+def _train_residences(
+    role: str, trainer: str, names: tuple[str, ...], placements: Mapping[str, Placement]
+) -> list[Residence]:
+    """Of the copy that is trained: optimizer and gradients, and parameters that nobody else uses."""
+    if not placements[trainer].strategy.offload:
+        return []
+    load, own = load_name(role, trainer), (trainer,)
+    state, last = (OPTIMIZER, GRADIENTS), offload_name(role, trainer)
+    found = [Residence(role, trainer, own, state, load, last, is_kept=True)]
+    if names == own:
+        last = offload_name(role, trainer, PARAMETERS)
+        found.append(Residence(role, trainer, own, (PARAMETERS,), load, last, is_kept=True))
+    return found
+
+
+def copied_causes(graph: DataflowGraph, node: Node) -> tuple[str, ...]:
+    """What a load or offload node really copies: gradients never, and out only what has changed."""
+    trainer = graph.trainer(str(node.role))
+    if node.kind is NodeKind.OFFLOAD and (trainer is None or trainer.name != node.src):
+        return ()
+    return tuple(cause for cause in node.keys if cause != GRADIENTS)
 
 
 def needs_transfer(src: Placement, dst: Placement) -> bool:
@@ -190,6 +302,7 @@ def augment(graph: DataflowGraph, placements: Mapping[str, Placement]) -> Augmen
         )
     for role in graph.roles:
         _add_versions(graph, placements, role, moved, nodes, edges)
+    _add_copies(graph, placements, moved, nodes, edges)
     return AugmentedGraph(tuple(nodes), tuple(edges))
 
 
@@ -218,6 +331,40 @@ def _add_versions(
             nodes.append(Node(name, NodeKind.REALLOCATE, ranks, src=trainer.name, dst=call.name, role=role))
             edges.append(Edge(trainer.name, name))
         edges += [Edge(call.name, name), Edge(name, call.name, lag=1)]
+
+
+def _add_copies(
+    graph: DataflowGraph,
+    placements: Mapping[str, Placement],
+    moved: Mapping[str, tuple[str, str]],
+    nodes: list[Node],
+    edges: list[Edge],
+) -> None:
+    """Loads and offloads. A load waits for the offload before it and is waited for by its calls.
+
+    Loads of calls do not wait for the calls' data: they may run ahead.
+    """
+    made: dict[str, Node] = {}
+    for item in residences(graph, placements):
+        ranks = tuple(placements[item.call].mesh.ranks)
+        out = Node(item.last, NodeKind.OFFLOAD, ranks, src=item.call, role=item.role, keys=item.causes)
+        nodes.append(out)
+        edges += [Edge(name, item.last) for name in item.calls]
+        if item.first.startswith(f"{NodeKind.REALLOCATE}:"):
+            edges.append(Edge(item.last, item.first))
+            continue
+        if item.is_kept and PARAMETERS in item.causes:
+            readers = dict.fromkeys(name for role, name in moved.values() if role == item.role)
+            edges += [Edge(name, item.last) for name in readers]
+        edges.append(Edge(item.last, item.first, lag=1))
+        if item.first in made:
+            made[item.first] = replace(made[item.first], keys=(*made[item.first].keys, *item.causes))
+            continue
+        made[item.first] = Node(
+            item.first, NodeKind.LOAD, ranks, dst=item.call, role=item.role, keys=item.causes
+        )
+        edges += [Edge(item.first, name) for name in item.calls]
+    nodes += made.values()
 
 
 def _union(a: DeviceMesh, b: DeviceMesh) -> tuple[int, ...]:

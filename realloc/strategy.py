@@ -63,8 +63,12 @@ class Strategy:
     `zero` (train_step): 1 splits optimizer states over dp, 2 gradients too, 3 parameters too
     (Rajbhandari et al., arXiv 1910.02054). `sequence_parallel`: norms and residuals are split over
     tp by tokens (Korthikanti et al., arXiv 2205.05198). `virtual_stages`: stages on each rank, for
-    the interleaved schedule. `offload`: what a call does not need between its uses waits in host
-    memory: a train_step's optimizer states, a frozen role's parameters.
+    the interleaved schedule. `offload`: what a call does not need between its uses leaves the
+    device. A frozen role's parameters wait in host memory. Of a train_step, gradients are dropped
+    and optimizer states wait in host memory; so do its parameters, once they are reallocated, when no
+    other call uses this copy of them. Another copy of a trained role, which a reallocation fills, is
+    dropped after its calls and allocated when it is filled again. Calls that share a copy must all
+    say so for it to leave.
     """
 
     dp: int = 1
