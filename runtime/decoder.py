@@ -7,7 +7,8 @@ where parameters come from, how stages exchange hidden states, or what optimizes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableMapping, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,24 @@ Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 """(layer within the stage, q [T, heads, dim], k and v [T, kv heads, dim]) -> [T, heads, dim]"""
 
 
+class ParameterSource(Protocol):
+    """Where parameters come from that are not there all the time.
+
+    The decoder calls it around each unit: EMBEDDING, `layers.N`, HEAD (final norm and head). What
+    computes a unit again in the backward pass does so inside of the two calls, so that only the
+    gradient of `output` needs the parameters again.
+    """
+
+    def before(self, unit: str) -> None:
+        """The decoder is about to compute with the unit's parameters."""
+
+    def after(self, unit: str, output: torch.Tensor) -> None:
+        """The unit has computed `output`; its backward pass begins when that gets its gradient."""
+
+
+EMBEDDING_UNIT, HEAD_UNIT = "embedding", "head"
+
+
 def empty_params(
     boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device
 ) -> dict[str, torch.Tensor]:
@@ -53,6 +72,7 @@ class Decoder:
         context: ParallelContext,
         dtype: torch.dtype,
         params: MutableMapping[str, torch.Tensor] | None = None,
+        source: ParameterSource | None = None,
     ) -> None:
         self.shape = shape
         self.context = context
@@ -66,6 +86,7 @@ class Decoder:
         self.num_heads = shape.num_heads // strategy.tp
         self.num_kv_heads = max(1, shape.num_kv_heads // strategy.tp)
         self._tp = context.tp_group
+        self._source = source
         self._freqs = inverse_frequencies(shape).to(context.device)
         self._activation = activation(shape.activation)
 
@@ -162,11 +183,28 @@ class Decoder:
         split = self.context.strategy.sequence_parallel
         region = tp.Region(self._tp, positions.shape[0] if split else None)
         if self.context.is_first:
+            self._before(EMBEDDING_UNIT)
             x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], region)
+            self._after(EMBEDDING_UNIT, x)
         rotary = Rotary(self._freqs, positions, x.dtype)
         for index, layer in enumerate(self.layers):
+            self._before(f"layers.{layer}")
             x = self._layer(x, f"layers.{layer}", index, rotary, attend, region)
-        return region.join(self._norm(x, FINAL_NORM)) if self.context.is_last else x
+            self._after(f"layers.{layer}", x)
+        if not self.context.is_last:
+            return x
+        self._before(HEAD_UNIT)
+        x = region.join(self._norm(x, FINAL_NORM))
+        self._after(HEAD_UNIT, x)
+        return x
+
+    def _before(self, unit: str) -> None:
+        if self._source is not None:
+            self._source.before(unit)
+
+    def _after(self, unit: str, output: torch.Tensor) -> None:
+        if self._source is not None:
+            self._source.after(unit, output)
 
     def _layer(
         self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend, region: tp.Region
@@ -240,7 +278,7 @@ _OUTSIDE = ("_norm.weight", "_norm.bias", ".attn.o.bias", ".mlp.down.bias")
 
 
 def partial_gradients(
-    shape: ModelShape, tp_degree: int, boxes: Mapping[str, Box], sequence_parallel: bool = False
+    shape: ModelShape, tp_degree: int, boxes: Iterable[str], sequence_parallel: bool = False
 ) -> frozenset[str]:
     """Parameters whose local gradient is only one tensor-parallel rank's part of the whole.
 
@@ -265,10 +303,11 @@ def reduce_partial_gradients(decoder: Decoder, grads: Mapping[str, torch.Tensor]
     """Completes, in place, the gradients that `partial_gradients` names.
 
     Call once per optimizer step, after the last backward and before clipping, on all ranks of the
-    tensor-parallel group. `grads` maps parameter names to local gradients. One all-reduce.
+    tensor-parallel group. `grads` maps parameter names to local gradients, or to the same rows of
+    them on every rank of the group. One all-reduce.
     """
     group, shape, strategy = decoder.context.tp_group, decoder.shape, decoder.context.strategy
-    names = sorted(partial_gradients(shape, strategy.tp, decoder.boxes, strategy.sequence_parallel))
+    names = sorted(partial_gradients(shape, strategy.tp, grads, strategy.sequence_parallel))
     if group is None or not names:
         return
     # a replicated kv head has its own place in the buffer, and each rank adds to its head's
