@@ -14,7 +14,7 @@ from cost_models.compute import ComputeCosts
 from cost_models.memory import CallMemory, call_memory
 from cost_models.moves import reallocate_s, transfer_s
 from cost_models.profile import HardwareProfile
-from realloc.augmented import Node, NodeKind, Placement
+from realloc.augmented import Node, NodeKind, Placement, copied_causes
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.experiment import Experiment
@@ -101,11 +101,28 @@ class CostModel:
             self._moves[key] = self._moves[alike]
         return self._moves[key]
 
+    @property
+    def overlaps_host_copies(self) -> bool:
+        """Whether loads from host memory run beside calls."""
+        return self.profile.overlaps_host_copies
+
+    def host_copy_s(self, call: Call, placement: Placement, causes: tuple[str, ...]) -> float:
+        """Seconds to copy what a call keeps (`causes` of its memory) between device and host memory."""
+        memory, mesh = self.call_memory(call, placement), placement.mesh
+        size = sum(int(getattr(memory, cause)) for cause in causes)
+        shared = self.profile.slowdown(min(mesh.size, mesh.gpus_per_node))
+        return size / self.profile.host_bytes_per_s * shared
+
     def node_s(self, node: Node, placements: Mapping[str, Placement]) -> float:
         """Seconds of one node of an augmented graph under the placements that imply it."""
         if node.kind is NodeKind.CALL:
             assert node.call is not None
             return self.call_s(self.graph.by_name[node.call], placements[node.call])
+        if node.kind in (NodeKind.LOAD, NodeKind.OFFLOAD):
+            name = str(node.dst or node.src)
+            return self.host_copy_s(
+                self.graph.by_name[name], placements[name], copied_causes(self.graph, node)
+            )
         assert node.src is not None
         assert node.dst is not None
         src, dst = placements[node.src], placements[node.dst]

@@ -58,6 +58,7 @@ class HardwareProfile:
     what a fused optimizer step reaches. `call_s`: fixed overhead of one call. `sequence_s`: a
     Python reward function on one sequence. `concurrency`: slowdown over the number of ranks of
     one node that compute at once (hosts with fewer cores than ranks); 1 when absent.
+    `overlaps_host_copies`: the device computes while it copies from host memory.
     """
 
     name: str
@@ -74,6 +75,7 @@ class HardwareProfile:
     intra_node: Link
     inter_node: Link
     concurrency: Curve | None = None
+    overlaps_host_copies: bool = False
 
     def matmul_curve(self, dtype: str) -> Curve:
         """Raises InputError when the profile has no products of that dtype."""
@@ -144,6 +146,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         intra_node=read_link(reader.child("intra_node")),
         inter_node=read_link(reader.child("inter_node")),
         concurrency=None if concurrency is None else read_curve(reader, "concurrency"),
+        overlaps_host_copies=reader.get("overlaps_host_copies", bool, False),
     )
     reader.done()
     return profile
@@ -174,6 +177,7 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         "attention": dict(vars(profile.attention)),
         "optimizer_bytes_per_s": profile.optimizer_bytes_per_s,
         "host_bytes_per_s": profile.host_bytes_per_s,
+        "overlaps_host_copies": profile.overlaps_host_copies,
         "call_s": profile.call_s,
         "sequence_s": profile.sequence_s,
         "intra_node": link_content(profile.intra_node),

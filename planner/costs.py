@@ -90,4 +90,6 @@ def _near_origin(src: Placement, dst: Placement) -> tuple[Placement, Placement]:
 
 def _moved(placement: Placement, shift: int) -> Placement:
     mesh = placement.mesh
-    return Placement(replace(mesh, first=mesh.first - shift), replace(placement.strategy, micro_batches=1))
+    return Placement(
+        replace(mesh, first=mesh.first - shift), replace(placement.strategy, micro_batches=1, offload=False)
+    )

@@ -13,17 +13,30 @@ from math import inf
 
 from planner.candidates import Candidate, CandidateSet
 from planner.costs import Costs, Memory, MoveCosts
+from planner.memory import worst_gpu
 from planner.precedence import Precedence, list_schedule, rank_arcs
-from planner.simulator import steady_state
-from realloc.augmented import Placement, reallocation_name, transfer_name
+from planner.simulator import list_order, period_s, precedence_of, steady_state
+from realloc.augmented import (
+    PARAMETERS,
+    AugmentedGraph,
+    Placement,
+    augment,
+    copied_causes,
+    load_name,
+    offload_name,
+    reallocation_name,
+    transfer_name,
+)
 from realloc.cluster import Cluster
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.experiment import Experiment
 
 Choice = tuple[int, ...]
 # seconds, first GPU, GPU after the last, mask, layout, single, resident key, parameters, other
-# resident bytes, working bytes
-Row = tuple[float, int, int, int, int, int, int, int, int, int]
+# resident bytes, working bytes; with offload, when what a call keeps counts as working, its
+# parameters (0 otherwise), which do so only where no other call keeps them resident
+Row = tuple[float, int, int, int, int, int, int, int, int, int, int]
+_COPIED_AT_MOST = 4096
 
 
 @dataclass(frozen=True)
@@ -40,11 +53,13 @@ class _Structure:
     """The augmented graph of all choices that need the same transfers and reallocations.
 
     `slots[i]` says what node i is: a call (its index), a transfer (edge index + number of calls), or
-    a reallocation (call index + number of calls + number of edges).
+    a reallocation (call index + number of calls + number of edges); loads, offloads and offloads of
+    parameters follow, each block with one slot for every call. `graph`: of a choice with offload.
     """
 
     slots: tuple[int, ...]
     precedence: Precedence
+    graph: AugmentedGraph | None = None
 
 
 class Problem:
@@ -91,6 +106,8 @@ class Problem:
         self._structures: dict[tuple[int, ...], _Structure] = {}
         self._transfer_s: dict[tuple[int, int, int], float] = {}
         self._reallocate_s: dict[tuple[int, int, int], float] = {}
+        self._copied: dict[tuple[int, ...], _Structure] = {}
+        self._copy_s: dict[tuple[int, int, tuple[str, ...]], float] = {}
 
     def _row(self, call: int, candidate: Candidate) -> Row:
         placement, memory = candidate.placement, candidate.option.memory
@@ -101,6 +118,8 @@ class Problem:
             single = self._layouts.setdefault(mesh, len(self._layouts))
         role = self.graph.calls[call].role
         owner: object = call if role is None else (role, layout)
+        parameters, state = memory.parameters, memory.gradients + memory.optimizer
+        offload = strategy.offload
         return (
             candidate.option.seconds,
             mesh.first,
@@ -109,9 +128,10 @@ class Problem:
             layout,
             single,
             self._layouts.setdefault(("owner", owner), len(self._layouts)),
-            memory.parameters,
-            memory.gradients + memory.optimizer,
-            candidate.option.working_bytes,
+            0 if offload else parameters,
+            0 if offload else state,
+            candidate.option.working_bytes + (state if offload else 0),
+            max(1, parameters) if offload else 0,
         )
 
     def _topological(self) -> list[int]:
@@ -167,10 +187,15 @@ class Problem:
     def peak_bytes(self, choice: Choice) -> int:
         """Bytes of the GPU that needs most (see `planner.memory`)."""
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
+        if any(row[10] for row in rows):
+            return self._peak_bytes(choice, self.schedule(choice).order)
         return max(load(rows, row[1])[0] for row in rows)
 
     def overflow_bytes(self, choice: Choice) -> int:
-        """Bytes above the capacity, summed over the first GPUs of the meshes; 0 when it fits."""
+        """Bytes above the capacity, summed over the first GPUs of the meshes; 0 when it fits.
+
+        With offload only a lower bound: what is loaded for one call may meet what another needs.
+        """
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
         over = 0
         for gpu in {row[1] for row in rows}:
@@ -189,22 +214,27 @@ class Problem:
         rows = [table[c] for table, c in zip(self.rows, choice)]  # noqa: B905 (hot)
         if not self._possible(rows, limit_s):
             return inf
-        structure = self._structure(rows)
+        structure = self._structure(rows, choice)
         if hasty and limit_s < inf and self._unpriced(structure, rows):
             seconds, masks = self._priced(structure, rows, choice, free=True)
             if _period_s(structure, seconds, masks) >= limit_s:
                 return inf
         seconds, masks = self._priced(structure, rows, choice)
+        if structure.graph is not None:
+            return self._copied_orders(structure.graph, seconds, choice, limit_s)[0]
         return _period_s(structure, seconds, masks)
 
     def schedule(self, choice: Choice) -> Schedule:
         """The order and the seconds of every node behind `evaluate`."""
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
-        structure = self._structure(rows)
+        structure = self._structure(rows, choice)
         seconds, masks = self._priced(structure, rows, choice)
+        names = [self._name(slot) for slot in structure.slots]
+        if structure.graph is not None:
+            spent, placed = self._copied_orders(structure.graph, seconds, choice)
+            return Schedule(spent, placed, dict(zip(names, seconds, strict=True)))
         order, ends = list_schedule(structure.precedence, seconds, masks)
         arcs = rank_arcs(structure.precedence, order, masks)
-        names = [self._name(slot) for slot in structure.slots]
         return Schedule(
             steady_state(order, arcs, seconds, ends).period_s,
             tuple(names[i] for i in order),
@@ -232,8 +262,11 @@ class Problem:
                     return False
         return True
 
-    def _structure(self, rows: Sequence[Row]) -> _Structure:
+    def _structure(self, rows: Sequence[Row], choice: Choice) -> _Structure:
         """The nodes and edges that the placements imply."""
+        for row in rows:
+            if row[10]:
+                return self._copied_structure(rows, choice)
         signature = []
         for src, dst, _ in self._edges:
             signature.append(1 if rows[src][5] < 0 or rows[src][5] != rows[dst][5] else 0)
@@ -278,6 +311,41 @@ class Problem:
             edges += [(node[user], via, 0), (via, node[user], 1)]
         return _Structure(tuple(slots), Precedence.of(len(slots), edges))
 
+    def _copied_structure(self, rows: Sequence[Row], choice: Choice) -> _Structure:
+        """With offload: from the augmented graph itself, for placements of these layouts."""
+        key = tuple(value for row in rows for value in (row[4], row[5], 1 if row[10] else 0))
+        found = self._copied.get(key)
+        if found is None:
+            graph = augment(self.graph, self.placements(choice))
+            names = graph.default_order()
+            slots = {self._name(slot): slot for slot in range(4 * len(rows) + len(self._edges) + len(rows))}
+            if len(self._copied) >= _COPIED_AT_MOST:
+                self._copied.clear()
+            found = self._copied[key] = _Structure(
+                tuple(slots[name] for name in names), precedence_of(graph, names), graph
+            )
+        return found
+
+    def _copied_orders(
+        self, graph: AugmentedGraph, seconds: Sequence[float], choice: Choice, limit_s: float = inf
+    ) -> tuple[float, tuple[str, ...]]:
+        """Seconds and order of a choice with offload: loads ahead of time where that fits and helps.
+
+        (inf, order) when it does not fit, or not below the limit.
+        """
+        node_s = dict(zip(graph.default_order(), seconds, strict=True))
+        order = list_order(graph, node_s)
+        overlaps = self.costs.overlaps_host_copies
+        best_s, best = inf, order
+        for placed in (order, graph.place_copies(order, ahead=True)) if overlaps else (order,):
+            seconds_now = period_s(graph, node_s, placed, overlaps_loads=overlaps)
+            if seconds_now < min(best_s, limit_s) and self._peak_bytes(choice, placed) <= self.capacity_bytes:
+                best_s, best = seconds_now, placed
+        return best_s, best
+
+    def _peak_bytes(self, choice: Choice, order: Sequence[str]) -> int:
+        return worst_gpu(self.graph, self.placements(choice), self.memory(choice), order).total_bytes
+
     def _priced(
         self, structure: _Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False
     ) -> tuple[list[float], list[int]]:
@@ -302,6 +370,10 @@ class Problem:
                     )
                 seconds.append(spent)
                 masks.append(a[3] | b[3])
+            elif slot >= base + count:
+                call = (slot - base) % count
+                seconds.append(self._host_copy_s(structure, slot, call, choice[call]))
+                masks.append(rows[call][3])
             else:
                 user = slot - base
                 trainer = self._trainer_of(user)
@@ -318,11 +390,22 @@ class Problem:
                 masks.append(a[3] | b[3])
         return seconds, masks
 
+    def _host_copy_s(self, structure: _Structure, slot: int, call: int, candidate: int) -> float:
+        """Seconds of a load or offload."""
+        assert structure.graph is not None
+        causes = copied_causes(self.graph, structure.graph.by_name[self._name(slot)])
+        key = (call, candidate, causes)
+        found = self._copy_s.get(key)
+        if found is None:
+            placement = self.candidates[call][candidate].placement
+            found = self._copy_s[key] = self.costs.host_copy_s(self.graph.calls[call], placement, causes)
+        return found
+
     def _unpriced(self, structure: _Structure, rows: Sequence[Row]) -> bool:
         """Whether a reallocation of the choice was never priced."""
         base = len(rows) + len(self._edges)
         for slot in structure.slots:
-            if slot >= base:
+            if base <= slot < base + len(rows):
                 user = slot - base
                 key = (user, rows[self._trainer_of(user)][4], rows[user][4])
                 if key not in self._reallocate_s:
@@ -346,9 +429,13 @@ class Problem:
         if slot < len(self._edges):
             src, dst, _ = self._edges[slot]
             return transfer_name(calls[src].name, calls[dst].name)
-        call = calls[slot - len(self._edges)]
-        assert call.role is not None
-        return reallocation_name(call.role, call.name)
+        block, index = divmod(slot - len(self._edges), len(calls))
+        role, name = str(calls[index].role), calls[index].name
+        if block == 0:
+            return reallocation_name(role, name)
+        if block == 1:
+            return load_name(role, name)
+        return offload_name(role, name, PARAMETERS if block == 3 else "")
 
 
 def _period_s(structure: _Structure, seconds: Sequence[float], masks: Sequence[int]) -> float:
@@ -358,18 +445,27 @@ def _period_s(structure: _Structure, seconds: Sequence[float], masks: Sequence[i
 
 
 def load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:
-    """Peak bytes on a GPU, and the seconds that calls occupy it."""
-    size = working = 0
+    """Peak bytes on a GPU, and the seconds that calls occupy it.
+
+    With offload a lower bound of the bytes: at least what a call loads is there while it runs.
+    """
+    size = working = passing = 0
     busy = 0.0
     held = []
     for row in rows:
         if row[1] <= gpu < row[2]:
             busy += row[0]
             size += row[8]
-            if row[6] not in held:
+            if row[10]:
+                passing = 1
+            elif row[6] not in held:
                 held.append(row[6])
                 size += row[7]
             working = max(working, row[9])
+    if passing:
+        for row in rows:
+            if row[10] and row[1] <= gpu < row[2] and row[6] not in held:
+                working = max(working, row[9] + row[10])
     return size + working, busy
 
 

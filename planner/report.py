@@ -79,7 +79,7 @@ def _moves(result: SearchResult) -> str:
     if not moves:
         return "Nothing moves between calls: they share their meshes and layouts."
     small = 0.001 * result.iteration_s
-    shown = [name for name, s in moves.items() if name.startswith(f"{NodeKind.REALLOCATE}:") or s >= small]
+    shown = [name for name, s in moves.items() if not name.startswith(f"{NodeKind.TRANSFER}:") or s >= small]
     rows = [(*_ends(name, result), f"{moves[name]:.4g}") for name in shown]
     rest = [s for name, s in moves.items() if name not in shown]
     text = table(("moves", "from", "to", "seconds"), rows, right=(3,)) if rows else ""
@@ -91,7 +91,11 @@ def _moves(result: SearchResult) -> str:
 
 def _ends(name: str, result: SearchResult) -> tuple[str, str, str]:
     """What moves from where to where: an augmented node's name, made readable."""
-    kind, first, last = name.split(":")
+    kind, first, last, *_ = name.split(":")
+    if kind == NodeKind.LOAD:
+        return f"what {last} keeps", "host memory", last
+    if kind == NodeKind.OFFLOAD:
+        return f"what {last} keeps", last, "host memory"
     if kind == NodeKind.REALLOCATE:
         return f"parameters of {first}", "its train_step", last
     return "data", first, last
@@ -109,7 +113,9 @@ def _memory(result: SearchResult) -> str:
 
 def _pace(result: SearchResult) -> str:
     simulation, calls = result.simulation, result.plan.placements
-    on_way = [name for name in simulation.critical if name in calls or name.startswith("reallocate:")]
+    on_way = [
+        name for name in simulation.critical if name in calls or not name.startswith(f"{NodeKind.TRANSFER}:")
+    ]
     spans = ""
     if simulation.critical_iterations > 1:
         spans = f" over {simulation.critical_iterations} iterations"

@@ -174,10 +174,9 @@ def simulate(
     augmented.check_order(order, "simulate")
     seconds = [node_s[name] for name in order]
     masks = masks_of(augmented, order)
-    numbers = range(len(order))
     occupied, needs = engine_masks(augmented, order) if overlaps_loads else (masks, masks)
-    arcs = rank_arcs(precedence_of(augmented, order), numbers, occupied, needs)
-    steady = steady_state(numbers, arcs, seconds)
+    arcs = rank_arcs(precedence_of(augmented, order), range(len(order)), occupied, needs)
+    steady = steady_state(range(len(order)), arcs, seconds)
     starts = [end - s for end, s in zip(steady.ends, seconds, strict=True)]
     origin = min(starts)
     critical, lags = _critical(arcs, seconds, steady.period_s)
@@ -189,6 +188,16 @@ def simulate(
         critical=tuple(order[i] for i in critical),
         critical_iterations=lags,
     )
+
+
+def period_s(
+    augmented: AugmentedGraph, node_s: Mapping[str, float], order: Sequence[str], *, overlaps_loads: bool
+) -> float:
+    """`iteration_s` of `simulate` alone."""
+    masks = masks_of(augmented, order)
+    occupied, needs = engine_masks(augmented, order) if overlaps_loads else (masks, masks)
+    arcs = rank_arcs(precedence_of(augmented, order), range(len(order)), occupied, needs)
+    return steady_state(range(len(order)), arcs, [node_s[name] for name in order]).period_s
 
 
 def _busy(masks: Sequence[int], seconds: Sequence[float]) -> tuple[Busy, ...]:

@@ -90,6 +90,7 @@ def profile_content(measured: Mapping[str, Any], name: str, ranks: int) -> Mappi
         },
         "optimizer_bytes_per_s": measured["optimizer_bytes_per_s"],
         "host_bytes_per_s": measured["host_bytes_per_s"],
+        "overlaps_host_copies": not is_cpu,
         "call_s": _CALL_S[measured["device_type"]],
         "sequence_s": _SEQUENCE_S,
         "intra_node": intra,

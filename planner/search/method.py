@@ -73,8 +73,13 @@ class Record:
         elapsed_s, evaluated = self.elapsed_s, self.evaluated
         placements = problem.placements(best)
         schedule = problem.schedule(best)
-        simulation = simulate(augment(problem.graph, placements), schedule.node_s, schedule.order)
-        peak = worst_gpu(problem.graph, placements, problem.memory(best))
+        simulation = simulate(
+            augment(problem.graph, placements),
+            schedule.node_s,
+            schedule.order,
+            overlaps_loads=problem.costs.overlaps_host_copies,
+        )
+        peak = worst_gpu(problem.graph, placements, problem.memory(best), schedule.order)
         bound = self.best_s if proven else min(lower_bound_s(problem), self.best_s)
         plan = ExecutionPlan(
             experiment=problem.experiment,
