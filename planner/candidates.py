@@ -22,6 +22,10 @@ from realloc.model_shape import ModelShape
 from realloc.strategy import Strategy, forbidden
 
 
+OFFLOAD_FROM = 0.5
+"""Share of a GPU's memory that has to be taken at least before plans with offload are looked at."""
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much of a large cluster's candidates to keep.
@@ -132,6 +136,8 @@ def build_candidates(
             _raise_infeasible(experiment, graph, call, by_size, costs, capacity_bytes, limits)
     if len(meshes) > limits.keep_all_up_to:
         options = _bounded(graph, options, by_size, limits, rejections)
+    if is_tight(graph, options, capacity_bytes):
+        options = _with_offload(graph, options)
     candidates = {}
     for call in graph.calls:
         found = [
@@ -299,6 +305,48 @@ def _bounded(
                     (len(every) - len(kept)) * len(meshes),
                     f"{len(kept)} of {len(every)} strategies kept on meshes of {size}",
                 )
+    return result
+
+
+def is_tight(
+    graph: DataflowGraph,
+    options: Mapping[str, Mapping[int, Sequence[Option]]],
+    capacity_bytes: int,
+) -> bool:
+    """Whether offloading may be what makes a plan fit or fast: OFFLOAD_FROM of the memory is taken.
+
+    Taken: by what stays on a GPU when every call takes the option that keeps least there, and the
+    least that any call works with. Below that there is room for the copies that plans want, and
+    offloading, which only costs time, is not worth a search among twice as many candidates.
+    """
+    resident: dict[str, int] = {}
+    working = 0
+    for call in graph.calls:
+        every = [option for same in options[call.name].values() for option in same]
+        working = max(working, min(option.working_bytes for option in every))
+        if call.role is not None:
+            # a role's calls may share one copy
+            kept = min(option.total_bytes - option.working_bytes for option in every)
+            resident[call.role] = max(resident.get(call.role, 0), kept)
+    return sum(resident.values()) + working > OFFLOAD_FROM * capacity_bytes
+
+
+def _with_offload(
+    graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]]
+) -> dict[str, dict[int, list[Option]]]:
+    """Every option of frozen, trained and generating roles' calls also with offload, after those without.
+
+    The variants need as much memory while their call runs, and less while others do. Their copies
+    have a price of their own, as nodes.
+    """
+    result: dict[str, dict[int, list[Option]]] = {}
+    for call in graph.calls:
+        frozen = call.role is not None and graph.trainer(call.role) is None
+        useful = frozen or call.kind in (CallKind.TRAIN_STEP, CallKind.GENERATE)
+        result[call.name] = {
+            size: [*same, *(replace(o, strategy=replace(o.strategy, offload=True)) for o in same if useful)]
+            for size, same in options[call.name].items()
+        }
     return result
 
 

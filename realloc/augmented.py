@@ -98,6 +98,10 @@ class AugmentedGraph:
 
     def default_order(self) -> tuple[str, ...]:
         """A topological order of one iteration, as close to `nodes` as the edges allow."""
+        return self._default_order
+
+    @cached_property
+    def _default_order(self) -> tuple[str, ...]:
         within: nx.DiGraph[str] = nx.DiGraph()
         within.add_nodes_from(node.name for node in self.nodes)
         within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)

@@ -45,6 +45,11 @@ class TableCosts:
     moves: float = 0.2
     bytes_scale: float = 400.0
     provenance: str = "made up"
+    overlaps_host_copies: bool = False
+
+    def host_copy_s(self, call: Call, placement: Placement, causes: tuple[str, ...]) -> float:
+        memory = self.call_memory(call, placement)
+        return sum(getattr(memory, cause) for cause in causes) / 1000
 
     def call_s(self, call: Call, placement: Placement) -> float:
         noise = draw(self.seed, call.name, str(placement.strategy))
