@@ -63,3 +63,8 @@ def micro_batches(positions: Sequence[int], lengths: Sequence[int], count: int) 
         return []
     groups = balanced_split([lengths[p] for p in positions], min(count, len(positions)))
     return [tuple(positions[i] for i in group) for group in groups]
+
+
+def num_passes(shares: Sequence[Sequence[int]], count: int) -> int:
+    """The largest number of micro-batches that any of the shares is split into."""
+    return max(min(count, len(share)) for share in shares)

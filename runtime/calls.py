@@ -21,7 +21,7 @@ from realloc.experiment import Experiment
 from realloc.functions import Sample
 from runtime.attention import PackedSequences
 from runtime.batch import PackedBatch
-from runtime.batching import Assignment, micro_batches
+from runtime.batching import Assignment, micro_batches, num_passes
 from runtime.data_store import IterationData
 from runtime.dataset import Dataset
 from runtime.decoder import Decoder
@@ -168,6 +168,8 @@ class CallExecutor:
         replicas = self.context.strategy.dp
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            if not batch.positions:
+                return self._zero_loss(hidden, batch)
             output = self._output(hidden, batch, data)
             view = PackedBatch(
                 data, batch.positions, len(positions), elements, self.context.device, self.context.dp_group
@@ -181,10 +183,26 @@ class CallExecutor:
 
         self.trainer.zero_gradients()
         batches = self._micro_batches(data, shares[self.context.at.dp])
+        if self.context.strategy.zero >= 2:
+            passes = num_passes(shares, self.context.strategy.micro_batches)
+            batches += [self._empty_pass()] * (passes - len(batches))
         run_training(self._model, self.context, batches, loss)
         for name, value in self.trainer.step().items():
             metrics.add_contribution(name, value / replicas)
         metrics.end_step(1.0 / replicas)
+
+    def _empty_pass(self) -> MicroBatch:
+        """One token of no sequence: replicas that communicate in every pass run equally many."""
+        device = self.context.device
+        return MicroBatch((), PackedSequences((1,), device), torch.zeros(1, dtype=torch.int64, device=device))
+
+    def _zero_loss(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+        """A loss that depends on every parameter and has no gradient."""
+        if self.call.output is Output.LOGPROBS and batch.tokens is not None:
+            output = self._model.logprobs(hidden, batch.tokens)
+        else:
+            output = self._model.scalar(hidden)
+        return output.sum() * 0.0
 
     def _prepare(self, data: IterationData, assignment: Assignment) -> None:
         """Runs the algorithm's `prepare` where its inputs are: on the last stage."""

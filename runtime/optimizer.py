@@ -55,6 +55,8 @@ class AdamW:
         stepped = self.states[MASTER] if self._narrow else weights
         pairs = _joined([(stepped[name].detach(), gradients[name]) for name in boxes])
         self._stepped = [weight for weight, _ in pairs]
+        self.gradients: Sequence[torch.Tensor] = [gradient for _, gradient in pairs]
+        """The same memory as the gradients given, in as few tensors as possible."""
         for weight, gradient in pairs:
             weight.grad = gradient
         self._optimizer = torch.optim.AdamW(

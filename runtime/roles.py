@@ -6,12 +6,12 @@ Calls of one role whose placements have the same layout share one set of paramet
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
 from realloc.augmented import Placement, home_call
-from realloc.layout import shard_boxes
+from realloc.layout import compute_boxes, held_boxes
 from realloc.model_shape import ModelShape
 from realloc.plan import ExecutionPlan
 from runtime.decoder import Decoder
@@ -19,6 +19,7 @@ from runtime.hf import load_boxes
 from runtime.parallel import Groups, ParallelContext
 from runtime.parameters import FlatParameters, allocate
 from runtime.training import Trainer
+from runtime.zero import GatheredParameters
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,7 +29,17 @@ class RankModel:
     """One role in one layout on this rank."""
 
     params: FlatParameters
+    """What the rank keeps: `held_boxes` of its layout."""
     decoder: Decoder
+    gathered: GatheredParameters | None = None
+    """What the decoder computes with, where that is more than the rank keeps (ZeRO 3)."""
+
+    def in_context(self, context: ParallelContext) -> RankModel:
+        """The same parameters with a decoder for another call."""
+        decoder = self.decoder
+        return replace(
+            self, decoder=Decoder(decoder.shape, context, decoder.dtype, decoder.params, self.gathered)
+        )
 
 
 @dataclass
@@ -75,26 +86,27 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
             if key not in layouts:
                 layouts[key] = _load(spec.model, shape, context, dtype)
             # its own decoder: calls of one layout may differ in what the layout does not say
-            params = layouts[key].params
-            decoder = Decoder(shape, context, dtype, layouts[key].decoder.params)
-            role.by_call[call.name] = RankModel(params, decoder)
+            role.by_call[call.name] = layouts[key].in_context(context)
             role.contexts[call.name] = context
         trainer = graph.trainer(name)
         if trainer is not None and trainer.name in role.by_call:
             model = role.by_call[trainer.name]
-            context = role.contexts[trainer.name]
             steps = experiment.iterations * trainer.mini_batches * trainer.epochs
-            role.trainer = Trainer(name, shape, model.decoder, model.params, context, spec.optimizer, steps)
+            role.trainer = Trainer(name, model.decoder, model.params, model.gathered, spec.optimizer, steps)
         roles[name] = role
     return roles
 
 
 def _load(folder: str, shape: ModelShape, context: ParallelContext, dtype: torch.dtype) -> RankModel:
     strategy, at = context.strategy, context.at
-    boxes = shard_boxes(shape, strategy.tp, strategy.pp, at.tp, at.pp)
+    boxes = held_boxes(shape, strategy, at)
     params = allocate(boxes, dtype, context.device)
     loaded = load_boxes(folder, shape, boxes, dtype, context.device)
     with torch.no_grad():
         for name, view in params.views.items():
             view.copy_(loaded[name])
-    return RankModel(params, Decoder(shape, context, dtype, dict(params.views)))
+    if strategy.zero < 3:
+        return RankModel(params, Decoder(shape, context, dtype, dict(params.views)))
+    tied = shape.tied_embeddings and shape.head == "lm"
+    gathered = GatheredParameters(compute_boxes(shape, strategy, at), params, context, tied=tied)
+    return RankModel(params, Decoder(shape, context, dtype, gathered.params, gathered), gathered)

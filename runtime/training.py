@@ -1,8 +1,23 @@
 """Gradients and the optimizer of one trainable role on one rank.
 
-Gradients live in one flat buffer beside the parameters. After a mini-batch they are summed over
-the ranks that hold replicas, clipped by the global norm, and stepped by AdamW in fp32 (with fp32
-master weights when the parameters are narrower).
+After a mini-batch gradients are summed over the ranks that hold replicas, clipped by the global
+norm, and stepped by AdamW in fp32 (with fp32 master weights when the parameters are narrower).
+
+What a rank keeps from its start to its end, in bytes, with N the elements of its compute boxes (its
+tensor shard of its pipeline stage), R those of its rows of them (about N / dp), and p the bytes of
+an element of the parameters; the optimizer takes 8 (both moments), 12 when p is not 4 (and masters):
+
+    zero   parameters   gradients   optimizer
+    0      p N          4 N         8 N or 12 N
+    1      p N          4 N         8 R or 12 R
+    2      p N          4 R         8 R or 12 R
+    3      p R          4 R         8 R or 12 R
+
+Beside that, within a train_step, U being the elements of a unit (embedding, a layer, final norm with
+head): from 0 on with p < 4, the gradients of a layer or so in p bytes until they are added; from 1
+on, staging of 4 (1 + 1 / dp) U for the largest U; from 2 on, the gradients of one unit as autograd
+makes them, p U; under 3, the parameters of the unit at work, p U, and those of the head's unit (with
+a tied embedding) from the end of the forward to that of the head's backward pass.
 """
 
 from __future__ import annotations
@@ -14,46 +29,63 @@ import torch.distributed as dist
 
 from realloc.errors import RunError
 from realloc.experiment import OptimizerSpec
-from realloc.layout import Box
+from realloc.layout import Box, compute_boxes, optimizer_boxes
 from realloc.model_shape import ModelShape
 from realloc.params import EMBED, parameters
 from runtime.decoder import Decoder, reduce_partial_gradients
 from runtime.optimizer import AdamW
 from runtime.parallel import ParallelContext
-from runtime.parameters import FlatParameters, views_of
+from runtime.parameters import FlatParameters, allocate
+from runtime.zero import GatheredParameters, GradientSharder, Staging, exchanges, own_views
 
 
 class Trainer:
-    """Owns the gradient buffer and the AdamW state of one role's home layout on this rank."""
+    """Owns the gradients and the AdamW state of one role's home layout on this rank."""
 
     def __init__(
         self,
         role: str,
-        shape: ModelShape,
         decoder: Decoder,
         params: FlatParameters,
-        context: ParallelContext,
+        gathered: GatheredParameters | None,
         spec: OptimizerSpec,
         total_steps: int,
     ) -> None:
-        """`total_steps`: optimizer steps of the whole run, for the decay of the learning rate."""
-        self._role, self._context, self._spec, self._decoder = role, context, spec, decoder
-        self._params = params
-        self._gradient = torch.zeros_like(params.flat, dtype=torch.float32)
-        self._gradient_views = views_of(self._gradient, params.boxes)
-        self._weights = _norm_weights(shape, params, context)
-        narrow = params.flat.dtype != torch.float32
-        self.optimizer_boxes: Mapping[str, Box] = params.boxes
+        """`params` is what the rank keeps: whole boxes, or its rows of them where `gathered` is given.
+
+        `total_steps`: optimizer steps of the whole run, for the decay of the learning rate.
+        """
+        self._role, self._spec, self._decoder, self._params = role, spec, decoder, params
+        context, shape = decoder.context, decoder.shape
+        self._context, strategy = context, context.strategy
+        boxes = compute_boxes(shape, strategy, context.at)
+        own = optimizer_boxes(shape, strategy, context.at)
+        self.optimizer_boxes: Mapping[str, Box] = own
         """The box of each parameter whose optimizer states this rank keeps."""
-        self.optimizer = AdamW(
-            self.optimizer_boxes, params.views, self._gradient_views, spec, total_steps, context.device
-        )
-        for name, view in params.views.items():
-            view.requires_grad_(True)
-            if not narrow:
-                view.grad = self._gradient_views[name]
-            else:
-                view.register_post_accumulate_grad_hook(_accumulate(self._gradient_views[name]))
+        self._gradients = allocate(own if strategy.zero >= 2 else boxes, torch.float32, context.device)
+        self._gradients.flat.zero_()
+        self._own_gradients = self._gradients.views
+        stepped = params.views
+        if strategy.zero == 1:
+            self._own_gradients = own_views(boxes, own, self._gradients.views)
+        if strategy.zero in (1, 2):
+            stepped = own_views(boxes, own, params.views)
+        self._stepped = stepped
+        self._copies = _copies(shape, own, context)
+        self.optimizer = AdamW(own, stepped, self._own_gradients, spec, total_steps, context.device)
+        self._staging = gathered.staging if gathered else Staging(context.device)
+        self._units = gathered.exchanges if gathered else {}
+        if strategy.zero in (1, 2):
+            self._units = exchanges(boxes, context, self._staging)
+        leaves = gathered.params if gathered else params.views
+        for leaf in leaves.values():
+            leaf.requires_grad_(True)
+        self._sharder: GradientSharder | None = None
+        if strategy.zero >= 2:
+            release = gathered.release if gathered else None
+            self._sharder = GradientSharder(self._units, leaves, self._own_gradients, release)
+        else:
+            _collect(leaves, self._gradients.views)
 
     @property
     def num_steps(self) -> int:
@@ -73,8 +105,17 @@ class Trainer:
         """Continues after `num_steps` steps; `optimizer_state` and the parameters have been written."""
         self.optimizer.resume(num_steps)
 
+    @property
+    def num_bytes(self) -> Mapping[str, int]:
+        """What this rank keeps of `parameters`, `gradients` and `optimizer` states, in bytes."""
+        return {
+            "parameters": self._params.flat.nbytes,
+            "gradients": self._gradients.flat.nbytes,
+            "optimizer": sum(flat.nbytes for flat in self.optimizer.flat.values()),
+        }
+
     def zero_gradients(self) -> None:
-        self._gradient.zero_()
+        self._gradients.flat.zero_()
 
     @torch.no_grad()
     def step(self) -> Mapping[str, float]:
@@ -90,8 +131,14 @@ class Trainer:
                 f"{self.num_steps + 1}; lower its learning rate or look at the rewards."
             )
         if self._spec.clip_norm > 0:
-            self._gradient.mul_((self._spec.clip_norm / (norm + 1e-6)).clamp(max=1.0))
+            scale = (self._spec.clip_norm / (norm + 1e-6)).clamp(max=1.0)
+            for gradient in self.optimizer.gradients:
+                gradient.mul_(scale)
         rate = self.optimizer.step()
+        if self._context.strategy.zero in (1, 2):
+            for unit in self._units.values():
+                unit.gather(self._stepped, self._params.views)
+        self._staging.release()
         return {"grad_norm": norm.item(), "learning_rate": rate}
 
     def reload_master(self) -> None:
@@ -99,25 +146,37 @@ class Trainer:
         self.optimizer.reload_master()
 
     def _reduce(self) -> None:
-        """Sums gradients over everything that holds a replica of a parameter."""
-        reduce_partial_gradients(self._decoder, self._gradient_views)
-        if self._context.ends_group is not None and _embed_on_both_ends(self._decoder.shape):
-            dist.all_reduce(self._gradient_views[EMBED], group=self._context.ends_group)
-        if self._context.dp_group is not None:
-            dist.all_reduce(self._gradient, group=self._context.dp_group)
+        """Sums the gradients of what this rank steps over everything that holds a replica of it."""
+        if self._sharder is not None:
+            self._sharder.check()
+        elif self._units:
+            for unit in self._units.values():
+                unit.reduce(self._gradients.views, self._own_gradients, accumulate=False)
+        elif self._context.dp_group is not None:
+            dist.all_reduce(self._gradients.flat, group=self._context.dp_group)
+        reduce_partial_gradients(self._decoder, self._own_gradients)
+        on_both_ends = self._context.ends_group is not None and _embed_on_both_ends(self._decoder.shape)
+        if on_both_ends and EMBED in self._own_gradients:
+            dist.all_reduce(self._own_gradients[EMBED], group=self._context.ends_group)
 
     def _global_norm(self) -> torch.Tensor:
         """Norm over the whole model: every element counted once, wherever it is replicated."""
-        norms = [
-            torch.linalg.vector_norm(self._gradient_views[name], dtype=torch.float64)
-            for name in self._weights
-        ]
-        weights = torch.tensor(list(self._weights.values()), dtype=torch.float64, device=self._context.device)
-        total = (torch.stack(norms).square() * weights).sum()
+        total = torch.zeros((), dtype=torch.float64, device=self._context.device)
+        for name, copies in self._copies.items():
+            norm = torch.linalg.vector_norm(self._own_gradients[name], dtype=torch.float64)
+            total += norm.square() / copies
         if self._context.mesh_group is not None:
             dist.all_reduce(total, group=self._context.mesh_group)
-            total /= self._context.strategy.dp
         return total.sqrt().float()
+
+
+def _collect(leaves: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]) -> None:
+    """Has autograd add the leaves' gradients to `gradients`, in fp32."""
+    for name, leaf in leaves.items():
+        if leaf.dtype == torch.float32:
+            leaf.grad = gradients[name]
+        else:
+            leaf.register_post_accumulate_grad_hook(_accumulate(gradients[name]))
 
 
 def _accumulate(target: torch.Tensor) -> Callable[[torch.Tensor], None]:
@@ -135,17 +194,18 @@ def _embed_on_both_ends(shape: ModelShape) -> bool:
     return shape.tied_embeddings and shape.head == "lm"
 
 
-def _norm_weights(shape: ModelShape, params: FlatParameters, context: ParallelContext) -> Mapping[str, float]:
-    """Parameter -> 1 / (how many ranks of one replica hold each of its elements)."""
-    tp = context.strategy.tp
-    weights = {}
+def _copies(shape: ModelShape, own: Mapping[str, Box], context: ParallelContext) -> Mapping[str, int]:
+    """Parameter -> how many ranks of the mesh step each of the elements that this rank steps."""
+    strategy = context.strategy
+    copies = {}
     for spec in parameters(shape):
-        if spec.name not in params.boxes:
+        if spec.name not in own:
             continue
-        copies = tp
+        count = strategy.tp
         if spec.tp_dim is not None:
             units = spec.shape[spec.tp_dim] // spec.unit
-            copies = tp // units if spec.unit > 1 and units < tp else 1
-        on_both = spec.on_first and spec.on_last and context.strategy.pp > 1
-        weights[spec.name] = 1.0 / (copies * (2 if on_both else 1))
-    return weights
+            count = strategy.tp // units if spec.unit > 1 and units < strategy.tp else 1
+        if spec.on_first and spec.on_last and strategy.pp > 1:
+            count *= 2
+        copies[spec.name] = count if strategy.zero else count * strategy.dp
+    return copies

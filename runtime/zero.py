@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
-from realloc.layout import Box, zero_boxes
+from realloc.layout import Box
 from realloc.params import EMBED, split_range
 from runtime.collectives import all_gather, reduce_scatter
 from runtime.decoder import EMBEDDING_UNIT, HEAD_UNIT
@@ -221,7 +221,7 @@ class GradientSharder:
         own: Tensors,
         release: Callable[[str], None] | None = None,
     ) -> None:
-        """`params` are the leaves, `own` this rank's fp32 gradients; `release` is called with a unit when done."""
+        """`params` are the leaves, `own` this rank's fp32 gradients; `release` is told of units done with."""
         self._units, self._params, self._own, self._release = units, params, own, release
         self._missing = {unit: len(exchange.names) for unit, exchange in units.items()}
         for unit, exchange in units.items():
@@ -254,8 +254,3 @@ class GradientSharder:
         exchange.reduce(gradients, self._own, accumulate=True)
         if self._release is not None:
             self._release(unit)
-
-
-def own_boxes(boxes: Mapping[str, Box], context: ParallelContext) -> Mapping[str, Box]:
-    """This rank's rows of each box."""
-    return zero_boxes(boxes, context.strategy.dp, context.at.dp)
