@@ -165,7 +165,7 @@ class CallExecutor:
         positions = [p for share in shares for p in share]
         elements = self._num_elements(data, positions)
         function = self.functions.loss(self.call.loss)
-        replicas = self.context.strategy.dp
+        reporters = sum(1 for share in shares if share)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             if not batch.positions:
@@ -187,9 +187,11 @@ class CallExecutor:
             passes = num_passes(shares, self.context.strategy.micro_batches)
             batches += [self._empty_pass()] * (passes - len(batches))
         run_training(self._model, self.context, batches, loss)
-        for name, value in self.trainer.step().items():
-            metrics.add_contribution(name, value / replicas)
-        metrics.end_step(1.0 / replicas)
+        step = self.trainer.step()
+        if batches and batches[0].positions:  # a replica without sequences has no loss to report
+            for name, value in step.items():
+                metrics.add_contribution(name, value / reporters)
+            metrics.end_step(1.0 / reporters)
 
     def _empty_pass(self) -> MicroBatch:
         """One token of no sequence: replicas that communicate in every pass run equally many."""
