@@ -2,8 +2,8 @@
 
 generate: a packed prefill, then one decode step for each new token, in groups that circulate
 through the pipeline stages, as many at a time as there are stages. inference and train_step: packed
-micro-batches, 1F1B over the stages (Narayanan et al., SC 2021); a train_step ends every mini-batch
-with a gradient all-reduce and AdamW.
+micro-batches through the stages, in the order of the strategy's schedule; a train_step computes
+dropped activations again, and ends every mini-batch by summing gradients over replicas and AdamW.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from dataclasses import dataclass
 
 from cost_models.communication import Communication, group_shape
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack
+from cost_models.pipeline import bubble_s, messages_on_path
 from cost_models.profile import HardwareProfile
+from cost_models.zero import gradients_s, resident_elements
 from realloc.dataflow import Call, CallKind, Output
 from realloc.experiment import Lengths, Workload
 from realloc.mesh import DeviceMesh
 from realloc.params import stage_layers
-from realloc.strategy import Strategy
+from realloc.strategy import Recompute, Strategy
 
 TERMS = (
     "compute",
@@ -48,10 +50,15 @@ class Seconds:
 
     compute: float = 0.0
     tp: float = 0.0
+    weight: float = 0.0
+    """The part of `compute` that makes gradients of matrices, which the backward pass may put off."""
 
     @property
     def total(self) -> float:
         return self.compute + self.tp
+
+    def __add__(self, other: Seconds) -> Seconds:
+        return Seconds(self.compute + other.compute, self.tp + other.tp, self.weight + other.weight)
 
 
 def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
@@ -99,7 +106,8 @@ class CallPricer:
             mesh, (strategy.pp - 1) * strategy.dp * strategy.tp, min(2, strategy.pp)
         )
         self._slowdown = profile.slowdown(min(mesh.size, mesh.gpus_per_node))
-        layers = tuple(len(stage_layers(costs.shape, strategy.pp, i)) for i in range(strategy.pp))
+        pp, virtual = strategy.pp, strategy.virtual_stages
+        layers = tuple(len(stage_layers(costs.shape, pp, i, virtual)) for i in range(pp))
         self._stages = distinct_stages(layers)
         # attention and MLP are summed together where both add to the same residual
         self._layer_reductions = 1 if costs.shape.parallel_residual else 2
@@ -155,27 +163,33 @@ class CallPricer:
         sequences = share(self._workload.sequences, self._strategy.dp)
         pack, micro_batches = self._pack(call, sequences)
         forward = [self._forward(stage, pack) for stage in self._stages]
-        message = pack.tokens * self._costs.shape.hidden * self._costs.element_bytes
-        self._pipeline(terms, forward, micro_batches, message, 1)
+        self._pipeline(terms, forward, micro_batches, self._message_bytes(pack))
 
     def _train(self, terms: dict[str, float], call: Call) -> None:
         """All mini-batches of all epochs."""
         mini = share(self._workload.sequences, call.mini_batches)
         pack, micro_batches = self._pack(call, share(mini, self._strategy.dp))
-        both = []
-        for stage in self._stages:
-            forward, backward = self._forward(stage, pack), self._backward(stage, pack)
-            both.append(Seconds(forward.compute + backward.compute, forward.tp + backward.tp))
-        message = pack.tokens * self._costs.shape.hidden * self._costs.element_bytes
+        both = [
+            self._forward(stage, pack) + self._again(stage, pack) + self._backward(stage, pack)
+            for stage in self._stages
+        ]
         one = dict.fromkeys(TERMS, 0.0)
-        self._pipeline(one, both, micro_batches, message, 2)
-        elements, params = max(self._held(stage) for stage in self._stages)
-        one["compute"] += micro_batches * self._costs.accumulate_s(elements) * self._slowdown
-        one["optimizer"] = self._costs.optimizer_s(elements, params) * self._slowdown
+        self._schedule(one, both, micro_batches, self._message_bytes(pack))
+        units, params = max((self._held(stage) for stage in self._stages), key=lambda held: sum(held[0]))
+        elements, strategy = sum(units), self._strategy
+        if strategy.zero < 2:  # later stages add up what they have reduced
+            one["compute"] += micro_batches * self._costs.accumulate_s(elements) * self._slowdown
+        own = resident_elements(elements, strategy)
+        one["optimizer"] = self._costs.optimizer_s(own.optimizer, params) * self._slowdown
+        cleared = GRADIENT_BYTES * (own.gradients - own.optimizer)
+        one["optimizer"] += self._costs.memory_s(cleared) * self._slowdown if cleared else 0.0
         one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
-        one["dp_communication"] = self._communication.all_reduce_s(self._dp_group, elements * GRADIENT_BYTES)
-        partial = max(stage.layers for stage in self._stages) * self._costs.partial_elements
-        if partial:
+        one["dp_communication"] = gradients_s(
+            self._costs, self._communication, self._dp_group, strategy, units, micro_batches
+        )
+        partial = max(stage.layers for stage in self._stages)
+        partial *= self._costs.partial_elements(strategy.sequence_parallel)
+        if partial and strategy.tp > 1:
             one["tp_communication"] += self._communication.all_reduce_s(
                 self._tp_group, partial * GRADIENT_BYTES
             )
@@ -195,19 +209,19 @@ class CallPricer:
         runs = max(_runs(size, self._workload.prompt), _runs(size, self._workload.response))
         return Pack(size * length, size * length**2, runs, size * rows), micro_batches
 
+    def _message_bytes(self, pack: Pack) -> float:
+        """Hidden states that a rank passes to the next stage: with sequence parallelism, its rows."""
+        tokens = pack.tokens / self._strategy.tp if self._strategy.sequence_parallel else pack.tokens
+        return tokens * self._costs.shape.hidden * self._costs.element_bytes
+
     def _pipeline(
-        self,
-        terms: dict[str, float],
-        stages: list[Seconds],
-        micro_batches: int,
-        message_bytes: float,
-        directions: int,
+        self, terms: dict[str, float], stages: list[Seconds], micro_batches: int, message_bytes: float
     ) -> None:
-        """Adds a pass of all micro-batches through the pipeline.
+        """Adds a forward pass of all micro-batches through the pipeline.
 
         The slowest stage works on every micro-batch; the first one must also go through all other
         stages, which is the bubble. Messages are not overlapped with compute: each micro-batch costs
-        its stage one message in each direction, and filling the pipeline one for every boundary.
+        its stage one message, and filling the pipeline one for every boundary.
         """
         slowest = max(stages, key=lambda seconds: seconds.total)
         terms["compute"] += micro_batches * slowest.compute
@@ -218,26 +232,62 @@ class CallPricer:
                 stage.count * seconds.total for stage, seconds in zip(self._stages, stages, strict=True)
             )
             terms["bubble"] += through - slowest.total
-            messages = directions * (micro_batches + pp - 2)
-            message_s = self._communication.stage_message_s(message_bytes)
-            terms["pp_communication"] += messages * message_s
+            messages = micro_batches + pp - 2
+            terms["pp_communication"] += messages * self._communication.stage_message_s(message_bytes)
 
-    def _held(self, stage: Stage) -> tuple[int, int]:
-        pp = self._strategy.pp
-        return self._costs.stage_elements(pp, stage.index), self._costs.stage_params(pp, stage.index)
+    def _schedule(
+        self, terms: dict[str, float], stages: list[Seconds], micro_batches: int, message_bytes: float
+    ) -> None:
+        """Adds forward and backward passes of all micro-batches, in the strategy's schedule."""
+        slowest = max(stages, key=lambda seconds: seconds.total)
+        terms["compute"] += micro_batches * slowest.compute
+        terms["tp_communication"] += micro_batches * slowest.tp
+        if self._strategy.pp == 1:
+            return
+        others = [
+            (stage.count - (seconds is slowest), seconds.total, seconds.weight)
+            for stage, seconds in zip(self._stages, stages, strict=True)
+        ]
+        terms["bubble"] += bubble_s(self._strategy, micro_batches, others)
+        messages = messages_on_path(self._strategy, micro_batches)
+        terms["pp_communication"] += messages * self._communication.stage_message_s(message_bytes)
 
-    def _tp_all_reduce_s(self, tokens: float) -> float:
+    def _held(self, stage: Stage) -> tuple[list[int], int]:
+        """Elements of the stage's units, and how many parameter tensors it has."""
+        where = (self._strategy.pp, stage.index, self._strategy.virtual_stages)
+        return self._costs.stage_units(*where), self._costs.stage_params(*where)
+
+    def _enter_s(self, tokens: float) -> float:
+        """Hidden states enter the part of a layer that is split over tp: nothing, or an all-gather."""
+        return self._tp_s("all_gather", tokens) if self._strategy.sequence_parallel else 0.0
+
+    def _leave_s(self, tokens: float) -> float:
+        """They leave it as a sum over tp: an all-reduce, or a reduce-scatter."""
+        return self._tp_s("reduce_scatter" if self._strategy.sequence_parallel else "all_reduce", tokens)
+
+    def _layer_forward_tp_s(self, tokens: float) -> float:
+        """Attention and MLP are entered by themselves, and left together where residuals are parallel."""
+        return 2 * self._enter_s(tokens) + self._layer_reductions * self._leave_s(tokens)
+
+    def _layer_backward_tp_s(self, tokens: float) -> float:
+        """The gradients' way back: what entered leaves, what left enters."""
+        return 2 * self._leave_s(tokens) + self._layer_reductions * self._enter_s(tokens)
+
+    def _tp_s(self, collective: str, tokens: float) -> float:
         size_bytes = tokens * self._costs.shape.hidden * self._costs.element_bytes
-        return self._communication.all_reduce_s(self._tp_group, size_bytes)
+        return self._communication.collective_s(collective, self._tp_group, size_bytes)
 
     def _forward(self, stage: Stage, pack: Pack, *, sample: bool = False) -> Seconds:
         costs = self._costs
-        compute = stage.layers * costs.forward_layer_s(pack)
-        reductions = self._layer_reductions * stage.layers
+        compute = stage.layers * costs.forward_layer_s(pack, self._strategy.sequence_parallel)
         tp = 0.0
+        if self._strategy.tp > 1:
+            tp += stage.layers * self._layer_forward_tp_s(pack.tokens)
         if stage.first:
             compute += costs.embedding_s(pack.tokens)
-            reductions += 1  # each rank holds a part of the vocabulary
+            tp += self._leave_s(pack.tokens)  # each rank holds a part of the vocabulary
+        if stage.last:
+            tp += self._enter_s(pack.tokens)
         if stage.last and sample:
             compute += costs.sample_s(pack.head_tokens)
             tp += self._choose_s(pack.head_tokens)
@@ -247,23 +297,36 @@ class CallPricer:
                 # the largest logit; then the sum of exponentials and the target's logit
                 tp += self._communication.all_reduce_s(self._tp_group, 4 * pack.head_tokens)
                 tp += self._communication.all_reduce_s(self._tp_group, 8 * pack.head_tokens)
-        if self._strategy.tp > 1:
-            tp += reductions * self._tp_all_reduce_s(pack.tokens)
         return Seconds(compute * self._slowdown, tp)
 
-    def _backward(self, stage: Stage, pack: Pack) -> Seconds:
-        costs = self._costs
-        compute = stage.layers * costs.backward_layer_s(pack)
+    def _again(self, stage: Stage, pack: Pack) -> Seconds:
+        """What the backward pass computes again. The whole layer's sum over tp is the only one in it."""
+        recompute, split = self._strategy.recompute, self._strategy.sequence_parallel
+        if recompute is Recompute.NONE:
+            return Seconds()
+        compute = stage.layers * self._costs.recompute_layer_s(pack, recompute, split)
         tp = 0.0
+        if self._strategy.tp > 1:
+            tp = 2 * self._enter_s(pack.tokens)
+            if recompute is Recompute.FULL:
+                tp += (self._layer_reductions - 1) * self._leave_s(pack.tokens)
+        return Seconds(compute * self._slowdown, stage.layers * tp)
+
+    def _backward(self, stage: Stage, pack: Pack) -> Seconds:
+        costs, split = self._costs, self._strategy.sequence_parallel
+        compute = stage.layers * costs.backward_layer_s(pack, split)
+        weight = stage.layers * costs.weight_layer_s(pack)
+        tp = 0.0
+        if self._strategy.tp > 1:
+            tp += stage.layers * self._layer_backward_tp_s(pack.tokens)
         if stage.first:
             compute += costs.embedding_backward_s()
+            tp += self._enter_s(pack.tokens)
         if stage.last:
             compute += costs.head_backward_s(pack.head_tokens)
             if costs.shape.head == "lm":
-                tp += self._tp_all_reduce_s(pack.head_tokens)
-        if self._strategy.tp > 1:
-            tp += 2 * stage.layers * self._tp_all_reduce_s(pack.tokens)
-        return Seconds(compute * self._slowdown, tp)
+                tp += self._tp_s("all_reduce", pack.head_tokens)
+        return Seconds(compute * self._slowdown, tp, weight * self._slowdown)
 
     def _decode(self, stage: Stage, batch: float, context: float) -> Seconds:
         costs = self._costs
@@ -278,7 +341,7 @@ class CallPricer:
             compute += costs.sample_s(batch)
             tp += self._choose_s(batch)
         if self._strategy.tp > 1:
-            tp += reductions * self._tp_all_reduce_s(batch)
+            tp += reductions * self._tp_s("all_reduce", batch)
         return Seconds(compute * self._slowdown, tp)
 
     def _choose_s(self, rows: float) -> float:

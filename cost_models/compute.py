@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 from cost_models.profile import HardwareProfile
 from realloc.model_shape import DTYPE_BYTES, ModelShape
-from realloc.params import ParamSpec, parameters, stage_layers, tp_range
+from realloc.params import EMBED, ParamSpec, parameters, stage_layers, tp_range
+from realloc.strategy import Recompute
 
 # Kernels of a decoder layer besides products and attention: two norms, two residual additions, the
 # activation and its product, rotary embedding of q and k (seven each).
@@ -82,24 +83,38 @@ class ComputeCosts:
         # replicated kv heads and q/k norms: each rank has a part of their gradient
         kv_rows = shape.num_kv_heads * shape.head_dim if shape.num_kv_heads < tp else 0
         norms = 2 * shape.head_dim if shape.qk_norm else 0
-        self.partial_elements = (2 * kv_rows * hidden + norms) if tp > 1 else 0
-        """Elements of a layer whose gradients are summed over the tensor-parallel group."""
+        self._partial = (2 * kv_rows * hidden + norms) if tp > 1 else 0
+        outside = (4 if shape.norm == "layer" else 2) + int(shape.out_bias) + int(shape.mlp_bias)
+        self._partial_outside = outside * hidden
         self._first = [spec for spec in specs if spec.on_first]
         self._last = [spec for spec in specs if spec.on_last]
         # norms read and write twice, residual additions touch three vectors, rotation about three
         # per head in each direction, the gated activation five
         mlp = (5 if shape.gated_mlp else 2) * self.ffn
-        self._elementwise = (14 * hidden + 6 * (q + kv) + mlp) * self.element_bytes
+        self._outside = 14 * hidden * self.element_bytes
+        self._inside = (6 * (q + kv) + mlp) * self.element_bytes
+        self._elementwise = self._outside + self._inside
+        self._layers: dict[tuple[str, Pack, bool], float] = {}
 
-    def stage_elements(self, pp: int, stage: int) -> int:
-        """Parameters that a rank of the stage holds."""
-        return len(stage_layers(self.shape, pp, stage)) * self.layer_elements + sum(
-            local_elements(spec, self.tp) for spec in self._ends(pp, stage)
-        )
+    def partial_elements(self, sequence_parallel: bool) -> int:
+        """Elements of a layer whose gradients are summed over the tensor-parallel group."""
+        return self._partial + (self._partial_outside if sequence_parallel else 0)
 
-    def stage_params(self, pp: int, stage: int) -> int:
+    def stage_elements(self, pp: int, stage: int, virtual: int = 1) -> int:
+        """Parameters that a rank of the stage computes with."""
+        return sum(self.stage_units(pp, stage, virtual))
+
+    def stage_units(self, pp: int, stage: int, virtual: int = 1) -> list[int]:
+        """Elements of each unit that ZeRO moves at a time: embedding, layers, final norm with head."""
+        layers = len(stage_layers(self.shape, pp, stage, virtual))
+        ends = self._ends(pp, stage)
+        embed = sum(local_elements(spec, self.tp) for spec in ends if spec.name == EMBED)
+        head = sum(local_elements(spec, self.tp) for spec in ends if spec.name != EMBED)
+        return [size for size in (embed, *[self.layer_elements] * layers, head) if size]
+
+    def stage_params(self, pp: int, stage: int, virtual: int = 1) -> int:
         """How many parameter tensors a rank of the stage holds."""
-        layers = len(stage_layers(self.shape, pp, stage))
+        layers = len(stage_layers(self.shape, pp, stage, virtual))
         return layers * self.layer_params + len(self._ends(pp, stage))
 
     def _ends(self, pp: int, stage: int) -> list[ParamSpec]:
@@ -118,20 +133,58 @@ class ComputeCosts:
         arithmetic = flops / self._rates.at(flops)
         return max(arithmetic, self.memory_s(moved, working_set)) + self._profile.launch_s
 
-    def forward_layer_s(self, pack: Pack) -> float:
+    def forward_layer_s(self, pack: Pack, sequence_parallel: bool = False) -> float:
         """Seconds of one layer's forward pass over packed tokens."""
-        products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
-        return products + self._attention_s(pack, 1.0) + self._elementwise_s(pack.tokens, 1)
+        key = ("forward", pack, sequence_parallel)
+        if key not in self._layers:
+            products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+            rest = self._elementwise_s(pack.tokens, 1, sequence_parallel)
+            self._layers[key] = products + self._attention_s(pack, 1.0) + rest
+        return self._layers[key]
 
-    def backward_layer_s(self, pack: Pack) -> float:
+    def backward_layer_s(self, pack: Pack, sequence_parallel: bool = False) -> float:
         """Seconds of one layer's backward pass: two products for each of the forward's."""
+        key = ("backward", pack, sequence_parallel)
+        if key not in self._layers:
+            self._layers[key] = self._backward_layer_s(pack, sequence_parallel)
+        return self._layers[key]
+
+    def _backward_layer_s(self, pack: Pack, sequence_parallel: bool) -> float:
         seconds = 2 * sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
-        seconds += self._attention_s(pack, _ATTENTION_BACKWARD) + self._elementwise_s(pack.tokens, 2)
+        seconds += self._attention_s(pack, _ATTENTION_BACKWARD)
+        seconds += self._elementwise_s(pack.tokens, 2, sequence_parallel)
         if self._kernels(pack) > 1:
             # each run was a slice of q, k and v, whose gradients are as long as the whole pack: filled, added
             vectors = (self.heads + 2 * self.kv_heads) * self.shape.head_dim * self.element_bytes
             seconds += self.memory_s(2 * self._kernels(pack) * pack.tokens * vectors, pack.tokens * vectors)
         return seconds
+
+    def weight_layer_s(self, pack: Pack) -> float:
+        """The part of a layer's backward pass that makes the gradients of its matrices."""
+        key = ("weight", pack, False)
+        if key not in self._layers:
+            self._layers[key] = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+        return self._layers[key]
+
+    def recompute_layer_s(self, pack: Pack, recompute: Recompute, sequence_parallel: bool = False) -> float:
+        """Seconds of what the backward pass computes again before it starts on a layer.
+
+        `full`: the layer but for its last product, whose result nothing reads. `selective`: attention
+        and the MLP from their inputs on, but for the last product of each.
+        """
+        if recompute is Recompute.NONE:
+            return 0.0
+        key = (recompute.value, pack, sequence_parallel)
+        if key not in self._layers:
+            seconds = self.forward_layer_s(pack, sequence_parallel)
+            seconds -= self.matmul_s(pack.tokens, self.shape.hidden, self.ffn)
+            if recompute is Recompute.SELECTIVE:
+                o_width = self.heads * self.shape.head_dim
+                seconds -= self.matmul_s(pack.tokens, self.shape.hidden, o_width)
+                tokens = pack.tokens / self.tp if sequence_parallel else pack.tokens
+                seconds -= self.memory_s(tokens * self._outside)
+            self._layers[key] = max(0.0, seconds)
+        return self._layers[key]
 
     def _kernels(self, pack: Pack) -> float:
         return max(1.0, pack.runs) if self._profile.attention.per_sequence else 1.0
@@ -142,8 +195,9 @@ class ComputeCosts:
         launches = self._kernels(pack) * max(1.0, factor) * self._profile.attention.launch_s
         return flops / self._attention_rate + launches
 
-    def _elementwise_s(self, tokens: float, factor: int) -> float:
-        moved = tokens * self._elementwise
+    def _elementwise_s(self, tokens: float, factor: int, sequence_parallel: bool) -> float:
+        outside = tokens / self.tp if sequence_parallel else tokens
+        moved = outside * self._outside + tokens * self._inside
         return factor * (self.memory_s(moved) + _LAYER_OPS * self._profile.launch_s)
 
     def decode_layer_s(self, batch: float, context: float, working_set: float) -> float:

@@ -12,10 +12,12 @@ from functools import cached_property
 
 from cost_models.calls import share
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts
+from cost_models.pipeline import most_in_flight
+from cost_models.zero import resident_elements, staging_bytes
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
 from realloc.params import stage_layers
-from realloc.strategy import Strategy
+from realloc.strategy import Recompute, Strategy
 
 # What the runtime computes and keeps at a time (runtime.tensor_parallel), in elements.
 LOGITS_CHUNK = 1 << 22
@@ -63,35 +65,54 @@ def optimizer_bytes(elements: int, element_bytes: int) -> int:
     return elements * (8 if element_bytes == 4 else 12)
 
 
-def activation_bytes(costs: ComputeCosts, tokens: float) -> float:
-    """What one layer keeps of `tokens` tokens for its backward pass, without recomputation.
+def activation_bytes(
+    costs: ComputeCosts,
+    tokens: float,
+    recompute: Recompute = Recompute.NONE,
+    sequence_parallel: bool = False,
+) -> float:
+    """What one layer keeps of `tokens` tokens for its backward pass.
 
     Counted as in Korthikanti et al. (MLSys 2023, section 4.1) for fused attention and norms: the two
     residual inputs and the two norm outputs, q, k, v and the attention's output, its log-sum-exp in
-    fp32, and the inputs of the MLP's activation, product and last projection.
+    fp32, and the inputs of the MLP's activation, product and last projection. Selective recomputation
+    keeps the residual inputs and the norm outputs (section 5 there), full recomputation the layer's
+    input. Sequence parallelism splits what is kept outside the matrices over tp (section 4.2.2); the
+    norm outputs are kept as gathered, all rows on each rank.
     """
     shape = costs.shape
     q, kv = costs.heads * shape.head_dim, costs.kv_heads * shape.head_dim
+    rows = tokens / costs.tp if sequence_parallel else tokens
+    residual = rows * shape.hidden * costs.element_bytes
+    if recompute is Recompute.FULL:
+        return residual
+    normed = 2 * tokens * shape.hidden * costs.element_bytes
+    if recompute is Recompute.SELECTIVE:
+        return 2 * residual + normed
     mlp = (4 if shape.gated_mlp else 2) * costs.ffn
-    vectors = 4 * shape.hidden + 2 * q + 2 * kv + mlp
-    return tokens * (vectors * costs.element_bytes + 4 * costs.heads)
+    vectors = 2 * q + 2 * kv + mlp
+    return 2 * residual + normed + tokens * (vectors * costs.element_bytes + 4 * costs.heads)
 
 
 def _stage_memory(
     costs: ComputeCosts, strategy: Strategy, workload: Workload, call: Call, stage: int
 ) -> CallMemory:
-    elements = costs.stage_elements(strategy.pp, stage)
-    layers = len(stage_layers(costs.shape, strategy.pp, stage))
+    units = costs.stage_units(strategy.pp, stage, strategy.virtual_stages)
+    elements = sum(units)
+    layers = len(stage_layers(costs.shape, strategy.pp, stage, strategy.virtual_stages))
     if call.kind is CallKind.GENERATE:
         working = _generate_bytes(costs, strategy, workload, stage, layers)
         return CallMemory(elements * costs.element_bytes, working=_whole(working))
     working = _pass_bytes(costs, strategy, workload, call, stage, layers)
     if call.kind is not CallKind.TRAIN_STEP:
         return CallMemory(elements * costs.element_bytes, working=_whole(working))
+    if strategy.zero:
+        working["zero_staging"] = float(staging_bytes(units, strategy, costs.element_bytes))
+    own = resident_elements(elements, strategy)
     return CallMemory(
-        parameters=elements * costs.element_bytes,
-        gradients=elements * GRADIENT_BYTES,
-        optimizer=optimizer_bytes(elements, costs.element_bytes),
+        parameters=own.parameters * costs.element_bytes,
+        gradients=own.gradients * GRADIENT_BYTES,
+        optimizer=optimizer_bytes(own.optimizer, costs.element_bytes),
         working=_whole(working),
     )
 
@@ -131,10 +152,14 @@ def _pass_bytes(
     micro_batches = min(strategy.micro_batches, sequences)
     size = sequences / micro_batches
     tokens = size * (workload.prompt.mean + workload.response.mean)
-    # 1F1B: a stage holds the micro-batches that have not come back from the stages behind it
-    in_flight = min(micro_batches, strategy.pp - stage)
-    kept = layers * in_flight if train else 1
-    working = {"activations": kept * activation_bytes(costs, tokens), "logits": 0.0}
+    split = strategy.sequence_parallel
+    # one layer's vectors exist in any pass: computed forward, or again on the way back
+    activations = activation_bytes(costs, tokens, Recompute.NONE, split)
+    if train:
+        kept = layers * most_in_flight(strategy, stage, micro_batches)
+        again = activations if strategy.recompute is not Recompute.NONE else 0.0
+        activations = kept * activation_bytes(costs, tokens, strategy.recompute, split) + again
+    working = {"activations": activations, "logits": 0.0}
     if stage == strategy.pp - 1 and costs.shape.head == "lm":
         working["logits"] = _logits_bytes(costs, size * workload.response.mean, train)
     return working

@@ -88,8 +88,10 @@ def test_shards_hold_replicated_norms_and_kv_heads():
     sharded = costs(tp=4)  # 2 kv heads on 4 ranks: each rank has one
     layer = 64 * (16 + 16 + 16 + 16) + 3 * 64 * 32 + 2 * 64
     assert sharded.layer_elements == layer
-    assert sharded.partial_elements == 2 * 32 * 64  # both kv heads' gradients are summed
-    assert costs(tp=2).partial_elements == 0
+    assert sharded.partial_elements(False) == 2 * 32 * 64  # both kv heads' gradients are summed
+    assert costs(tp=2).partial_elements(False) == 0
+    # two norms of 64 more when every rank has its own rows
+    assert costs(tp=2).partial_elements(True) == 2 * 64
 
 
 def test_the_optimizer_is_bound_by_memory():
