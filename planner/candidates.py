@@ -22,10 +22,6 @@ from realloc.model_shape import ModelShape
 from realloc.strategy import Strategy, forbidden
 
 
-OFFLOAD_FROM = 0.5
-"""Share of a GPU's memory that has to be taken at least before plans with offload are looked at."""
-
-
 @dataclass(frozen=True)
 class Limits:
     """How much of a large cluster's candidates to keep.
@@ -40,6 +36,7 @@ class Limits:
     keep_all_up_to: int = 40
     fastest: int = 3
     smallest: int = 1
+    offload_from: float = 0.5
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def build_candidates(
             _raise_infeasible(experiment, graph, call, by_size, costs, capacity_bytes, limits)
     if len(meshes) > limits.keep_all_up_to:
         options = _bounded(graph, options, by_size, limits, rejections)
-    if is_tight(graph, options, capacity_bytes):
+    if taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
         options = _with_offload(graph, options)
     candidates = {}
     for call in graph.calls:
@@ -308,16 +305,12 @@ def _bounded(
     return result
 
 
-def is_tight(
-    graph: DataflowGraph,
-    options: Mapping[str, Mapping[int, Sequence[Option]]],
-    capacity_bytes: int,
-) -> bool:
-    """Whether offloading may be what makes a plan fit or fast: OFFLOAD_FROM of the memory is taken.
+def taken_bytes(graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]]) -> int:
+    """Bytes on a GPU that runs all calls, each at the option that keeps least there.
 
-    Taken: by what stays on a GPU when every call takes the option that keeps least there, and the
-    least that any call works with. Below that there is room for the copies that plans want, and
-    offloading, which only costs time, is not worth a search among twice as many candidates.
+    What stays, and the least that any call works with. Where that is little, there is room for the
+    copies that plans want, and offloading, which only costs time, is not worth a search among
+    twice as many candidates.
     """
     resident: dict[str, int] = {}
     working = 0
@@ -328,7 +321,7 @@ def is_tight(
             # a role's calls may share one copy
             kept = min(option.total_bytes - option.working_bytes for option in every)
             resident[call.role] = max(resident.get(call.role, 0), kept)
-    return sum(resident.values()) + working > OFFLOAD_FROM * capacity_bytes
+    return sum(resident.values()) + working
 
 
 def _with_offload(

@@ -87,16 +87,23 @@ class Engine:
         sent, tokens = 0, 0
         if node.kind is NodeKind.CALL:
             executor = self._calls[node.name]
+            if node.role is not None:
+                self._roles[node.role].memory.wait()
             metrics = executor.run(data, iteration)
             tokens = int(metrics.sums["tokens"][0])
             if executor.reports:
                 sums.update({f"{node.name}/{k}": v for k, v in metrics.sums.items()})
         elif node.kind is NodeKind.TRANSFER:
             sent = self._transfers[node.name].run(data)
-        else:
+        elif node.kind is NodeKind.REALLOCATE:
+            self._roles[str(node.role)].memory.load(node.name)
             sent = self._reallocators[node.name].run()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        elif node.kind is NodeKind.LOAD:
+            self._roles[str(node.role)].memory.load(node.name)
+        else:
+            self._roles[str(node.role)].memory.offload(node.name)
+        if self._device.type == "cuda":  # not the whole device: a load may still be under way
+            torch.cuda.current_stream(self._device).synchronize()
         recorder.add(
             iteration,
             node.name,
@@ -111,7 +118,11 @@ class Engine:
         """The iteration's data as the data set gives it; the same on every rank."""
         graph = self._plan.graph
         batch = self._dataset.batch(iteration)
-        data = IterationData(graph.key, [len(prompt) for prompt in batch.prompts])
+        data = IterationData(
+            graph.key,
+            [len(prompt) for prompt in batch.prompts],
+            samples_per_prompt=batch.samples_per_prompt,
+        )
         for key in graph.source_keys:
             sequences = source_sequences(batch, graph.key[key])
             data.lengths[key] = [len(sequence) for sequence in sequences]
@@ -128,7 +139,7 @@ class Engine:
         elif node.kind is NodeKind.TRANSFER:
             src, dst = placements[str(node.src)], placements[str(node.dst)]
             self._transfers[node.name] = TransferExecutor(self._plan.graph, node, src, dst, self._rank)
-        else:
+        elif node.kind is NodeKind.REALLOCATE:
             self._reallocators[node.name] = self._reallocator(node)
 
     def _call_executor(self, node: Node) -> CallExecutor:

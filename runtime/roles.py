@@ -16,6 +16,7 @@ from realloc.model_shape import ModelShape
 from realloc.plan import ExecutionPlan
 from runtime.decoder import Decoder
 from runtime.hf import load_boxes
+from runtime.offload import RoleMemory, role_memory
 from runtime.parallel import Groups, ParallelContext
 from runtime.parameters import FlatParameters, allocate
 from runtime.training import Trainer
@@ -51,6 +52,8 @@ class RankRole:
     by_call: dict[str, RankModel] = field(default_factory=dict)
     contexts: dict[str, ParallelContext] = field(default_factory=dict)
     trainer: Trainer | None = None
+    memory: RoleMemory = field(default_factory=RoleMemory)
+    """What of it comes to the device and leaves it again."""
 
     @property
     def home_model(self) -> RankModel | None:
@@ -93,6 +96,9 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
             model = role.by_call[trainer.name]
             steps = experiment.iterations * trainer.mini_batches * trainer.epochs
             role.trainer = Trainer(name, model.decoder, model.params, model.gathered, spec.optimizer, steps)
+        flat = {call: model.params.flat for call, model in role.by_call.items()}
+        state = role.trainer.state_buffers if role.trainer is not None else {}
+        role.memory = role_memory(graph, plan.placements, name, flat, state)
         roles[name] = role
     return roles
 

@@ -114,6 +114,11 @@ class Trainer:
             "optimizer": sum(flat.nbytes for flat in self.optimizer.flat.values()),
         }
 
+    @property
+    def state_buffers(self) -> Mapping[str, tuple[torch.Tensor, ...]]:
+        """The flat tensors behind `gradients` and `optimizer` of `num_bytes`."""
+        return {"gradients": (self._gradients.flat,), "optimizer": tuple(self.optimizer.flat.values())}
+
     def zero_gradients(self) -> None:
         self._gradients.flat.zero_()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -147,6 +148,6 @@ def make_problem(
 ) -> Problem:
     experiment = make_experiment(graph)
     costs = TableCosts(seed, moves, bytes_scale)
-    limits = limits or Limits(most_micro_batches=1)
+    limits = limits or Limits(most_micro_batches=1, offload_from=math.inf)
     candidates = build_candidates(experiment, graph, cluster, costs, capacity, limits)
     return Problem(experiment, graph, cluster, costs, candidates, capacity)
