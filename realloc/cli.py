@@ -7,7 +7,6 @@ once and planning never imports torch. It decides nothing about plans or runs.
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import select
 import sys
@@ -16,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realloc import __version__
+from realloc.cli_arguments import build_parser
 from realloc.errors import InputError, ReallocError
 
 if TYPE_CHECKING:
@@ -35,7 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     `argv` are the arguments after the program's name; None takes the process's. Raises SystemExit
     (with code 2) for arguments that argparse refuses, and whatever is a bug of ours.
     """
-    arguments = _parser().parse_args(argv)
+    commands = {"search": _search, "run": _run, "export": _export, "profile": _profile, "check": _check}
+    arguments = build_parser(commands).parse_args(argv)
     here = str(Path.cwd())
     if here not in sys.path:
         # for a user's own algorithms and rewards; last, so that nothing here hides an installed module
@@ -70,116 +70,6 @@ def _reader_is_gone() -> bool:
         # Python flushes once more at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), output)
     return gone
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="realloc",
-        description="Plans and runs RLHF: every model function call on its own GPUs with its own parallel "
-        "strategy, parameters reallocated in between.",
-        allow_abbrev=False,
-    )
-    parser.add_argument("--version", action="version", version=f"realloc {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_search(commands)
-    _add_run(commands)
-    _add_profile(commands)
-    check = commands.add_parser("check", help="validate files and say what is in them", allow_abbrev=False)
-    check.add_argument(
-        "files",
-        nargs="+",
-        metavar="FILE",
-        type=Path,
-        help="an experiment, a cluster, a plan, a hardware profile or a trace",
-    )
-    check.set_defaults(command=_check)
-    return parser
-
-
-def _add_search(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    search = commands.add_parser(
-        "search",
-        help="find the fastest execution plan that fits in memory",
-        description="Finds an execution plan for an experiment and explains it. The cluster is the "
-        "experiment's own unless options give another.",
-        allow_abbrev=False,
-    )
-    search.add_argument("experiment", metavar="EXPERIMENT", type=Path, help="the experiment's YAML file")
-    search.add_argument("-o", "--output", metavar="PLAN", type=Path, help="write the plan to this file")
-    cluster = search.add_argument_group("cluster")
-    cluster.add_argument("--cluster", metavar="FILE", type=Path, help="a cluster's YAML file")
-    cluster.add_argument("--nodes", type=int, metavar="N", help="number of nodes")
-    cluster.add_argument("--gpus-per-node", type=int, metavar="G", help="GPUs in each node")
-    cluster.add_argument("--device", metavar="NAME", help="a hardware profile: a name, or a YAML file")
-    how = search.add_argument_group("search")
-    how.add_argument("--method", metavar="M", help="the search method (default: the planner's choice)")
-    how.add_argument("--time-limit", type=_seconds, metavar="S", help="stop after this many seconds")
-    how.add_argument("--seed", type=_count, default=0, metavar="N", help="seed of the search (default: 0)")
-    how.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
-    search.set_defaults(command=_search)
-
-
-def _add_run(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    run = commands.add_parser("run", help="run a plan", allow_abbrev=False)
-    run.add_argument("plan", metavar="PLAN", type=Path, help="the plan's YAML file")
-    run.add_argument(
-        "--out",
-        metavar="DIR",
-        type=Path,
-        help="where checkpoints, metrics and the trace go (default: out/ and the plan's name)",
-    )
-    run.add_argument(
-        "--iterations", type=_positive, metavar="N", help="run this many iterations instead of the plan's"
-    )
-    run.add_argument("--overwrite", action="store_true", help="delete an earlier run's output in the folder")
-    run.add_argument(
-        "--timeout",
-        type=_seconds,
-        default=600.0,
-        metavar="S",
-        help="how long a rank waits for another before the run fails (default: 600 seconds)",
-    )
-    run.set_defaults(command=_run)
-
-
-def _add_profile(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
-    profile = commands.add_parser(
-        "profile", help="measure this machine and write its hardware profile", allow_abbrev=False
-    )
-    profile.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        type=Path,
-        default=Path("profile.yaml"),
-        help="the profile's file (default: profile.yaml)",
-    )
-    profile.add_argument(
-        "--ranks", type=_positive, default=2, metavar="N", help="processes that measure links (default: 2)"
-    )
-    profile.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
-    profile.set_defaults(command=_profile)
-
-
-def _seconds(text: str) -> float:
-    value = float(text)
-    if not (math.isfinite(value) and value > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
-    return value
-
-
-def _count(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**31 - 1}")
-    return value
-
-
-def _positive(text: str) -> int:
-    value = _count(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("must be at least 1")
-    return value
 
 
 def _search(arguments: argparse.Namespace) -> int:
@@ -253,14 +143,47 @@ def _cluster(arguments: argparse.Namespace, experiment: Experiment) -> Cluster:
 
 
 def _run(arguments: argparse.Namespace) -> int:
-    from runtime.launch import RunOptions, run_plan
+    _check_run(arguments)
+    from runtime.checkpoint import SaveOptions
+    from runtime.launch import RunOptions, resume_run, run_plan
 
-    plan: Path = arguments.plan
-    out = arguments.out if arguments.out is not None else Path("out") / plan.stem
     options = RunOptions(
-        iterations=arguments.iterations, overwrite=arguments.overwrite, timeout_s=arguments.timeout
+        iterations=arguments.iterations,
+        overwrite=arguments.overwrite,
+        timeout_s=arguments.timeout,
+        saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
     )
-    run_plan(plan, out, options)
+    plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
+    if arguments.resume is not None:
+        resume_run(arguments.resume, plan, arguments.checkpoint, options)
+    elif plan is not None:
+        run_plan(plan, arguments.out if arguments.out is not None else Path("out") / plan.stem, options)
+    return 0
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Raises InputError for options of `run` that contradict each other."""
+    if arguments.plan is not None and arguments.other_plan is not None:
+        raise InputError(
+            f"the plan is given twice, as {arguments.plan} and as --plan {arguments.other_plan}."
+        )
+    if arguments.resume is None:
+        if arguments.checkpoint is not None:
+            raise InputError("--from names a checkpoint to continue from; give the run's folder as --resume.")
+        if arguments.plan is None and arguments.other_plan is None:
+            raise InputError("give a plan to run, or --resume DIR to continue a run.")
+    elif arguments.out is not None or arguments.overwrite:
+        option = "--out" if arguments.out is not None else "--overwrite"
+        raise InputError(f"{option} is for a new run; --resume goes on in the folder of the old one.")
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from runtime.export import export_checkpoint
+
+    what = export_checkpoint(
+        arguments.out, arguments.folder, iteration=arguments.iteration, role=arguments.role
+    )
+    print(f"Wrote {arguments.folder}: {what}")
     return 0
 
 

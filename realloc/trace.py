@@ -45,12 +45,14 @@ class Trace:
     def node_seconds(self, *, skip_iterations: int = 1) -> Mapping[str, float]:
         """Median over iterations of each node's longest time over ranks, waiting excluded.
 
-        The first iterations warm up and are skipped when there are others.
+        The first iterations warm up and are skipped when there are others. (A resumed run's first
+        iteration is not 0.)
         """
         longest: dict[tuple[str, int], float] = {}
+        first = min((r.iteration for r in self.records), default=0)
         last = max((r.iteration for r in self.records), default=0)
         for record in self.records:
-            if record.iteration < skip_iterations <= last:
+            if record.iteration - first < skip_iterations <= last - first:
                 continue
             key = (record.node, record.iteration)
             spent = record.end_s - record.start_s - record.wait_s

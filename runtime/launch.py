@@ -9,11 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import shutil
 import signal
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -28,12 +27,22 @@ from realloc.errors import InputError, RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from realloc.trace import Trace
+from runtime.checkpoint import SaveOptions
+from runtime.checkpoint_files import (
+    checkpoints_folder,
+    choose,
+    iteration_of,
+    list_checkpoints,
+    remove_partial,
+)
 from runtime.dataset import open_dataset
 from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
 from runtime.metrics import MetricsChannel
 from runtime.monitor import Monitor, comparison
 from runtime.program import Program, compile_program
+from runtime.restore import changes, check_resumable
+from runtime.run_folder import prepare_folder, rewind_folder, run_lock
 from runtime.tracing import merge_traces, read_status
 from runtime.worker import WorkerSpec, reporting_ranks, run_worker
 
@@ -47,19 +56,49 @@ class RunOptions:
     iterations: int | None = None
     overwrite: bool = False
     timeout_s: float = 600.0
+    saving: SaveOptions = field(default_factory=SaveOptions)
 
 
 def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
     """Runs a plan on this machine and writes everything under `out`.
 
-    `out` gets plan.yaml, metrics.jsonl, trace.jsonl, TensorBoard events, logs, and the trained
-    models as Hugging Face folders. Raises InputError before anything starts, RunError when a rank
-    fails.
+    `out` gets plan.yaml, metrics.jsonl, trace.jsonl, TensorBoard events, logs, checkpoints, and the
+    trained models as Hugging Face folders. Raises InputError before anything starts, RunError when a
+    rank fails.
     """
     plan = _with_iterations(read_plan(plan_path), options.iterations)
     program = compile_program(plan)
     _check_runnable(plan)
     prepare_folder(out, overwrite=options.overwrite)
+    with run_lock(out):
+        return _execute(plan, program, out, options, None)
+
+
+def resume_run(out: Path, plan_path: Path | None, checkpoint: str | None, options: RunOptions) -> Trace:
+    """Continues the run in `out` from a checkpoint (None: its newest), under its own plan or another.
+
+    Another plan may differ in everything but the algorithm, the models' shapes and the dtype; what
+    else differs of the experiment is printed. Raises as `run_plan` does, and InputError for a
+    checkpoint that is damaged or of other models.
+    """
+    chosen, manifest = choose(out, checkpoint)
+    path = plan_path if plan_path is not None else out / "plan.yaml"
+    plan = _with_iterations(read_plan(path), options.iterations)
+    check_resumable(chosen, manifest, plan)
+    program = compile_program(plan)
+    _check_runnable(plan)
+    differing = changes(manifest, plan)
+    if differing:
+        print(f"note: differs from the experiment that {chosen.name} is of: {', '.join(differing)}")
+    with run_lock(out):
+        rewind_folder(out, manifest.iteration)
+        print(f"continuing after {manifest.iteration} iterations, from {chosen}")
+        return _execute(plan, program, out, options, chosen)
+
+
+def _execute(
+    plan: ExecutionPlan, program: Program, out: Path, options: RunOptions, checkpoint: Path | None
+) -> Trace:
     write_text(out / "plan.yaml", plan_text(plan))
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
     spec = WorkerSpec(
@@ -68,12 +107,19 @@ def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
         store_host=LOOPBACK,
         store_port=store.port,
         timeout_s=options.timeout_s,
+        launcher_pid=os.getpid(),
+        saving=options.saving,
+        checkpoint=None if checkpoint is None else str(checkpoint),
     )
+    first = 0 if checkpoint is None else iteration_of(checkpoint)
     collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
-    with Monitor(plan, channel, out) as monitor:
-        _launch(plan, program, spec)
-        monitor.finish()
+    try:
+        with Monitor(plan, channel, out, first) as monitor:
+            _launch(plan, program, spec)
+            monitor.finish()
+    finally:
+        remove_partial(checkpoints_folder(out))  # the ranks are gone by now
     traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
     trace = merge_traces(traces, out / "trace.jsonl")
     print(comparison(plan, trace))
@@ -88,25 +134,6 @@ def _with_iterations(plan: ExecutionPlan, iterations: int | None) -> ExecutionPl
     if iterations is None:
         return plan
     return replace(plan, experiment=replace(plan.experiment, iterations=iterations))
-
-
-def prepare_folder(out: Path, *, overwrite: bool) -> None:
-    """Makes an empty output folder. Raises InputError when there is something in it."""
-    if out.exists() and not out.is_dir():
-        raise InputError(f"{out}: is a file, expected a folder for the run's output.")
-    if out.is_dir() and any(out.iterdir()):
-        if not overwrite:
-            raise InputError(
-                f"{out}: is not empty; give another --out, or --overwrite to delete what is there."
-            )
-        if not (out / "plan.yaml").exists():
-            raise InputError(f"{out}: holds no run of realloc, so --overwrite will not delete it.")
-        shutil.rmtree(out)
-    try:
-        for name in ("status", "trace", "errors", "logs"):
-            (out / name).mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{out}: cannot be made: {error.strerror}.") from None
 
 
 def _check_runnable(plan: ExecutionPlan) -> None:
@@ -159,7 +186,9 @@ def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
     except SignalException as error:
         if error.sigval == signal.SIGINT:
             raise KeyboardInterrupt from None
-        raise RunError(f"the run was ended by {error.sigval.name}; all ranks are stopped.") from None
+        raise RunError(
+            f"the run was ended by {error.sigval.name}; all ranks are stopped.{_continuation(out)}"
+        ) from None
     except ChildFailedError as error:
         exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
         raise RunError(describe_failure(out, program, exit_codes)) from None
@@ -198,7 +227,14 @@ def describe_failure(out: Path, program: Program, exit_codes: Mapping[int, int])
     else:
         rank, code = next(iter(exit_codes.items()), (0, 1))
         cause = f"ended with exit code {code}"
-    return f"rank {rank}{_place(out, program, rank)} {cause}\nLogs of all ranks: {out / 'logs'}"
+    logs = f"\nLogs of all ranks: {out / 'logs'}"
+    return f"rank {rank}{_place(out, program, rank)} {cause}{logs}{_continuation(out)}"
+
+
+def _continuation(out: Path) -> str:
+    """How to go on from the last checkpoint; empty when there is none."""
+    found = list_checkpoints(checkpoints_folder(out))
+    return f"\nContinue from {found[-1].name}: realloc run --resume {out}" if found else ""
 
 
 def _place(out: Path, program: Program, rank: int) -> str:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from realloc.dataflow import CallKind, DataflowGraph
+from realloc.errors import RunError
 from realloc.plan import ExecutionPlan
 from realloc.trace import Trace
 from runtime.metrics import MetricsChannel
@@ -31,15 +32,18 @@ class _Writer(Protocol):
 class Monitor:
     """Collects each iteration's metrics in a thread, in the launcher's process."""
 
-    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path) -> None:
-        self._plan, self._channel = plan, channel
+    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path, first: int = 0) -> None:
+        """`first`: the iteration that the run begins with; earlier ones stay in the metrics' file."""
+        self._plan, self._channel, self._first = plan, channel, first
         self._iterations = iterations = plan.experiment.iterations
         self._headlines: list[str] = []
-        self._file = (out / "metrics.jsonl").open("w", encoding="utf-8")
-        self._events = _tensorboard(out / "tensorboard")
+        self._path = out / "metrics.jsonl"
+        self._file = self._path.open("a" if first else "w", encoding="utf-8")
+        self._failure: OSError | None = None
+        self._events = _tensorboard(out / "tensorboard", first)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        self._progress = _progress(iterations) if sys.stdout.isatty() else None
+        self._progress = _progress(iterations, first) if sys.stdout.isatty() else None
         self._console = self._progress.console if self._progress else Console(highlight=False)
 
     def __enter__(self) -> Monitor:
@@ -63,8 +67,13 @@ class Monitor:
             self._events.close()
 
     def finish(self) -> None:
-        """Waits until the last iteration's metrics are written."""
+        """Waits until the last iteration's metrics are written. Raises RunError when they cannot be."""
         self._thread.join(timeout=60)
+        if self._failure is not None:
+            raise RunError(
+                f"{self._path}: the metrics cannot be written: {self._failure.strerror}; the trained "
+                f"models and checkpoints are complete."
+            )
 
     def change(self) -> str:
         """The first iteration's headline beside the last one's."""
@@ -74,13 +83,17 @@ class Monitor:
 
     def _watch(self) -> None:
         started = time.monotonic()
-        for iteration in range(self._iterations):
+        for iteration in range(self._first, self._iterations):
             while (metrics := self._channel.collect(iteration, wait=False)) is None:
                 if self._stop.wait(POLL_S):
                     return
             seconds = time.monotonic() - started
             started += seconds
-            self._show(iteration, metrics, seconds)
+            try:
+                self._show(iteration, metrics, seconds)
+            except OSError as error:  # a full disk must not end a thread without a word
+                self._failure = error
+                return
 
     def _show(self, iteration: int, metrics: Mapping[str, float], seconds: float) -> None:
         tokens = tokens_of(metrics)
@@ -163,7 +176,7 @@ def _span(ranks: tuple[int, ...]) -> str:
     return f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
 
 
-def _progress(iterations: int) -> Progress:
+def _progress(iterations: int, first: int) -> Progress:
     progress = Progress(
         TextColumn("iteration"),
         MofNCompleteColumn(),
@@ -171,15 +184,15 @@ def _progress(iterations: int) -> Progress:
         TimeRemainingColumn(),
         TextColumn("{task.fields[status]}"),
     )
-    progress.add_task("run", total=iterations, status="starting")
+    progress.add_task("run", total=iterations, completed=first, status="starting")
     return progress
 
 
-def _tensorboard(folder: Path) -> _Writer | None:
-    """A TensorBoard writer, where the package is installed."""
+def _tensorboard(folder: Path, first: int) -> _Writer | None:
+    """A TensorBoard writer, where the package is installed; events from iteration `first` on go."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    writer: _Writer = SummaryWriter(log_dir=str(folder))
+    writer: _Writer = SummaryWriter(log_dir=str(folder), purge_step=first or None)
     return writer

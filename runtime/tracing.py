@@ -11,6 +11,8 @@ from pathlib import Path
 
 from realloc.trace import Trace, TraceRecord, read_trace, trace_lines
 
+CHECKPOINT = "checkpoint"
+"""The record of the time in which a rank copies its state for a checkpoint."""
 _STATUS = struct.Struct("<qqd")
 
 
@@ -69,14 +71,20 @@ def read_status(path: Path) -> tuple[int, int] | None:
 
 
 def with_waits(records: Iterable[TraceRecord]) -> list[TraceRecord]:
-    """The records with `wait_s`: how long each rank waited for the last rank to arrive."""
+    """The records with `wait_s`: how long each rank waited for the last rank to arrive.
+
+    Ranks do not wait for each other to take a checkpoint.
+    """
     ordered = sorted(records, key=lambda r: (r.iteration, r.start_s, r.rank))
     arrival: dict[tuple[int, str], float] = {}
     for record in ordered:
+        if record.kind == CHECKPOINT:
+            continue
         key = (record.iteration, record.node)
         arrival[key] = max(arrival.get(key, record.start_s), record.start_s)
     return [
-        replace(r, wait_s=max(0.0, min(arrival[r.iteration, r.node], r.end_s) - r.start_s)) for r in ordered
+        replace(r, wait_s=max(0.0, min(arrival.get((r.iteration, r.node), r.start_s), r.end_s) - r.start_s))
+        for r in ordered
     ]
 
 

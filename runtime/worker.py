@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
+import sys
 import time
 import traceback
 from dataclasses import asdict, dataclass
@@ -16,6 +19,9 @@ import torch.distributed as dist
 from realloc.augmented import home_call
 from realloc.errors import ReallocError
 from realloc.plan import ExecutionPlan, read_plan
+from runtime.checkpoint import SaveOptions, Saver
+from runtime.checkpoint_files import iteration_of
+from runtime.checkpoint_shares import trained_roles
 from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
@@ -23,19 +29,28 @@ from runtime.export import export_role
 from runtime.metrics import MetricsChannel
 from runtime.parallel import Groups, make_groups
 from runtime.program import compile_program
+from runtime.restore import restore
 from runtime.roles import RankRole, load_roles
-from runtime.tracing import Recorder, Status, write_trace
+from runtime.tracing import CHECKPOINT, Recorder, Status, write_trace
+
+_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What every rank of a run is told. `store_port` is where the launcher's store listens."""
+    """What every rank of a run is told. `store_port` is where the launcher's store listens.
+
+    `checkpoint` is the folder of the checkpoint to go on from; None starts from the models' folders.
+    """
 
     plan: str
     out: str
     store_host: str
     store_port: int
     timeout_s: float
+    launcher_pid: int
+    saving: SaveOptions
+    checkpoint: str | None = None
 
 
 @dataclass(frozen=True)
@@ -52,6 +67,7 @@ class RankError:
 def run_worker(spec: WorkerSpec) -> None:
     """Runs one rank; RANK and WORLD_SIZE come from the environment, set by the launcher's agent."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    _die_with(spec.launcher_pid)
     try:
         _run(spec, rank, world_size)
     except BaseException as error:
@@ -67,7 +83,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     timeout = timedelta(seconds=spec.timeout_s)
     device = pick_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+    store = _connect(spec)
     dist.init_process_group(
         f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend,
         store=dist.PrefixStore("ranks", store),
@@ -80,22 +96,50 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     dataset = open_dataset(plan.experiment)
     groups = make_plan_groups(plan, rank, timeout)
     roles = load_roles(plan, groups, device)
+    first = 0
+    if spec.checkpoint is not None:
+        restore(Path(spec.checkpoint), roles, trained_roles(plan))
+        first = iteration_of(Path(spec.checkpoint))
     engine = Engine(plan, program, rank, groups, roles, dataset, device)
     status = Status(out / "status" / f"rank-{rank}")
     channel = MetricsChannel(dist.PrefixStore("metrics", store), reporting_ranks(plan))
+    # a connection of its own: the background thread waits on it while the main thread uses the other
+    saver = Saver(out, plan, roles, rank, dist.PrefixStore("checkpoints", _connect(spec)), spec.saving)
     dist.barrier()
     recorder = Recorder(rank, _shared_epoch(rank))
+
+    def entering(iteration: int, index: int) -> None:
+        status.set(iteration, index)
+        saver.check()
 
     def report(iteration: int, sums: Sums, _: IterationData) -> None:
         if rank in channel.reporters:
             channel.report(iteration, rank, sums)
+        if saver.is_due(iteration):
+            start = recorder.now()
+            saver.save(iteration)
+            recorder.add(iteration, CHECKPOINT, CHECKPOINT, start, predicted_s=None)
 
-    engine.run(range(plan.experiment.iterations), recorder, Observer(status.set, report))
-    write_trace(out / "trace" / f"rank-{rank}.jsonl", world_size, recorder.records)
-    export_models(plan, roles, out / "models", rank)
+    with saver:
+        engine.run(range(first, plan.experiment.iterations), recorder, Observer(entering, report))
+        write_trace(out / "trace" / f"rank-{rank}.jsonl", world_size, recorder.records)
+        export_models(plan, roles, out / "models", rank)
     dist.barrier()
     status.close()
     dist.destroy_process_group()
+
+
+def _connect(spec: WorkerSpec) -> dist.TCPStore:
+    timeout = timedelta(seconds=spec.timeout_s)
+    return dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+
+
+def _die_with(launcher: int) -> None:
+    """Has the kernel end this rank when the launcher dies (Linux): an orphan would go on writing."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the call
+            os._exit(1)
 
 
 def make_plan_groups(plan: ExecutionPlan, rank: int, timeout: timedelta) -> Groups:

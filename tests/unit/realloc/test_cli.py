@@ -78,7 +78,7 @@ def test_version_and_unknown_arguments(capsys: pytest.CaptureFixture[str]) -> No
     assert "invalid choice: 'serch'" in refusal(capsys, "serch")
     assert "required: COMMAND" in refusal(capsys)
     assert "unrecognized arguments: --sed" in refusal(capsys, "search", "e.yaml", "--sed", "1")
-    assert "required: PLAN" in refusal(capsys, "run")
+    assert "required: FILE" in refusal(capsys, "check")
     assert "required: FILE" in refusal(capsys, "check")
 
 

@@ -1,0 +1,273 @@
+"""Writing checkpoints beside training: sharded, asynchronous, atomic.
+
+Decides when a checkpoint is taken, what of this rank goes into it, and when it counts. Where the
+files lie and what is in them is `checkpoint_files`; who writes which piece is `checkpoint_shares`.
+
+Consistency without a barrier. Each rank takes its snapshot after its own last instruction of
+iteration t and before its first of t + 1. What is saved of a role, its parameters in the home layout
+and the optimizer states, is changed by one instruction alone, the role's train_step, which runs once
+an iteration on all ranks of the home mesh. So every rank's snapshot holds exactly the steps of the
+iterations up to t, however far the ranks have drifted apart in time, and together they are the state
+after iteration t. (Losses, samples and data depend on the iteration's number and the seed alone.)
+
+Atomicity. Ranks write into a hidden folder, sync their files, and say so in the run's key-value
+store, which threads may use while the main thread is inside a collective. Once all have, rank 0
+writes the manifest, syncs, and renames the folder to its name: before that there is no checkpoint,
+after it there is a whole one.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+
+import torch
+import torch.distributed as dist
+
+from realloc.errors import RunError
+from realloc.experiment import experiment_content
+from realloc.layout import Box
+from realloc.model_shape import read_config
+from realloc.plan import ExecutionPlan
+from runtime.checkpoint_files import (
+    MANIFEST,
+    Manifest,
+    Piece,
+    RoleRecord,
+    checkpoints_folder,
+    index_text,
+    list_checkpoints,
+    manifest_text,
+    name_of,
+    partial_name,
+    remove_checkpoint,
+)
+from runtime.checkpoint_shares import WEIGHT, shares, stored_of, trained_roles
+from runtime.roles import RankRole
+from runtime.tensor_file import FileRecord, sync_folder, write_synced, write_tensors
+
+POLL_S = 0.02
+WriteTensors = Callable[[Path, Mapping[str, torch.Tensor]], FileRecord]
+
+
+@dataclass(frozen=True)
+class SaveOptions:
+    """When checkpoints are taken: every `every` iterations and after the last (0: only then).
+
+    The last `keep` stay. `background` false writes in the iteration's gap itself, to compare.
+    """
+
+    every: int = 10
+    keep: int = 2
+    background: bool = True
+
+
+@dataclass(frozen=True)
+class Held:
+    """One state of a role on this rank: tensors and the boxes that they are."""
+
+    boxes: Mapping[str, Box]
+    tensors: Mapping[str, torch.Tensor]
+
+
+def held_states(role: RankRole) -> Mapping[str, Held]:
+    """State -> what this rank holds of it in the role's home layout; empty where it is not home."""
+    model, trainer = role.home_model, role.trainer
+    if model is None or trainer is None:
+        return {}
+    states = trainer.optimizer_state()
+    return {
+        WEIGHT: Held(model.params.boxes, model.params.views),
+        **{name: Held(trainer.optimizer_boxes, tensors) for name, tensors in states.items()},
+    }
+
+
+class Saver:
+    """Takes this rank's checkpoints. A context manager: leaving it waits for the last one.
+
+    `store` must be this saver's own connection: its background thread waits on it.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        plan: ExecutionPlan,
+        roles: Mapping[str, RankRole],
+        rank: int,
+        store: dist.Store,
+        options: SaveOptions,
+        write: WriteTensors = write_tensors,
+    ) -> None:
+        self._folder = checkpoints_folder(out)
+        self._plan, self._roles, self._rank = plan, roles, rank
+        self._world_size = plan.cluster.num_gpus
+        self._store, self._options, self._write_tensors = store, options, write
+        everything = shares(stored_of(plan))
+        self._pieces: tuple[Piece, ...] = everything.get(rank, ())
+        self._snapshot: dict[str, torch.Tensor] | None = None
+        self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
+        self._pending: Future[None] | None = None
+        self._stop = threading.Event()
+
+    def is_due(self, iteration: int) -> bool:
+        """Whether a checkpoint follows iteration `iteration` (counted from 0)."""
+        done, every = iteration + 1, self._options.every
+        return done == self._plan.experiment.iterations or (every > 0 and done % every == 0)
+
+    def check(self) -> None:
+        """Raises what the background thread has failed with, if it has."""
+        if self._pending is not None and self._pending.done():
+            self._pending.result()
+
+    def save(self, iteration: int) -> None:
+        """Takes the state after iteration `iteration`; every rank calls it at its end of that iteration.
+
+        Returns once the state is copied; a thread writes it. Waits for the previous checkpoint first.
+        Raises RunError when that one could not be written.
+        """
+        self._wait()
+        snapshot = self._take()
+        steps = {name: r.trainer.num_steps for name, r in self._roles.items() if r.trainer is not None}
+        self._pending = self._pool.submit(self._write, iteration + 1, snapshot, steps)
+        if not self._options.background:
+            self._wait()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is not None:
+            self._stop.set()  # the run has failed: do not wait for ranks that may be gone
+        try:
+            if kind is None:
+                self._wait()
+        finally:
+            self._stop.set()
+            self._pool.shutdown()
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def _take(self) -> dict[str, torch.Tensor]:
+        """Copies this rank's pieces to host buffers, which are kept for the next checkpoint."""
+        states = {name: held_states(role) for name, role in self._roles.items()}
+        if self._snapshot is None:
+            self._snapshot = {
+                piece.key: _host_buffer(states[piece.role][piece.state].tensors[piece.param], piece.box)
+                for piece in self._pieces
+            }
+        for name, role in self._roles.items():
+            with torch.no_grad(), role.memory.on_device():  # what waits in host memory comes for a moment
+                for piece in self._pieces:
+                    if piece.role != name:
+                        continue
+                    held = states[piece.role][piece.state]
+                    source = held.tensors[piece.param][piece.box.within(held.boxes[piece.param])]
+                    self._snapshot[piece.key].copy_(source, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return self._snapshot
+
+    # in the background ------------------------------------------------------------------------
+
+    def _write(self, done: int, snapshot: Mapping[str, torch.Tensor], steps: Mapping[str, int]) -> None:
+        """This rank's part of the checkpoint after `done` iterations; on rank 0, the rest of it too."""
+        partial = self._folder / partial_name(done)
+        needed = sum(tensor.nbytes for tensor in snapshot.values())
+        try:
+            partial.mkdir(parents=True, exist_ok=True)
+            files = self._write_files(partial, snapshot, needed)
+            record = {"files": {name: asdict(file) for name, file in files.items()}, "steps": steps}
+            self._store.set(_key(done, self._rank), json.dumps(record))
+            if self._rank == 0:
+                self._commit(done, partial)
+        except OSError as error:
+            # what was written makes room for the message that says so
+            for path in partial.glob(f"rank-{self._rank}.*"):
+                path.unlink(missing_ok=True)
+            raise RunError(self._describe(error, partial, needed)) from None
+
+    def _write_files(
+        self, partial: Path, snapshot: Mapping[str, torch.Tensor], needed: int
+    ) -> Mapping[str, FileRecord]:
+        if not self._pieces:
+            return {}
+        tensors, index = f"rank-{self._rank}.safetensors", f"rank-{self._rank}.json"
+        if shutil.disk_usage(partial).free < needed:
+            # before the disk is full for everybody else
+            raise OSError(errno.ENOSPC, "No space left on device", str(partial / tensors))
+        return {
+            tensors: self._write_tensors(partial / tensors, snapshot),
+            index: write_synced(partial / index, index_text(tensors, self._pieces)),
+        }
+
+    def _commit(self, done: int, partial: Path) -> None:
+        """Waits until all ranks have written, then makes the folder a checkpoint. On rank 0."""
+        keys = [_key(done, rank) for rank in range(self._world_size)]
+        while not self._store.check(keys):
+            if self._stop.is_set():
+                return
+            time.sleep(POLL_S)
+        files: dict[str, FileRecord] = {}
+        steps: dict[str, int] = {}
+        for key in keys:
+            record = json.loads(self._store.get(key))
+            files |= {name: FileRecord(**file) for name, file in record["files"].items()}
+            steps |= record["steps"]
+            self._store.delete_key(key)
+        write_synced(partial / MANIFEST, manifest_text(self._manifest(done, files, steps)))
+        sync_folder(partial)
+        final = self._folder / name_of(done)
+        if final.exists():
+            remove_checkpoint(final)
+        partial.rename(final)
+        sync_folder(self._folder)
+        for old in list_checkpoints(self._folder)[: -self._options.keep]:
+            remove_checkpoint(old)
+
+    def _manifest(self, done: int, files: Mapping[str, FileRecord], steps: Mapping[str, int]) -> Manifest:
+        plan = self._plan
+        roles = {}
+        for name in trained_roles(plan):
+            config = read_config(plan.experiment.models[name].model)
+            roles[name] = RoleRecord(config, self._roles[name].shape.head, steps[name])
+        return Manifest(
+            iteration=done,
+            experiment=experiment_content(replace(plan.experiment, cluster=None)),
+            placements={name: str(placement) for name, placement in plan.placements.items()},
+            world_size=self._world_size,
+            roles=roles,
+            files=dict(sorted(files.items())),
+        )
+
+    def _describe(self, error: OSError, partial: Path, needed: int) -> str:
+        good = list_checkpoints(self._folder)
+        last = f"the last good checkpoint is {good[-1]}" if good else "there is no earlier checkpoint"
+        free = ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            left = shutil.disk_usage(self._folder).free
+            free = f" ({left / 1e6:.1f} MB are free); make room"
+        return (
+            f"the checkpoint {partial} cannot be written: {error.strerror}: rank {self._rank} needs "
+            f"{needed / 1e6:.1f} MB for its part{free}; {last}."
+        )
+
+
+def _key(done: int, rank: int) -> str:
+    return f"{done}/{rank}"
+
+
+def _host_buffer(like: torch.Tensor, box: Box) -> torch.Tensor:
+    return torch.empty(box.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
