@@ -14,13 +14,15 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from realloc.layout import Box, shard_boxes
+from realloc.layout import Box, compute_boxes, shard_boxes
 from realloc.model_shape import ModelShape
-from realloc.params import EMBED, FINAL_NORM, HEAD, stage_layers
+from realloc.params import EMBED, FINAL_NORM, HEAD, chunk_layers, stage_layers
+from realloc.strategy import Recompute, Schedule
 from runtime import tensor_parallel as tp
 from runtime.attention import DecodeStep, KVCache, PackedSequences, decode_attention, packed_attention
-from runtime.linear import linear
+from runtime.linear import Backward, WeightGradients, linear
 from runtime.parallel import ParallelContext
+from runtime.recompute import Part, recomputed
 from runtime.rope import Rotary, inverse_frequencies
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -61,9 +63,12 @@ def empty_params(
 class Decoder:
     """A shard of the model, over parameters that it does not own.
 
-    `params` maps names of `realloc.params` to local tensors of the shapes that `shard_boxes`
+    `params` maps names of `realloc.params` to local tensors of the shapes that `compute_boxes`
     gives for this rank; decoders of one role with one layout share the dict. The decoder reads
     the dict at each use, so entries may be filled, updated or replaced at any time between calls.
+
+    With several virtual stages a pass goes through one chunk of the layers. Under the zero-bubble
+    schedule, `weight_gradients` takes what backward passes put off.
     """
 
     def __init__(
@@ -78,11 +83,18 @@ class Decoder:
         self.context = context
         self.dtype = dtype
         at, strategy = context.at, context.strategy
-        self.boxes = shard_boxes(shape, strategy.tp, strategy.pp, at.tp, at.pp)
+        self.boxes = compute_boxes(shape, strategy, at)
         self.params = empty_params(self.boxes, dtype, context.device) if params is None else params
         for name, box in self.boxes.items():
             assert self.params[name].shape == box.shape, (name, self.params[name].shape, box.shape)
-        self.layers = stage_layers(shape, strategy.pp, at.pp)
+        virtual = strategy.virtual_stages
+        self.layers = stage_layers(shape, strategy.pp, at.pp, virtual)
+        self._chunks = [chunk_layers(shape, strategy.pp, at.pp, chunk, virtual) for chunk in range(virtual)]
+        self._recompute = strategy.recompute
+        splits_backward = strategy.schedule is Schedule.ZERO_BUBBLE
+        self.weight_gradients = WeightGradients() if splits_backward else None
+        special = splits_backward or self._recompute is not Recompute.NONE
+        self._how = Backward(self.weight_gradients) if special else None
         self.num_heads = shape.num_heads // strategy.tp
         self.num_kv_heads = max(1, shape.num_kv_heads // strategy.tp)
         self._tp = context.tp_group
@@ -111,11 +123,13 @@ class Decoder:
             self.context.device,
         )
 
-    def forward(self, x: torch.Tensor, packed: PackedSequences, cache: KVCache | None = None) -> torch.Tensor:
-        """Packed sequences through this stage.
+    def forward(
+        self, x: torch.Tensor, packed: PackedSequences, chunk: int = 0, *, cache: KVCache | None = None
+    ) -> torch.Tensor:
+        """Packed sequences through one chunk of this stage.
 
-        x: token ids [T] int64 on the first stage, hidden states [num_rows(T), hidden] on the others.
-        Returns hidden states [num_rows(T), hidden]; on the last stage [T, hidden], normed for the
+        x: token ids [T] int64 where the chunk `embeds`, hidden states [num_rows(T), hidden] elsewhere.
+        Returns hidden states [num_rows(T), hidden]; where it `ends` [T, hidden], normed for the
         head. With a `cache`, keys and values of sequence i are also stored in its slot i.
         """
 
@@ -124,7 +138,7 @@ class Decoder:
                 cache.write(layer, packed.sequence_index, packed.positions, k, v)
             return packed_attention(q, k, v, packed)
 
-        return self._run(x, packed.positions, attend)
+        return self._run(x, packed.positions, attend, chunk)
 
     def decode(self, x: torch.Tensor, step: DecodeStep, cache: KVCache) -> torch.Tensor:
         """One token per live slot through this stage, appended to the cache.
@@ -138,6 +152,14 @@ class Decoder:
             return decode_attention(q, cache, layer, step)
 
         return self._run(x, step.positions, attend)
+
+    def embeds(self, chunk: int) -> bool:
+        """Whether the chunk is the model's first."""
+        return self.context.is_first and chunk == 0
+
+    def ends(self, chunk: int) -> bool:
+        """Whether the chunk is the model's last."""
+        return self.context.is_last and chunk == len(self._chunks) - 1
 
     def num_rows(self, num_tokens: int) -> int:
         """Rows of the hidden states that this rank passes to the next stage: all, or its part of them."""
@@ -179,19 +201,20 @@ class Decoder:
         box = shard_boxes(self.shape, strategy.tp, strategy.pp, tp_rank, self.context.at.pp)[self._head_name]
         return box.start[0], box.stop[0]
 
-    def _run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend) -> torch.Tensor:
+    def _run(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, chunk: int = 0) -> torch.Tensor:
         split = self.context.strategy.sequence_parallel
         region = tp.Region(self._tp, positions.shape[0] if split else None)
-        if self.context.is_first:
+        if self.embeds(chunk):
             self._before(EMBEDDING_UNIT)
             x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], region)
             self._after(EMBEDDING_UNIT, x)
         rotary = Rotary(self._freqs, positions, x.dtype)
-        for index, layer in enumerate(self.layers):
+        first = sum(map(len, self._chunks[:chunk]))
+        for index, layer in enumerate(self._chunks[chunk], start=first):
             self._before(f"layers.{layer}")
             x = self._layer(x, f"layers.{layer}", index, rotary, attend, region)
             self._after(f"layers.{layer}", x)
-        if not self.context.is_last:
+        if not self.ends(chunk):
             return x
         self._before(HEAD_UNIT)
         x = region.join(self._norm(x, FINAL_NORM))
@@ -209,18 +232,36 @@ class Decoder:
     def _layer(
         self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend, region: tp.Region
     ) -> torch.Tensor:
-        attn_in = region.enter(self._norm(x, f"{name}.attn_norm"))
-        attn = self._attention(attn_in, f"{name}.attn", index, rotary, attend)
-        if self.shape.parallel_residual:
+        def attention(value: torch.Tensor, again: bool) -> torch.Tensor:
+            return self._attention(value, f"{name}.attn", index, rotary, attend, again)
+
+        def mlp(value: torch.Tensor, again: bool) -> torch.Tensor:
+            return self._mlp(value, f"{name}.mlp", again)
+
+        def layer(x: torch.Tensor, again: bool) -> torch.Tensor:
+            parallel = self.shape.parallel_residual
+            attn_in = region.enter(self._norm(x, f"{name}.attn_norm"))
+            attn = self._part(Recompute.SELECTIVE, attention, attn_in, again and parallel)
+            if not parallel:
+                x = self._add_bias(x + region.leave(attn), f"{name}.attn.o")
             mlp_in = region.enter(self._norm(x, f"{name}.mlp_norm"))
-            x = x + region.leave(attn + self._mlp(mlp_in, f"{name}.mlp"))
-            return self._add_bias(self._add_bias(x, f"{name}.attn.o"), f"{name}.mlp.down")
-        x = self._add_bias(x + region.leave(attn), f"{name}.attn.o")
-        mlp_in = region.enter(self._norm(x, f"{name}.mlp_norm"))
-        return self._add_bias(x + region.leave(self._mlp(mlp_in, f"{name}.mlp")), f"{name}.mlp.down")
+            out = self._part(Recompute.SELECTIVE, mlp, mlp_in, again)
+            if parallel:
+                x = self._add_bias(x + region.leave(attn + out), f"{name}.attn.o")
+            else:
+                x = x + region.leave(out)
+            return self._add_bias(x, f"{name}.mlp.down")
+
+        return self._part(Recompute.FULL, layer, x, False)
+
+    def _part(self, kind: Recompute, part: Part, x: torch.Tensor, again: bool) -> torch.Tensor:
+        """The part's output; what it keeps is computed again where recomputation is of this kind."""
+        if self._recompute is kind and torch.is_grad_enabled():
+            return recomputed(part, x)
+        return part(x, again)
 
     def _attention(
-        self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend
+        self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend, again: bool
     ) -> torch.Tensor:
         """This shard's part of the attention output, to be summed over shards, without o's bias."""
         dim = self.shape.head_dim
@@ -230,24 +271,31 @@ class Decoder:
         if self.shape.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
         out = attend(index, rotary(q), rotary(k), v)
-        return self._product(out.flatten(-2), f"{name}.o")
+        return self._last_product(out.flatten(-2), f"{name}.o", again)
 
-    def _mlp(self, x: torch.Tensor, name: str) -> torch.Tensor:
+    def _mlp(self, x: torch.Tensor, name: str, again: bool) -> torch.Tensor:
         """This shard's part of the MLP output, to be summed over shards, without down's bias."""
         if self.shape.gated_mlp:
             gate, up = self._products(x, (f"{name}.gate", f"{name}.up"))
             inner = self._activation(gate) * up
         else:
             inner = self._activation(self._products(x, (f"{name}.up",))[0])
-        return self._product(inner, f"{name}.down")
+        return self._last_product(inner, f"{name}.down", again)
 
     def _products(self, x: torch.Tensor, names: Sequence[str]) -> Sequence[torch.Tensor]:
         """`x` times several column-split matrices, biases added."""
-        return [linear(x, self.params[f"{n}.weight"], self.params.get(f"{n}.bias")) for n in names]
+        params, how = self.params, self._how
+        return [linear(x, params[f"{n}.weight"], params.get(f"{n}.bias"), how) for n in names]
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """`x` times a row-split matrix, without its bias."""
-        return linear(x, self.params[f"{name}.weight"])
+        return linear(x, self.params[f"{name}.weight"], None, self._how)
+
+    def _last_product(self, x: torch.Tensor, name: str, again: bool) -> torch.Tensor:
+        """The product that ends a part: when the part runs again, nobody needs the result."""
+        if again:
+            return linear(x, self.params[f"{name}.weight"], None, Backward(only_keep=True))
+        return self._product(x, name)
 
     def _add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """Biases of row-split matrices are added once, after the sum over shards."""

@@ -162,7 +162,7 @@ class Group:
             rows = self._packed.num_tokens
             inputs = self._prompts if context.is_first else links.receive_hidden(rows)
             assert inputs is not None
-            hidden = decoder.forward(inputs, self._packed, self._cache)
+            hidden = decoder.forward(inputs, self._packed, cache=self._cache)
             if context.is_last:
                 hidden = hidden[self._packed.last_index]
         else:

@@ -1,9 +1,11 @@
-"""Pipeline execution of packed micro-batches: forward only, and 1F1B for training.
+"""Pipeline execution of packed micro-batches: forward only, and training by any schedule.
 
-Point-to-point messages between neighbouring stages; shapes are known on both sides from the
-shared batch, so micro-batches may differ in length. With one stage it is a plain loop.
+Which micro-batch passes when is decided in `realloc.pipeline_schedule`; this module executes one
+stage's actions and moves hidden states and their gradients between stages. Shapes are known on both
+sides from the shared batch, so micro-batches may differ in length. With one stage it is a plain loop.
 
-1F1B: Narayanan et al., arXiv 2104.04473, section 2.2 (PipeDream-Flush).
+Sends do not block and receives do. Between two ranks messages of one direction are received in the
+order in which they are sent, forwards under one tag and backwards under another.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from realloc.pipeline_schedule import Action, Pipeline, Work, destination, pipeline_actions, source
+from realloc.strategy import Schedule
 from runtime.attention import PackedSequences
 from runtime.decoder import Decoder
 from runtime.parallel import ParallelContext
@@ -28,45 +32,62 @@ class MicroBatch:
     tokens: torch.Tensor | None
 
 
-class _Stage:
-    """This rank's stage: its neighbours, and the sends that are still under way."""
+@dataclass(frozen=True)
+class _Sent:
+    """A message under way to the action at place `taken_at` of the receiving stage's order."""
 
-    def __init__(self, decoder: Decoder, context: ParallelContext) -> None:
-        self._decoder, self._context = decoder, context
-        self._pending: list[tuple[dist.Work | None, torch.Tensor]] = []
+    taken_at: int
+    work: dist.Work | None
+    tensor: torch.Tensor
 
-    def receive_input(self, batch: MicroBatch) -> torch.Tensor:
-        if self._context.is_first:
-            if batch.tokens is None:
-                raise AssertionError("the first stage has no tokens")
-            return batch.tokens
-        return self._receive(batch, self._context.at.pp - 1)
 
-    def receive_gradient(self, batch: MicroBatch) -> torch.Tensor:
-        return self._receive(batch, self._context.at.pp + 1)
+class _Links:
+    """This rank's messages to and from other stages, and the sends that are still under way."""
 
-    def send_output(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self._context.at.pp + 1)
+    def __init__(self, decoder: Decoder, context: ParallelContext, pipeline: Pipeline) -> None:
+        self._decoder, self._context, self._pipeline = decoder, context, pipeline
+        orders = pipeline_actions(pipeline)
+        # where each action stands in the order of every stage that this one talks to
+        self._places = {
+            stage: {action: place for place, action in enumerate(orders[stage])}
+            for stage in {(context.at.pp + step) % pipeline.pp for step in (-1, 1)}
+        }
+        self._sent: dict[int, list[_Sent]] = {stage: [] for stage in self._places}
 
-    def send_gradient(self, gradient: torch.Tensor) -> None:
-        self._send(gradient, self._context.at.pp - 1)
-
-    def flush(self) -> None:
-        for work, _ in self._pending:
-            if work is not None:
-                work.wait()
-        self._pending.clear()
-
-    def _receive(self, batch: MicroBatch, stage: int) -> torch.Tensor:
+    def receive(self, action: Action, batch: MicroBatch) -> torch.Tensor:
+        """What the action takes from another stage, [num_rows(T), hidden]."""
+        needed = source(self._pipeline, self._context.at.pp, action)
+        assert needed is not None, action
+        stage, made_by = needed
         shape = (self._decoder.num_rows(batch.packed.num_tokens), self._decoder.shape.hidden)
         buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
-        dist.recv(buffer, src=self._context.stage_rank(stage))
+        dist.recv(buffer, src=self._context.stage_rank(stage), tag=int(action.work))
+        # the sender has received all that its earlier actions took
+        self._let_go(stage, before=self._places[stage][made_by])
         return buffer
 
-    def _send(self, tensor: torch.Tensor, stage: int) -> None:
+    def send(self, action: Action, tensor: torch.Tensor) -> None:
+        """Sends what the action made to the stage that takes it."""
+        target = destination(self._pipeline, self._context.at.pp, action)
+        assert target is not None, action
+        stage, taken_by = target
         tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, dst=self._context.stage_rank(stage))
-        self._pending.append((work, tensor))
+        work = dist.isend(tensor, dst=self._context.stage_rank(stage), tag=int(action.work))
+        self._sent[stage].append(_Sent(self._places[stage][taken_by], work, tensor))
+
+    def flush(self) -> None:
+        for stage in self._sent:
+            self._let_go(stage, before=None)
+
+    def _let_go(self, stage: int, before: int | None) -> None:
+        """Waits for messages that the stage has received (None: all), and frees them."""
+        waiting = []
+        for sent in self._sent[stage]:
+            if before is not None and sent.taken_at > before:
+                waiting.append(sent)
+            elif sent.work is not None:
+                sent.work.wait()
+        self._sent[stage] = waiting
 
 
 def run_forward(
@@ -76,15 +97,18 @@ def run_forward(
     finish: Callable[[torch.Tensor, MicroBatch], None],
 ) -> None:
     """Forward passes; `finish(hidden [T, hidden], batch)` is called on the last stage."""
-    stage = _Stage(decoder, context)
+    pipeline = Pipeline(Schedule.ONE_F_ONE_B, context.strategy.pp, 1, len(batches))
+    links = _Links(decoder, context, pipeline)
     with torch.no_grad():
-        for batch in batches:
-            hidden = decoder.forward(stage.receive_input(batch), batch.packed)
+        for index, batch in enumerate(batches):
+            action = Action(Work.FORWARD, index, 0)
+            entry = _tokens(batch) if context.is_first else links.receive(action, batch)
+            hidden = decoder.forward(entry, batch.packed)
             if context.is_last:
                 finish(hidden, batch)
             else:
-                stage.send_output(hidden)
-    stage.flush()
+                links.send(action, hidden)
+    links.flush()
 
 
 def run_training(
@@ -93,41 +117,71 @@ def run_training(
     batches: Sequence[MicroBatch],
     loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor],
 ) -> None:
-    """Forward and backward of all micro-batches in 1F1B order; gradients add up in the leaves.
+    """Forward and backward of all micro-batches as the schedule says; gradients add up in the leaves.
 
     `loss(hidden [T, hidden], batch)` gives the scalar contribution, on the last stage.
     """
-    stage = _Stage(decoder, context)
-    waiting: list[tuple[torch.Tensor, torch.Tensor, MicroBatch]] = []
+    strategy = context.strategy
+    pipeline = Pipeline(strategy.schedule, strategy.pp, strategy.virtual_stages, len(batches))
+    stage = _TrainingStage(decoder, _Links(decoder, context, pipeline), batches, loss)
+    for action in pipeline_actions(pipeline)[context.at.pp]:
+        stage.run(action)
+    stage.finish()
 
-    def forward(batch: MicroBatch) -> None:
-        entry = stage.receive_input(batch)
-        if not context.is_first:
-            entry.requires_grad_(True)
-        result = decoder.forward(entry, batch.packed)
-        if context.is_last:
-            result = loss(result, batch)
+
+class _TrainingStage:
+    """This rank's stage while it trains: the passes between their forward and their backward."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        links: _Links,
+        batches: Sequence[MicroBatch],
+        loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor],
+    ) -> None:
+        self._decoder, self._links, self._batches, self._loss = decoder, links, batches, loss
+        self._open: dict[tuple[int, int], tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def run(self, action: Action) -> None:
+        if action.work is Work.FORWARD:
+            self._forward(action)
+        elif action.work is Work.BACKWARD:
+            self._backward(action)
         else:
-            stage.send_output(result)
-        waiting.append((entry, result, batch))
+            assert self._decoder.weight_gradients is not None
+            self._decoder.weight_gradients.run()
 
-    def backward() -> None:
-        entry, result, batch = waiting.pop(0)
-        if context.is_last:
-            result.backward()
+    def finish(self) -> None:
+        self._links.flush()
+        waiting = self._decoder.weight_gradients
+        assert not self._open, "a micro-batch had no backward pass"
+        assert waiting is None or waiting.is_empty, "weight gradients were put off and forgotten"
+
+    def _forward(self, action: Action) -> None:
+        batch, chunk = self._batches[action.micro_batch], action.chunk
+        if self._decoder.embeds(chunk):
+            entry = _tokens(batch)
         else:
-            torch.autograd.backward(result, stage.receive_gradient(batch))
-        if not context.is_first:
-            if entry.grad is None:
-                raise AssertionError("the stage's input has no gradient")
-            stage.send_gradient(entry.grad)
+            entry = self._links.receive(action, batch).requires_grad_(True)
+        result = self._decoder.forward(entry, batch.packed, chunk)
+        if self._decoder.ends(chunk):
+            result = self._loss(result, batch)
+        else:
+            self._links.send(action, result)
+        self._open[action.micro_batch, chunk] = entry, result
 
-    warm_up = min(context.strategy.pp - 1 - context.at.pp, len(batches))
-    for batch in batches[:warm_up]:
-        forward(batch)
-    for batch in batches[warm_up:]:
-        forward(batch)
-        backward()
-    while waiting:
-        backward()
-    stage.flush()
+    def _backward(self, action: Action) -> None:
+        batch, chunk = self._batches[action.micro_batch], action.chunk
+        entry, result = self._open.pop((action.micro_batch, chunk))
+        gradient = None if self._decoder.ends(chunk) else self._links.receive(action, batch)
+        torch.autograd.backward(result, gradient)
+        if self._decoder.weight_gradients is not None:
+            self._decoder.weight_gradients.close()
+        if not self._decoder.embeds(chunk):
+            assert entry.grad is not None, "the chunk's input has no gradient"
+            self._links.send(action, entry.grad)
+
+
+def _tokens(batch: MicroBatch) -> torch.Tensor:
+    assert batch.tokens is not None, "the first stage has no tokens"
+    return batch.tokens
