@@ -58,11 +58,20 @@ class Lengths:
 
 @dataclass(frozen=True)
 class Workload:
-    """One iteration: how many sequences, how long. Responses stop at `response.maximum`."""
+    """One iteration: how many sequences, how long. Responses stop at `response.maximum`.
+
+    `sequences` are prompts times `samples_per_prompt`: so many neighbours continue one prompt.
+    """
 
     sequences: int
     prompt: Lengths
     response: Lengths
+    samples_per_prompt: int = 1
+
+    @property
+    def prompts(self) -> int:
+        """Distinct prompts of an iteration."""
+        return self.sequences // self.samples_per_prompt
 
 
 @dataclass(frozen=True)
@@ -76,10 +85,24 @@ class DataSpec:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How `generate` picks tokens: `temperature` 0 is greedy."""
+    """How `generate` picks tokens, and what ends a response besides its maximum length.
+
+    `temperature` 0 is greedy. Otherwise tokens come from the `top_k` most likely ones (0: all), of
+    these from the fewest that have a share of `top_p`. `min_new_tokens`: before so many tokens no
+    end-of-sequence token is drawn, and no stop string counts. `stop`: a response ends with the
+    token after which its text contains one of these strings. `ignore_eos`: end-of-sequence tokens
+    end nothing.
+
+    Log-probabilities are those of the whole distribution at `temperature` (at 1 when greedy),
+    before anything is left out, in `generate` as in `inference` and `train_step`.
+    """
 
     temperature: float = 1.0
     ignore_eos: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    min_new_tokens: int = 0
+    stop: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -221,8 +244,14 @@ def _parse_workload(reader: Reader) -> Workload:
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
         prompt=_parse_lengths(reader, "prompt_tokens"),
         response=_parse_lengths(reader, "response_tokens"),
+        samples_per_prompt=reader.integer("samples_per_prompt", 1, minimum=1, maximum=100_000_000),
     )
     reader.done()
+    if workload.sequences % workload.samples_per_prompt:
+        raise InputError(
+            f"{reader.at('samples_per_prompt')}: {workload.samples_per_prompt} samples of each prompt do not "
+            f"divide the {workload.sequences} sequences; make sequences a multiple of it."
+        )
     return workload
 
 
@@ -253,13 +282,34 @@ def _parse_sampling(reader: Reader) -> Sampling:
     sampling = Sampling(
         temperature=reader.number("temperature", 1.0, minimum=0.0, maximum=100.0),
         ignore_eos=reader.get("ignore_eos", bool, False),
+        top_k=reader.integer("top_k", 0, minimum=0, maximum=100_000_000),
+        top_p=reader.number("top_p", 1.0, minimum=0.0, maximum=1.0),
+        min_new_tokens=reader.integer("min_new_tokens", 0, minimum=0, maximum=100_000_000),
+        stop=_parse_stop(reader),
     )
     reader.done()
     return sampling
 
 
+def _parse_stop(reader: Reader) -> tuple[str, ...]:
+    """One string or a list of them, none of them empty."""
+    value = reader.raw("stop", [])
+    strings = [value] if isinstance(value, str) else value
+    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
+        raise InputError(
+            f"{reader.at('stop')}: expected a list of strings that are not empty, got {value!r}."
+        )
+    return tuple(strings)
+
+
 def _check_lengths(experiment: Experiment, where: str) -> None:
     total = experiment.workload.prompt.maximum + experiment.workload.response.maximum
+    least, most = experiment.sampling.min_new_tokens, experiment.workload.response.maximum
+    if least > most:
+        raise InputError(
+            f"{where}: sampling: min_new_tokens {least} exceeds the {most} tokens that a response may have "
+            f"(workload.response_tokens); lower one or raise the other."
+        )
     for spec in experiment.models.values():
         if total > spec.shape.max_positions:
             raise InputError(
@@ -267,6 +317,17 @@ def _check_lengths(experiment: Experiment, where: str) -> None:
                 f"plus responses of up to {experiment.workload.response.maximum} make {total}, but "
                 f"{spec.role}'s model has a context of {spec.shape.max_positions}; shorten one."
             )
+
+
+def _sampling_content(sampling: Sampling) -> Mapping[str, Any]:
+    """Temperature and ignore_eos, and whatever else is not its default."""
+    default = Sampling()
+    always = ("temperature", "ignore_eos")
+    return {
+        name: list(value) if name == "stop" else value
+        for name, value in vars(sampling).items()
+        if name in always or value != getattr(default, name)
+    }
 
 
 def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
@@ -286,13 +347,15 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
         "prompt_tokens": {"mean": workload.prompt.mean, "max": workload.prompt.maximum},
         "response_tokens": {"mean": workload.response.mean, "max": workload.response.maximum},
     }
+    if workload.samples_per_prompt > 1:
+        content["workload"]["samples_per_prompt"] = workload.samples_per_prompt
     content["iterations"] = experiment.iterations
     if experiment.data is not None:
         content["data"] = {k: v for k, v in vars(experiment.data).items() if v is not None}
     if experiment.reward is not None:
         content["reward"] = experiment.reward
     content["hyperparameters"] = dict(experiment.hyperparameters or {})
-    content["sampling"] = dict(vars(experiment.sampling))
+    content["sampling"] = _sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype
     content["seed"] = experiment.seed
     if experiment.cluster is not None:

@@ -131,9 +131,21 @@ class KVCache:
         self.values[layer][slots, :, positions] = v
 
     def move(self, src: torch.Tensor, dst: torch.Tensor, num_tokens: int) -> None:
-        """Copies the first `num_tokens` of slots `src` over slots `dst`, in all layers."""
-        self.keys[:, dst, ..., :num_tokens] = self.keys[:, src, ..., :num_tokens]
-        self.values[:, dst, :, :num_tokens] = self.values[:, src, :, :num_tokens]
+        """Copies the first `num_tokens` of slots `src` over slots `dst`, in all layers.
+
+        One `src` for all, or one for each of `dst`.
+        """
+        self.put(dst, *self.take(src, num_tokens))
+
+    def take(self, slots: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the first keys and values of these slots."""
+        return self.keys[:, slots, ..., :num_tokens], self.values[:, slots, :, :num_tokens]
+
+    def put(self, slots: torch.Tensor, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Writes what `take` gave, of one slot or of as many, to the beginning of these slots."""
+        num_tokens = keys.shape[-1]
+        self.keys[:, slots, ..., :num_tokens] = keys
+        self.values[:, slots, :, :num_tokens] = values
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +163,26 @@ class DecodeStep:
         return torch.arange(self.positions.shape[0], device=self.positions.device)
 
     @cached_property
-    def mask(self) -> torch.Tensor:
-        """float32 [n, 1, 1, context]: 0 where a sequence has a token, else -inf."""
+    def bias(self) -> torch.Tensor | None:
+        """float32 [n, context]: 0 where a sequence has a token, else -inf. None where all have all."""
+        if self.positions.device.type == "cpu" and bool((self.positions == self.context - 1).all()):
+            return None
         index = torch.arange(self.context, device=self.positions.device)
         outside = index > self.positions[:, None]
-        bias = torch.zeros(outside.shape, device=outside.device)
-        return bias.masked_fill_(outside, float("-inf"))[:, None, None, :]
+        return torch.zeros(outside.shape, device=outside.device).masked_fill_(outside, float("-inf"))
+
+    def expanded_bias(self, kv_heads: int) -> torch.Tensor | None:
+        """`bias` for each kv head, [n * kv heads, 1, context]; made once for all layers."""
+        if self.bias is None:
+            return None
+        if kv_heads not in self._expanded:
+            wide = self.bias[:, None].expand(-1, kv_heads, -1)
+            self._expanded[kv_heads] = wide.reshape(-1, 1, self.context)
+        return self._expanded[kv_heads]
+
+    @cached_property
+    def _expanded(self) -> dict[int, torch.Tensor]:
+        return {}
 
 
 def decode_attention(q: torch.Tensor, cache: KVCache, layer: int, step: DecodeStep) -> torch.Tensor:
@@ -166,10 +192,15 @@ def decode_attention(q: torch.Tensor, cache: KVCache, layer: int, step: DecodeSt
     CPU two batched products and a softmax take two thirds of the time of a fused kernel, which
     is made for long queries.
     """
-    num = q.shape[0]
-    keys = cache.keys[layer, :num, ..., : step.context]
-    values = cache.values[layer, :num, :, : step.context]
-    grouped = q.view(num, keys.shape[1], -1, q.shape[2])
-    scores = torch.matmul(grouped * q.shape[2] ** -0.5, keys).to(torch.float32)
-    weights = torch.softmax(scores.add_(step.mask), dim=-1).to(values.dtype)
-    return torch.matmul(weights, values).view(q.shape)
+    num, kv_heads, dim = q.shape[0], cache.keys.shape[2], q.shape[2]
+    keys = cache.keys[layer, :num, ..., : step.context].flatten(0, 1)
+    values = cache.values[layer, :num, :, : step.context].flatten(0, 1)
+    grouped = q.reshape(num * kv_heads, -1, dim)
+    bias = step.expanded_bias(kv_heads)
+    if q.dtype == torch.float32 and bias is not None:
+        scores = torch.baddbmm(bias, grouped, keys, alpha=dim**-0.5)
+    else:
+        scores = torch.bmm(grouped * dim**-0.5, keys).to(torch.float32)
+        scores = scores if bias is None else scores.add_(bias)
+    weights = torch.softmax(scores, dim=-1).to(values.dtype)
+    return torch.bmm(weights, values).view(q.shape)

@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from realloc.params import split_range
 
 
+UNEVEN = 0.1
+"""How much more than necessary one rank may have so that the samples of a prompt stay together."""
+
+
 @dataclass(frozen=True)
 class Assignment:
     """`shares[mini_batch][dp]` are positions in the batch, in ascending order."""
@@ -47,14 +51,37 @@ def balanced_split(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def assign(lengths: Sequence[int], mini_batches: int, dp: int) -> Assignment:
-    """Mini-batches by position, each split over `dp` ranks by length."""
+def assign(lengths: Sequence[int], mini_batches: int, dp: int, together: int = 1) -> Assignment:
+    """Mini-batches by position, each split over `dp` ranks by length.
+
+    Each `together` neighbours stay on one rank where that leaves the ranks about as balanced.
+    """
     shares = []
     for part in range(mini_batches):
         first, stop = split_range(len(lengths), mini_batches, part)
-        split = balanced_split(lengths[first:stop], dp)
+        split = split_together(lengths[first:stop], dp, together)
         shares.append(tuple(tuple(first + i for i in group) for group in split))
     return Assignment(tuple(shares))
+
+
+def split_together(lengths: Sequence[int], parts: int, together: int) -> list[list[int]]:
+    """`balanced_split` of each `together` neighbours as one, unless that is too uneven.
+
+    Too uneven: the longest or the largest group exceeds that of the free split by more than
+    `UNEVEN` of it.
+    """
+    free = balanced_split(lengths, parts)
+    if together == 1 or len(lengths) % together:
+        return free
+    firsts = range(0, len(lengths), together)
+    units = balanced_split([sum(lengths[i : i + together]) for i in firsts], parts)
+    bound = [[i * together + j for i in group for j in range(together)] for group in units]
+
+    def most(split: list[list[int]]) -> tuple[int, int]:
+        return max(sum(lengths[i] for i in group) for group in split), max(map(len, split))
+
+    fits = all(mine <= (1 + UNEVEN) * best for mine, best in zip(most(bound), most(free), strict=True))
+    return bound if fits else free
 
 
 def micro_batches(positions: Sequence[int], lengths: Sequence[int], count: int) -> list[tuple[int, ...]]:

@@ -107,6 +107,8 @@ class CallExecutor:
             seed=self.experiment.seed,
             iteration=iteration,
             micro_batches=self.context.strategy.micro_batches,
+            prompt_keys=[p // data.samples_per_prompt for p in share],
+            tokenizer=self.dataset.tokenizer,
         )
         responses = self._share_lengths(data, share, result.response_lengths)
         tokens_key, logprobs_key = self.call.writes
@@ -243,11 +245,13 @@ class CallExecutor:
     def _sample(self, data: IterationData, position: int, iteration: int) -> Sample:
         tokens = data.packed(self._sequence, [position]).tolist()
         prompt = data.prompt_lengths[position]
+        response = self.dataset.decode(tokens[prompt:])
+        ended = tokens[-1] in self.dataset.eos_ids and len(tokens) > prompt
         return Sample(
             id=iteration * data.num_sequences + position,
             prompt=self.dataset.decode(tokens[:prompt]),
-            response=self.dataset.decode(tokens[prompt:]),
-            finished=tokens[-1] in self.dataset.eos_ids and len(tokens) > prompt,
+            response=response,
+            finished=ended or any(string in response for string in self.experiment.sampling.stop),
             row=self.dataset.row(iteration, position),
         )
 

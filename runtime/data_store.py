@@ -22,13 +22,14 @@ class IterationData:
 
     `prompt_lengths[position]` come from the data set. `lengths[key][position]` are known for
     every key that this rank has written or been told of; `values[key][position]` are 1-D tensors
-    for the sequences that it holds.
+    for the sequences that it holds. Each `samples_per_prompt` neighbours have one prompt.
     """
 
     keys: Mapping[str, DataKey]
     prompt_lengths: Sequence[int]
     lengths: dict[str, list[int]] = field(default_factory=dict)
     values: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict)
+    samples_per_prompt: int = 1
 
     @property
     def num_sequences(self) -> int:

@@ -33,17 +33,21 @@ class Example:
 
 @dataclass(frozen=True)
 class DataBatch:
-    """The sequences of one iteration, in order of position. `responses` is None when the data have none."""
+    """The sequences of one iteration, in order of position. `responses` is None when the data have none.
+
+    Each `samples_per_prompt` neighbours have one prompt.
+    """
 
     ids: tuple[int, ...]
     prompts: tuple[tuple[int, ...], ...]
     responses: tuple[tuple[int, ...], ...] | None
     rows: tuple[Mapping[str, Any], ...]
+    samples_per_prompt: int = 1
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """All examples, and which of them an iteration uses.
+    """All examples, and which of them an iteration uses: `sequences / samples_per_prompt` of them.
 
     `dropped` rows had prompts over the maximum; `truncated` responses were cut to theirs.
     """
@@ -54,6 +58,7 @@ class Dataset:
     seed: int
     dropped: int = 0
     truncated: int = 0
+    samples_per_prompt: int = 1
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -71,18 +76,19 @@ class Dataset:
         """The sequences of an iteration (from 0). Epoch follows epoch, each in its own order."""
         first = iteration * self.sequences
         ids = tuple(range(first, first + self.sequences))
-        examples = [self._example(index) for index in ids]
+        examples = [self._example(index // self.samples_per_prompt) for index in ids]
         responses = tuple(e.response for e in examples if e.response is not None)
         return DataBatch(
             ids=ids,
             prompts=tuple(e.prompt for e in examples),
             responses=responses or None,
             rows=tuple(e.row for e in examples),
+            samples_per_prompt=self.samples_per_prompt,
         )
 
     def row(self, iteration: int, position: int) -> Mapping[str, Any]:
         """The row of the file that a sequence came from."""
-        return self._example(iteration * self.sequences + position).row
+        return self._example((iteration * self.sequences + position) // self.samples_per_prompt).row
 
     def summary(self) -> str:
         """One log line: how much was read, dropped and cut."""
@@ -139,6 +145,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
         max_prompt=experiment.workload.prompt.maximum,
         max_response=experiment.workload.response.maximum,
         seed=experiment.seed,
+        samples_per_prompt=experiment.workload.samples_per_prompt,
     )
     _check_vocabularies(experiment, dataset, spec.model)
     return dataset
@@ -152,6 +159,7 @@ def read_dataset(
     max_prompt: int,
     max_response: int,
     seed: int,
+    samples_per_prompt: int = 1,
 ) -> Dataset:
     """Reads a JSONL file; maxima are in tokens. Raises InputError, as `open_dataset` does."""
     path = Path(data.path)
@@ -179,7 +187,8 @@ def read_dataset(
     examples = (
         Example(rows[i][1], tuple(encoded[i]), response) for i, response in zip(kept, responses, strict=True)
     )
-    return Dataset(tuple(examples), tokenizer, sequences, seed, len(rows) - len(kept), truncated)
+    dropped = len(rows) - len(kept)
+    return Dataset(tuple(examples), tokenizer, sequences, seed, dropped, truncated, samples_per_prompt)
 
 
 def _responses(

@@ -1,25 +1,25 @@
 """Generation: prompts in, sampled responses out, on one data replica's ranks.
 
-Decides the order of prefill and decoding, which sequence lives in which cache slot, and what
-stages tell each other: hidden states go from stage to stage, sampled tokens from the last stage to
-all others, so that every stage runs the same bookkeeping. Knows the model through `Decoder` only.
+Decides how many sequences are under way at a time and in which order the stages meet them. What
+happens in a step is the lanes' affair (`runtime.lane`); the model is known through `Decoder` only.
 """
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 
 from realloc.experiment import Sampling
-from realloc.params import split_range
-from runtime.attention import DecodeStep, KVCache, PackedSequences
 from runtime.decoder import Decoder
-from runtime.parallel import ParallelContext
-from runtime.sampling import choose, uniforms
+from runtime.filtering import Filter
+from runtime.lane import Lane, Prompts, Rules
+from runtime.rollout_decoder import RolloutDecoder
+from runtime.stage_links import Links
+from runtime.stopping import StopStrings
+from runtime.tokenizer import TextTokenizer
+from runtime.waiting import Responses, Waiting
 
 
 @dataclass(frozen=True)
@@ -28,23 +28,13 @@ class Generated:
 
     `response_lengths` counts generated tokens, an end-of-sequence token included. `tokens` are
     prompt + response, packed (first and last stage only). `logprobs` float32, packed, one per
-    response token, at the sampling temperature (see `sampling.choose`; last stage only).
+    response token, of the whole distribution at the sampling temperature (see `sampling.choose`;
+    last stage only).
     """
 
     response_lengths: tuple[int, ...]
     tokens: torch.Tensor | None
     logprobs: torch.Tensor | None
-
-
-@dataclass(frozen=True)
-class Rules:
-    """When sequences end and how tokens are drawn. `eos_ids` int64; empty to ignore ends."""
-
-    max_new_tokens: int
-    eos_ids: torch.Tensor
-    temperature: float
-    seed: int
-    iteration: int
 
 
 @torch.no_grad()
@@ -60,252 +50,84 @@ def generate(
     seed: int,
     iteration: int,
     micro_batches: int = 1,
+    prompt_keys: Sequence[int] | None = None,
+    limits: Sequence[int] | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> Generated:
     """Continues the prompts of this data replica. Every rank of the replica calls it alike.
 
-    `prompts` int64, packed, is needed on the first stage only. Sequences end after an id of
-    `eos_ids` (unless `sampling.ignore_eos`) or `max_new_tokens`. They run in `micro_batches`
-    groups; as many groups as there are stages are in flight at a time, and each has its own cache
-    while it is.
+    `prompts` int64, packed, is needed on the first stage only. Neighbours with equal `prompt_keys`
+    have the same prompt, which is computed once. Sequences end after an id of `eos_ids` (unless
+    `sampling.ignore_eos`), a stop string (which needs the `tokenizer`) or `max_new_tokens`;
+    `limits` gives each sequence a lower limit of its own.
+
+    `micro_batches` m bounds the cache: as many lanes as there are stages (at most m), each with
+    slots for one m-th of the sequences. A waiting sequence takes the first slot that falls free.
+    Which one, and with whom, does not change what is sampled.
     """
-    device = decoder.context.device
-    rules = Rules(
-        max_new_tokens,
-        torch.tensor([] if sampling.ignore_eos else sorted(eos_ids), dtype=torch.int64, device=device),
-        sampling.temperature,
-        seed,
-        iteration,
-    )
+    num, context = len(prompt_lengths), decoder.context
     assert max_new_tokens >= 1, max_new_tokens
     assert min(prompt_lengths, default=1) >= 1, "a prompt is empty"
     links = Links(decoder)
     prompts = links.share_prompts(prompts, sum(prompt_lengths))
-    num = len(prompt_lengths)
-    groups = []
-    offset = 0
-    for part in range(min(micro_batches, num)):
-        span = slice(*split_range(num, min(micro_batches, num), part))
-        packed = PackedSequences(tuple(prompt_lengths[span]), device)
-        own = None if prompts is None else prompts[offset : offset + packed.num_tokens]
-        offset += packed.num_tokens
-        ids = torch.tensor(list(sequence_ids[span]), dtype=torch.int64, device=device)
-        groups.append(Group(decoder, links, packed, own, ids, rules))
-    _run(groups, in_flight=decoder.context.strategy.pp)
-    links.finish()
-    return _joined(groups, decoder.context, device)
-
-
-def _run(groups: Sequence[Group], in_flight: int) -> None:
-    """Steps the groups in turn. All stages meet the groups in the same order."""
-    waiting = deque(groups)
-    live = [waiting.popleft() for _ in range(min(in_flight, len(waiting)))]
-    while live:
-        following: list[Group] = []
-        for group in live:
-            group.settle()
-            if not group.is_done:
-                following.append(group)
-            else:
-                group.close()
-                if not waiting:
-                    continue
-                following.append(waiting.popleft())
-            following[-1].step()
-        live = following
-
-
-class Group:
-    """One micro-batch of sequences on its way, on one stage.
-
-    `slot_rows[s]` is the sequence (row) that lives in cache slot s; `positions[s]` where its next
-    input token stands, `last_tokens[s]` that token. Live sequences fill the first slots.
-    """
-
-    def __init__(
-        self,
-        decoder: Decoder,
-        links: Links,
-        packed: PackedSequences,
-        prompts: torch.Tensor | None,
-        ids: torch.Tensor,
-        rules: Rules,
-    ) -> None:
-        self._decoder, self._links, self._rules = decoder, links, rules
-        self._packed, self._prompts, self._ids = packed, prompts, ids
-        num, device = ids.shape[0], ids.device
-        self.slot_rows = torch.arange(num, device=device)
-        self.positions = packed.lengths_tensor - 1
-        self.last_tokens = torch.empty(0, dtype=torch.int64, device=device)
-        self.lengths = torch.zeros(num, dtype=torch.int64, device=device)
-        self.responses = torch.zeros(num, rules.max_new_tokens, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(num, rules.max_new_tokens, device=device)
-        self._num_steps = 0
-        self._longest = max(packed.lengths)
-        self._awaits_tokens = False
-        self._cache: KVCache | None = None
-
-    @property
-    def is_done(self) -> bool:
-        return self.slot_rows.shape[0] == 0
-
-    def close(self) -> None:
-        """Frees the cache."""
-        self._cache = None
-
-    def step(self) -> None:
-        """Takes all live sequences one token further through this stage."""
-        decoder, links, context = self._decoder, self._links, self._decoder.context
-        if self._cache is None:
-            # the last sampled token is never an input, so it needs no place
-            size = self._longest + self._rules.max_new_tokens - 1
-            self._cache = decoder.new_cache(self.slot_rows.shape[0], size)
-            rows = self._packed.num_tokens
-            inputs = self._prompts if context.is_first else links.receive_hidden(rows)
-            assert inputs is not None
-            hidden = decoder.forward(inputs, self._packed, cache=self._cache)
-            if context.is_last:
-                hidden = hidden[self._packed.last_index]
-        else:
-            inputs = self.last_tokens if context.is_first else links.receive_hidden(self.positions.shape[0])
-            decoding = DecodeStep(self.positions, self._longest + self._num_steps)
-            hidden = decoder.decode(inputs, decoding, self._cache)
-        if context.is_last:
-            self._sample(hidden)
-        else:
-            links.send_hidden(hidden)
-            self._awaits_tokens = True
-
-    def settle(self) -> None:
-        """Learns the tokens of the last step from the last stage, if any are outstanding."""
-        if self._awaits_tokens:
-            self._awaits_tokens = False
-            self._append(self._links.receive_tokens(self.slot_rows.shape[0]))
-
-    def _sample(self, hidden: torch.Tensor) -> None:
-        decoder, rules = self._decoder, self._rules
-        draw = None
-        if rules.temperature != 0.0:
-            ids = self._ids[self.slot_rows]
-            draw = uniforms(rules.seed, rules.iteration, ids, self.positions + 1)
-        tokens, logprobs = choose(
-            decoder.local_logits(hidden),
-            draw,
-            rules.temperature,
-            decoder.vocab_start,
-            decoder.context.tp_group,
+    parts = None if prompts is None else prompts.split(list(prompt_lengths))
+    responses = Responses(num, max_new_tokens, context.device)
+    if num:
+        groups = min(micro_batches, num)
+        slots = -(-num // groups)
+        steps = max_new_tokens * (num // slots)
+        rules = _rules(
+            sampling, limits or [max_new_tokens] * num, eos_ids, tokenizer, seed, iteration, context.device
         )
-        self.logprobs[self.slot_rows, self._num_steps] = logprobs
-        self._links.send_tokens(tokens)
-        self._append(tokens)
-
-    def _append(self, tokens: torch.Tensor) -> None:
-        """Records one token per live sequence and lets finished sequences go."""
-        self.responses[self.slot_rows, self._num_steps] = tokens
-        self._num_steps += 1
-        self.last_tokens = tokens
-        self.positions = self.positions + 1
-        if self._num_steps == self._rules.max_new_tokens:
-            self.lengths[self.slot_rows] = self._num_steps
-            self.slot_rows = self.slot_rows[:0]
-        elif self._rules.eos_ids.numel():
-            ended = (tokens[:, None] == self._rules.eos_ids).any(dim=1)
-            if ended.any():
-                self.lengths[self.slot_rows[ended]] = self._num_steps
-                self._keep(~ended)
-
-    def _keep(self, alive: torch.Tensor) -> None:
-        """Moves the last live slots into the slots that fell free among the first."""
-        num = int(alive.sum())
-        free = (~alive[:num]).nonzero()[:, 0]
-        movers = alive[num:].nonzero()[:, 0] + num
-        if movers.numel() and self._cache is not None:
-            self._cache.move(movers, free, self._longest + self._num_steps - 1)
-        order = torch.arange(num, device=alive.device)
-        order[free] = movers
-        self.slot_rows = self.slot_rows[order]
-        self.positions = self.positions[order]
-        self.last_tokens = self.last_tokens[order]
-
-    def tokens(self) -> torch.Tensor | None:
-        """Prompt + response of each sequence, packed; None where the prompts are unknown."""
-        if self._prompts is None:
-            return None
-        prompts = torch.split(self._prompts, list(self._packed.lengths))
-        parts = []
-        for row, length in enumerate(self.lengths.tolist()):
-            parts += [prompts[row], self.responses[row, :length]]
-        return torch.cat(parts)
-
-    def packed_logprobs(self) -> torch.Tensor:
-        index = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
-        return self.logprobs[index < self.lengths[:, None]]
+        ids = torch.tensor(list(sequence_ids), dtype=torch.int64, device=context.device)
+        ready = RolloutDecoder(decoder, steps)
+        waiting = Waiting(range(num) if prompt_keys is None else prompt_keys)
+        kept = Prompts(tuple(prompt_lengths), ids, parts)
+        lanes = [
+            Lane(ready, links, kept, waiting, responses, rules, slots)
+            for _ in range(min(context.strategy.pp, groups))
+        ]
+        _run(lanes)
+    links.finish()
+    tokens = None if parts is None else responses.with_prompts(parts)
+    logprobs = responses.packed_logprobs() if context.is_last else None
+    return Generated(tuple(responses.lengths.tolist()), tokens, logprobs)
 
 
-class Links:
-    """Messages between the stages of one replica. Buffers live until they are sent."""
-
-    def __init__(self, decoder: Decoder) -> None:
-        self._decoder, self._context = decoder, decoder.context
-        self._last = self._context.strategy.pp - 1
-        self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
-
-    def share_prompts(self, prompts: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
-        """The prompts on first and last stage, None on those between."""
-        context = self._context
-        if context.is_first:
-            assert prompts is not None
-            prompts = prompts.to(context.device)
-            assert prompts.shape == (num_tokens,), (prompts.shape, num_tokens)
-            if not context.is_last and num_tokens:
-                self._send(prompts, self._last)
-            return prompts
-        if not context.is_last:
-            return None
-        buffer = torch.empty(num_tokens, dtype=torch.int64, device=context.device)
-        return self._receive(buffer, 0) if num_tokens else buffer
-
-    def send_hidden(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self._context.at.pp + 1)
-
-    def receive_hidden(self, rows: int) -> torch.Tensor:
-        size = (rows, self._decoder.shape.hidden)
-        buffer = torch.empty(size, dtype=self._decoder.dtype, device=self._context.device)
-        return self._receive(buffer, self._context.at.pp - 1)
-
-    def send_tokens(self, tokens: torch.Tensor) -> None:
-        for stage in range(self._last):
-            self._send(tokens, stage)
-
-    def receive_tokens(self, rows: int) -> torch.Tensor:
-        buffer = torch.empty(rows, dtype=torch.int64, device=self._context.device)
-        return self._receive(buffer, self._last)
-
-    def finish(self) -> None:
-        """Waits until everything is sent."""
-        while self._sends:
-            self._sends.popleft()[0].wait()
-
-    def _send(self, tensor: torch.Tensor, stage: int) -> None:
-        # what was sent two rounds of groups ago has long been received
-        while len(self._sends) > 2 * (self._last + 1) ** 2:
-            self._sends.popleft()[0].wait()
-        tensor = tensor.contiguous()
-        work = dist.isend(tensor, self._context.stage_rank(stage))
-        assert work is not None
-        self._sends.append((work, tensor))
-
-    def _receive(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
-        dist.recv(buffer, self._context.stage_rank(stage))
-        return buffer
+def _run(lanes: Sequence[Lane]) -> None:
+    """Steps the lanes in turn until all are empty. All stages meet them in the same order."""
+    live = list(lanes)
+    while live:
+        for lane in live:
+            lane.settle()
+            lane.step()
+        live = [lane for lane in live if not lane.is_done]
 
 
-def _joined(groups: Sequence[Group], context: ParallelContext, device: torch.device) -> Generated:
-    lengths = [length for group in groups for length in group.lengths.tolist()]
-    parts = [part for group in groups if (part := group.tokens()) is not None]
-    knows_tokens = context.is_first or context.is_last
-    empty = torch.empty(0, dtype=torch.int64, device=device)
-    tokens = (torch.cat(parts) if parts else empty) if knows_tokens else None
-    logprobs = None
-    if context.is_last:
-        logprobs = torch.cat([torch.empty(0, device=device), *(g.packed_logprobs() for g in groups)])
-    return Generated(tuple(lengths), tokens, logprobs)
+def _rules(
+    sampling: Sampling,
+    limits: Sequence[int],
+    eos_ids: Collection[int],
+    tokenizer: TextTokenizer | None,
+    seed: int,
+    iteration: int,
+    device: torch.device,
+) -> Rules:
+    def ids(values: Collection[int]) -> torch.Tensor:
+        return torch.tensor(sorted(values), dtype=torch.int64, device=device)
+
+    ends = ids(() if sampling.ignore_eos else eos_ids)
+    stops = None
+    if sampling.stop:
+        assert tokenizer is not None, "stop strings need a tokenizer"
+        stops = StopStrings(tokenizer, sampling.stop)
+    return Rules(
+        limits=torch.tensor(list(limits), dtype=torch.int64, device=device),
+        eos_ids=ends,
+        min_new_tokens=sampling.min_new_tokens,
+        stops=stops,
+        temperature=sampling.temperature,
+        filter=Filter(sampling.top_k, sampling.top_p, ends),
+        seed=seed,
+        iteration=iteration,
+    )

@@ -6,9 +6,13 @@ sequence id, position), so that no plan changes what is sampled. Knows nothing o
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+
+Restrict = Callable[[torch.Tensor], torch.Tensor | None]
 
 _MASK = (1 << 64) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -61,39 +65,54 @@ def choose(
     temperature: float,
     vocab_start: int,
     group: dist.ProcessGroup | None,
+    restrict: Restrict | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token per row and its log-probability; the same on all ranks of the group.
 
     logits float32 [n, local vocabulary], the columns from token `vocab_start` on (overwritten);
-    uniform float64 [n], unused at temperature 0, which takes the most likely token.
-    The log-probability is of the distribution at `temperature`; greedy decoding reports
-    that at temperature 1. Returns int64 [n] and float32 [n]. Two small collectives.
+    uniform float64 [n], unused at temperature 0, which takes the most likely token. `restrict`
+    maps logits, scaled by the temperature, to a copy with -inf for what must not be chosen, or None.
+
+    The log-probability is of the whole distribution at `temperature`, whatever `restrict` leaves
+    out: the one that inference computes of the same tokens. Greedy decoding reports that at
+    temperature 1. Returns int64 [n] and float32 [n]. Two small collectives besides those of `restrict`.
     """
     if temperature not in (0.0, 1.0):
         logits.mul_(1.0 / temperature)
-    largest, best = logits.max(dim=1) if temperature == 0.0 else (logits.amax(dim=1), None)
+    allowed = None if restrict is None else restrict(logits)
+    best_logit, best = None, None
+    if temperature == 0.0:
+        best_logit, best = (logits if allowed is None else allowed).max(dim=1)
+    largest = best_logit if best_logit is not None and allowed is None else logits.amax(dim=1)
     blocks = _exp_blocks(logits, largest)
     sums = blocks.sum(-1).to(torch.float64)
     ends = sums.cumsum(-1)
-    shards = _gather(torch.stack([largest.to(torch.float64), ends[:, -1]]), group)
+    every = ends[:, -1]
+    if allowed is not None and best is None:
+        blocks = _exp_blocks(allowed, largest)
+        ends = blocks.sum(-1).to(torch.float64).cumsum(-1)
+    third = ends[:, -1] if best_logit is None else best_logit.to(torch.float64)
+    shards = _gather(torch.stack([largest.to(torch.float64), every, third]), group)
     top = shards[:, 0].amax(dim=0)
-    totals = (shards[:, 0] - top).exp() * shards[:, 1]
-    total = totals.sum(dim=0)
+    scales = (shards[:, 0] - top).exp()
+    total = (scales * shards[:, 1]).sum(dim=0)
     rank = 0 if group is None else dist.get_rank(group)
     if best is not None:
-        owner = shards[:, 0].argmax(dim=0)
+        owner = shards[:, 2].argmax(dim=0)
         token = best
     else:
         assert uniform is not None
-        owner, aim = _owner(totals, uniform * total)
-        inside = aim[rank] / (largest.to(torch.float64) - top).exp()
+        weights = scales * shards[:, 2]
+        owner, aim = _owner(weights, uniform * weights.sum(dim=0))
+        inside = aim[rank] / scales[rank]
         token = _invert(blocks, ends, inside).clamp_(max=logits.shape[1] - 1)
     picked = logits.gather(1, token[:, None])[:, 0].to(torch.float64)
     logprob = picked - top - total.log()
+    if group is None:
+        return token + vocab_start, logprob.to(torch.float32)
     chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob])
-    if group is not None:
-        chosen.masked_fill_(owner != rank, 0.0)
-        dist.all_reduce(chosen, group=group)
+    chosen.masked_fill_(owner != rank, 0.0)
+    dist.all_reduce(chosen, group=group)
     return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
 
 

@@ -40,6 +40,24 @@ class TextTokenizer:
         text: str = self.backend.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def stream(self) -> TextStream:
+        """A new text, to be decoded token by token."""
+        return TextStream(self.backend)
+
+
+class TextStream:
+    """The text of tokens that come one after the other; special tokens give none."""
+
+    def __init__(self, backend: Tokenizer) -> None:
+        from tokenizers.decoders import DecodeStream
+
+        self._backend = backend
+        self._stream = DecodeStream(skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        """What the token adds; an unfinished character comes with the token that finishes it."""
+        return self._stream.step(self._backend, token) or ""
+
 
 def read_tokenizer(folder: str | Path) -> TextTokenizer:
     """The tokenizer of a model folder. Raises InputError when it has none, or none that can be read."""

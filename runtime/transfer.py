@@ -40,7 +40,9 @@ def sequence_key(call: Call) -> str:
 
 def assignment_of(call: Call, placement: Placement, data: IterationData) -> Assignment:
     """How the call splits the batch over its data-parallel ranks."""
-    return assign(data.key_lengths(sequence_key(call)), call.mini_batches, placement.strategy.dp)
+    # only generation gains from having the samples of a prompt on one rank: it computes the prompt once
+    together = data.samples_per_prompt if call.kind is CallKind.GENERATE else 1
+    return assign(data.key_lengths(sequence_key(call)), call.mini_batches, placement.strategy.dp, together)
 
 
 def stages_reading(call: Call, key: str, pp: int) -> tuple[int, ...]:

@@ -1,0 +1,260 @@
+"""One cache with its slots, on one stage: sequences enter, take a token a step, and leave.
+
+A finished sequence leaves at once, and as soon as there is room those that wait enter: their
+prompts go through the stage together with the next tokens of the others. Every stage runs the
+same bookkeeping, so that only hidden states and tokens have to be sent.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from runtime.attention import DecodeStep, KVCache, PackedSequences
+from runtime.decode_graph import DecodeGraphs
+from runtime.filtering import Filter
+from runtime.rollout_decoder import Prefill, RolloutDecoder
+from runtime.sampling import choose, uniforms
+from runtime.stage_links import Links
+from runtime.stopping import StopStrings
+from runtime.waiting import Admission, Responses, SavedPrompt, Waiting
+
+
+@dataclass(frozen=True, eq=False)
+class Rules:
+    """How tokens are drawn and when sequences end.
+
+    `limits` int64 [sequences]: tokens after which each ends. `eos_ids` int64: tokens that end one,
+    empty to ignore ends. Before `min_new_tokens` neither those nor stop strings end one.
+    """
+
+    limits: torch.Tensor
+    eos_ids: torch.Tensor
+    min_new_tokens: int
+    stops: StopStrings | None
+    temperature: float
+    filter: Filter
+    seed: int
+    iteration: int
+
+
+@dataclass(frozen=True, eq=False)
+class Prompts:
+    """The prompts of a call. `tokens` by row, known on the first and the last stage only."""
+
+    lengths: Sequence[int]
+    ids: torch.Tensor
+    tokens: Sequence[torch.Tensor] | None
+
+
+class Lane:
+    """Slots of one cache. Slots 0..n-1 are live; slot s holds the sequence `rows[s]`.
+
+    `positions[s]` is where its next input token stands, `counts[s]` how many it has generated,
+    `last_tokens[s]` its latest token.
+    """
+
+    def __init__(
+        self,
+        decoder: RolloutDecoder,
+        links: Links,
+        prompts: Prompts,
+        waiting: Waiting,
+        responses: Responses,
+        rules: Rules,
+        slots: int,
+    ) -> None:
+        self._decoder, self._links, self._rules = decoder, links, rules
+        self._prompts, self._waiting, self._responses = prompts, waiting, responses
+        self._slots = slots
+        device = decoder.context.device
+        # the last sampled token is never an input, so it needs no place
+        size = max(prompts.lengths) + int(rules.limits.max()) - 1
+        self._cache: KVCache = decoder.new_cache(slots, size)
+        self._graphs = DecodeGraphs(decoder, self._cache) if DecodeGraphs.suit(decoder) else None
+        self.rows = torch.empty(0, dtype=torch.int64, device=device)
+        self.positions, self.counts, self.last_tokens = self.rows, self.rows, self.rows
+        self._awaits_tokens = False
+
+    @property
+    def is_done(self) -> bool:
+        return not self.rows.shape[0] and not len(self._waiting)
+
+    def step(self) -> None:
+        """Lets waiting sequences in and takes all live ones one token further through this stage."""
+        live = self.rows.shape[0]
+        admission = self._waiting.take(self._slots - live)
+        if not live and admission is None:
+            return
+        last_tokens, decode = self.last_tokens, self._decode_step()
+        prefill = None
+        if admission is not None:
+            prefill = self._enter(admission, live)
+        hidden = self._forward(admission, prefill, decode, last_tokens)
+        if admission is not None:
+            hidden = self._share_prompts(admission, live, prefill, hidden)
+        context = self._decoder.context
+        if context.is_last:
+            assert hidden is not None
+            self._sample(hidden)
+        else:
+            self._awaits_tokens = True
+
+    def settle(self) -> None:
+        """Learns the tokens of the last step from the last stage, if any are outstanding."""
+        if self._awaits_tokens:
+            self._awaits_tokens = False
+            signed = self._links.receive_tokens(self.rows.shape[0])
+            stopped = signed < 0
+            self._append(torch.where(stopped, -1 - signed, signed), stopped)
+
+    def _decode_step(self) -> DecodeStep | None:
+        if not self.positions.shape[0]:
+            return None
+        return DecodeStep(self.positions, int(self.positions.max()) + 1)
+
+    def _enter(self, admission: Admission, live: int) -> Prefill | None:
+        """Takes slots for these sequences; returns the prompts that have to be computed."""
+        lengths, device = self._prompts.lengths, self.rows.device
+        rows = torch.tensor(admission.rows, dtype=torch.int64, device=device)
+        starts = torch.tensor([lengths[row] - 1 for row in admission.rows], device=device)
+        self.rows = torch.cat([self.rows, rows])
+        self.positions = torch.cat([self.positions, starts])
+        self.counts = torch.cat([self.counts, torch.zeros_like(rows)])
+        if not admission.prompts:
+            return None
+        packed = PackedSequences(tuple(lengths[row] for row in admission.prompts), device)
+        slots = [live + admission.rows.index(row) for row in admission.prompts]
+        return Prefill(packed, torch.tensor(slots, device=device))
+
+    def _forward(
+        self,
+        admission: Admission | None,
+        prefill: Prefill | None,
+        decode: DecodeStep | None,
+        last_tokens: torch.Tensor,
+    ) -> torch.Tensor | None:
+        """Hidden states of the prompts' tokens and of one token of each live sequence; None of none."""
+        decoder, links, context = self._decoder, self._links, self._decoder.context
+        num = 0 if prefill is None else prefill.packed.num_tokens
+        num += 0 if decode is None else decode.positions.shape[0]
+        if not num:
+            return None
+        if not context.is_first:
+            inputs = links.receive_hidden(num)
+        elif admission is None or self._prompts.tokens is None:
+            inputs = last_tokens
+        else:
+            inputs = torch.cat([*(self._prompts.tokens[row] for row in admission.prompts), last_tokens])
+        if prefill is None and decode is not None and self._graphs is not None:
+            hidden = self._graphs.decode(inputs, decode)
+        else:
+            hidden = decoder.step(inputs, prefill, decode, self._cache)
+        if not context.is_last:
+            links.send_hidden(hidden)
+        return hidden
+
+    def _share_prompts(
+        self, admission: Admission, live: int, prefill: Prefill | None, hidden: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Gives each new sequence its prompt's cache; returns a hidden row for each live one (last stage).
+
+        Keeps the last prompt when sequences that wait will need it.
+        """
+        cache, waiting, lengths = self._cache, self._waiting, self._prompts.lengths
+        device = self.rows.device
+        saved, is_last = waiting.saved, self._decoder.context.is_last
+        for source in dict.fromkeys(admission.sources):
+            slots = [live + i for i, s in enumerate(admission.sources) if s == source]
+            if source < 0:
+                assert saved is not None
+                cache.put(torch.tensor(slots, device=device), saved.keys, saved.values)
+            elif len(slots) > 1:
+                length = lengths[admission.prompts[source]]
+                leader, others = torch.tensor(slots, device=device).split([1, len(slots) - 1])
+                cache.move(leader, others, length)
+        rows = None
+        if is_last:
+            empty = [] if hidden is not None else [torch.empty(0)]
+            num = 0 if prefill is None else prefill.packed.num_tokens
+            bank = [] if prefill is None or hidden is None else [hidden[prefill.packed.last_index]]
+            if saved is not None and saved.hidden is not None:
+                bank.insert(0, saved.hidden)
+            first = 1 if saved is not None else 0
+            starts = torch.cat(bank or empty)[[source + first for source in admission.sources]]
+            rows = starts if hidden is None else torch.cat([hidden[num:], starts])
+        waiting.saved = None
+        if admission.keeps and admission.sources[-1] < 0:
+            waiting.saved = saved
+        elif admission.keeps:
+            slot = torch.tensor([self.rows.shape[0] - 1], device=device)
+            taken = cache.take(slot, lengths[admission.rows[-1]])
+            waiting.saved = SavedPrompt(*taken, None if rows is None else rows[-1:])
+        return rows
+
+    def _sample(self, hidden: torch.Tensor) -> None:
+        decoder, rules = self._decoder, self._rules
+        draw = None
+        if rules.temperature != 0.0:
+            ids = self._prompts.ids[self.rows]
+            draw = uniforms(rules.seed, rules.iteration, ids, self.positions + 1)
+        start, group = decoder.vocab_start, decoder.context.tp_group
+        banned = self.counts + 1 < rules.min_new_tokens if rules.min_new_tokens else None
+
+        def restrict(logits: torch.Tensor) -> torch.Tensor | None:
+            return rules.filter.apply(logits, banned, start, group)
+
+        tokens, logprobs = choose(
+            decoder.local_logits(hidden), draw, rules.temperature, start, group, restrict
+        )
+        self._responses.logprobs[self.rows, self.counts] = logprobs
+        stopped = self._stopped(tokens)
+        self._links.send_tokens(tokens if stopped is None else torch.where(stopped, -1 - tokens, tokens))
+        self._append(tokens, stopped)
+
+    def _stopped(self, tokens: torch.Tensor) -> torch.Tensor | None:
+        """Which sequences a stop string ends: the same on all shards, since it follows from the tokens."""
+        rules = self._rules
+        if rules.stops is None:
+            return None
+        new = zip(self.rows.tolist(), self.counts.tolist(), tokens.tolist(), strict=True)
+        flags = [
+            rules.stops.stops(row, token, may_stop=count + 1 >= rules.min_new_tokens)
+            for row, count, token in new
+        ]
+        return torch.tensor(flags, device=tokens.device)
+
+    def _append(self, tokens: torch.Tensor, stopped: torch.Tensor | None) -> None:
+        """Records one token per live sequence and lets finished sequences go."""
+        rules = self._rules
+        self._responses.tokens[self.rows, self.counts] = tokens
+        self.last_tokens = tokens
+        self.positions = self.positions + 1
+        self.counts = self.counts + 1
+        ended = self.counts >= rules.limits[self.rows]
+        if rules.eos_ids.numel():
+            # an end that came too early was banned, unless nothing else could be drawn
+            ended |= (tokens[:, None] == rules.eos_ids).any(dim=1)
+        if stopped is not None:
+            ended |= stopped
+        if ended.any():
+            self._leave(ended)
+
+    def _leave(self, ended: torch.Tensor) -> None:
+        """Moves the last live slots into the slots that fell free among the first."""
+        self._responses.lengths[self.rows[ended]] = self.counts[ended]
+        if self._rules.stops is not None:
+            for row in self.rows[ended].tolist():
+                self._rules.stops.forget(row)
+        alive = ~ended
+        num = int(alive.sum())
+        free = (~alive[:num]).nonzero()[:, 0]
+        movers = alive[num:].nonzero()[:, 0] + num
+        if movers.numel():
+            self._cache.move(movers, free, int(self.positions[movers].max()))
+        order = torch.arange(num, device=alive.device)
+        order[free] = movers
+        self.rows, self.positions = self.rows[order], self.positions[order]
+        self.counts, self.last_tokens = self.counts[order], self.last_tokens[order]

@@ -1,0 +1,72 @@
+"""Messages between the stages of one data replica while it generates.
+
+Hidden states go from stage to stage, sampled tokens from the last stage to all others. What they
+mean, and when they are sent, is not decided here.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+
+from runtime.decoder import Decoder
+
+
+class Links:
+    """Messages between the stages of one replica. Buffers live until they are sent."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self._decoder, self._context = decoder, decoder.context
+        self._last = self._context.strategy.pp - 1
+        self._sends: deque[tuple[dist.Work, torch.Tensor]] = deque()
+
+    def share_prompts(self, prompts: torch.Tensor | None, num_tokens: int) -> torch.Tensor | None:
+        """The prompts on first and last stage, None on those between."""
+        context = self._context
+        if context.is_first:
+            assert prompts is not None
+            prompts = prompts.to(context.device)
+            assert prompts.shape == (num_tokens,), (prompts.shape, num_tokens)
+            if not context.is_last and num_tokens:
+                self._send(prompts, self._last)
+            return prompts
+        if not context.is_last:
+            return None
+        buffer = torch.empty(num_tokens, dtype=torch.int64, device=context.device)
+        return self._receive(buffer, 0) if num_tokens else buffer
+
+    def send_hidden(self, hidden: torch.Tensor) -> None:
+        self._send(hidden, self._context.at.pp + 1)
+
+    def receive_hidden(self, rows: int) -> torch.Tensor:
+        size = (rows, self._decoder.shape.hidden)
+        buffer = torch.empty(size, dtype=self._decoder.dtype, device=self._context.device)
+        return self._receive(buffer, self._context.at.pp - 1)
+
+    def send_tokens(self, tokens: torch.Tensor) -> None:
+        for stage in range(self._last):
+            self._send(tokens, stage)
+
+    def receive_tokens(self, rows: int) -> torch.Tensor:
+        buffer = torch.empty(rows, dtype=torch.int64, device=self._context.device)
+        return self._receive(buffer, self._last)
+
+    def finish(self) -> None:
+        """Waits until everything is sent."""
+        while self._sends:
+            self._sends.popleft()[0].wait()
+
+    def _send(self, tensor: torch.Tensor, stage: int) -> None:
+        # what was sent two rounds of groups ago has long been received
+        while len(self._sends) > 2 * (self._last + 1) ** 2:
+            self._sends.popleft()[0].wait()
+        tensor = tensor.contiguous()
+        work = dist.isend(tensor, self._context.stage_rank(stage))
+        assert work is not None
+        self._sends.append((work, tensor))
+
+    def _receive(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
+        dist.recv(buffer, self._context.stage_rank(stage))
+        return buffer
