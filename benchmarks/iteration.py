@@ -25,7 +25,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from statistics import mean, median
@@ -39,8 +39,11 @@ from safetensors.numpy import load_file, save_file  # noqa: E402
 
 from benchmarks.provenance import provenance  # noqa: E402
 from experiments import toy  # noqa: E402
+from realloc.augmented import Placement  # noqa: E402
 from realloc.files import dump_yaml  # noqa: E402
-from realloc.plan import read_plan  # noqa: E402
+from realloc.mesh import parse_mesh  # noqa: E402
+from realloc.plan import ExecutionPlan, read_plan, write_plan  # noqa: E402
+from realloc.strategy import parse_strategy  # noqa: E402
 from realloc.trace import read_trace  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
@@ -148,10 +151,35 @@ def _to_classifier(folder: Path, seed: int) -> None:
 class Ours:
     """realloc, through its command line."""
 
-    def __init__(self, shape: Shape, folder: Path, profile: Path, iterations: int) -> None:
-        self._shape, self._folder, self._profile, self._iterations = shape, folder, profile, iterations
-        self._experiment(0)
-        self._realloc("search", "experiment.yaml", "--device", str(profile), "-o", "plan.yaml")
+    def __init__(
+        self, shape: Shape, folder: Path, profile: Path, iterations: int, ranks: int | None = None
+    ) -> None:
+        """Searches a plan; `ranks`: as many as there are cores where None."""
+        self._shape, self._folder, self._iterations = shape, folder, iterations
+        self._ranks = ranks or len(os.sched_getaffinity(0))
+        self._experiment()
+        realloc_command(folder, "search", "experiment.yaml", "--device", str(profile), "-o", "plan.yaml")
+
+    def place(self, placements: Mapping[str, tuple[str, str]]) -> None:
+        """Puts a hand-written plan (call -> mesh, strategy) in place of the searched one."""
+        searched = read_plan(self._folder / "plan.yaml")
+        cluster = replace(searched.cluster, device="cpu")  # the profile's file is no part of this plan
+        chosen = {
+            name: Placement(parse_mesh(mesh, cluster, name), parse_strategy(strategy, name))
+            for name, (mesh, strategy) in placements.items()
+        }
+        plan = ExecutionPlan(searched.experiment, cluster, chosen)
+        plan.check()
+        write_plan(plan, self._folder / "plan.yaml")
+
+    @property
+    def order(self) -> Sequence[str]:
+        return read_plan(self._folder / "plan.yaml").node_order
+
+    @property
+    def trace(self) -> Path:
+        """The last run's trace."""
+        return self._folder / "out" / "trace.jsonl"
 
     @property
     def plan(self) -> Mapping[str, str]:
@@ -171,15 +199,15 @@ class Ours:
             if read_plan(plan).experiment.seed != seed:
                 raise AssertionError("the plan's seed was not replaced")
         out = self._folder / "out"
-        self._realloc("run", str(plan), "--out", str(out), "--overwrite")
+        realloc_command(self._folder, "run", str(plan), "--out", str(out), "--overwrite")
         ends: dict[int, float] = {}
-        for record in read_trace(out / "trace.jsonl").records:
+        for record in read_trace(self.trace).records:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
         seconds = [b - a for a, b in pairwise([0.0, *(ends[i] for i in sorted(ends))])]
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return Turn(tuple(seconds), tuple(_score(json.loads(line)) for line in lines))
 
-    def _experiment(self, seed: int) -> None:
+    def _experiment(self) -> None:
         shape = self._shape
         optimizer = {
             "learning_rate": shape.learning_rate,
@@ -208,14 +236,11 @@ class Ours:
             },
             "sampling": {"ignore_eos": shape.ignore_eos},
             "iterations": self._iterations,
-            "seed": seed,
-            "cluster": {"gpus_per_node": len(os.sched_getaffinity(0)), "device": "cpu"},
+            "seed": 0,
+            "cluster": {"gpus_per_node": self._ranks, "device": "cpu"},
         }
         text = dump_yaml("experiment", content)
         (self._folder / "experiment.yaml").write_text(text, encoding="utf-8")
-
-    def _realloc(self, *arguments: str) -> None:
-        _checked([sys.executable, "-m", "realloc", *arguments], self._folder)
 
 
 class Peer:
@@ -265,6 +290,11 @@ class Peer:
 def _score(metrics: Mapping[str, Any]) -> float:
     """The mean score in a line of metrics.jsonl."""
     return float(next(value for name, value in metrics.items() if name == "rew_inf/scores"))
+
+
+def realloc_command(folder: Path, *arguments: str) -> None:
+    """Runs `realloc ARGUMENTS` in a folder, to its end."""
+    _checked([sys.executable, "-m", "realloc", *arguments], folder)
 
 
 def _checked(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
@@ -369,8 +399,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     shapes: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="realloc-profile-") as folder:
         profile, ranks = Path(folder) / "profile.yaml", str(len(os.sched_getaffinity(0)))
-        command = [sys.executable, "-m", "realloc", "profile", "--quick", "--ranks", ranks]
-        _checked([*command, "-o", str(profile)], Path(folder))
+        realloc_command(Path(folder), "profile", "--quick", "--ranks", ranks, "-o", str(profile))
         for shape in SHAPES:
             if shape.name in names:
                 row = compare(shape, profile, python, seeds=seeds, iterations=iterations)

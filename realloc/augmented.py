@@ -97,7 +97,11 @@ class AugmentedGraph:
         return incoming
 
     def default_order(self) -> tuple[str, ...]:
-        """A topological order of one iteration, as close to `nodes` as the edges allow."""
+        """A topological order of one iteration, as close to `nodes` as the edges allow.
+
+        Transfers come as soon as their data are there: one that came after a call on other ranks would
+        make its own ranks wait for that call.
+        """
         return self._default_order
 
     @cached_property
@@ -105,7 +109,7 @@ class AugmentedGraph:
         within: nx.DiGraph[str] = nx.DiGraph()
         within.add_nodes_from(node.name for node in self.nodes)
         within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)
-        position = {node.name: i for i, node in enumerate(self.nodes)}
+        position = {node.name: (node.kind is not NodeKind.TRANSFER, i) for i, node in enumerate(self.nodes)}
         return self.place_copies(nx.lexicographical_topological_sort(within, key=position.__getitem__))
 
     def place_copies(self, order: Iterable[str], ahead: bool = False) -> tuple[str, ...]:
