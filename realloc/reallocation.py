@@ -1,62 +1,82 @@
 """Schedules of reallocations: the copies that turn one layout into another.
 
-Decides who sends what to whom, and that no more crosses between ranks than must: a rank receives
-exactly what its destination boxes hold and its source boxes do not. Senders are balanced among
-the ranks that hold a box, those of the receiver's node first. Knows nothing of tensors, links or
-the order of messages; those are for the runtime and the cost models.
+Decides who sends what to whom, and that no more moves than must: a rank receives exactly what its
+destination boxes hold and its source boxes do not, and a node receives a part that several of its
+ranks lack only once; one of them relays it to the others. Senders and relaying ranks take turns
+(`realloc.routes`). Layouts are arbitrary: of parameters, of optimizer states, of checkpoints.
+Knows nothing of tensors, links or the order of messages; those are for the runtime and the cost
+models.
 
-Everything is decided once per class of parameters that are cut alike (`realloc.routes`). So the
-summary for the planner takes milliseconds and agrees with the full schedule by construction.
+Everything is decided once per class of parameters that are cut alike, so a rank can list its own
+copies without listing all, and the planner gets sums without any list (`realloc.traffic`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
-from itertools import chain
-from typing import TypeAlias
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain, pairwise
 
-import numpy as np
-import numpy.typing as npt
+from realloc.layout import Box, Layout
+from realloc.routes import Held, Kind, Route, Scale, ScheduleError, find_routes, scale_of, sends
+from realloc.traffic import Traffic, schedule_bytes
 
-from realloc.augmented import Placement
-from realloc.layout import Box, Layout, shard_box, zero_boxes
-from realloc.model_shape import ModelShape
-from realloc.params import ParamSpec, parameters, stage_layers
-from realloc.routes import (
-    Cell,
-    Decided,
-    Held,
-    ParamClass,
-    Routes,
-    Scale,
-    ScheduleError,
-    decide,
-    scale_of,
-    sends_by_holder,
-)
-from realloc.strategy import Strategy
+__all__ = [
+    "STAGING_BYTES",
+    "Copy",
+    "Schedule",
+    "ScheduleError",
+    "Traffic",
+    "lower_bound",
+    "node_lower_bound",
+    "schedule",
+    "schedule_bytes",
+    "staging_bytes",
+]
+
+STAGING_BYTES = 256 << 20
+"""Bytes that a rank stages at most at once, unless a user sets another bound."""
+SMALL_ELEMENTS = 1 << 16
+"""Smaller pieces may travel together, and so through staging buffers."""
 
 
 @dataclass(frozen=True)
 class Copy:
-    """Rank `src` gives rank `dst` the part `box` of a parameter (global indices)."""
+    """Rank `src` gives rank `dst` the part `box` of a parameter (global indices).
+
+    `relay`: the sender takes it from its destination tensors, into which another copy brought it.
+    """
 
     param: str
     box: Box
     src: int
     dst: int
+    relay: bool = False
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most elements that any one rank sends and receives of one parameter.
+
+    `staged` leaves out what lies contiguous in the tensors and so needs no buffer.
+    """
+
+    elements: int
+    staged: int
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """All copies of one reallocation, in an order that is the same on all ranks.
+    """Copies of one reallocation, all of them or those of one rank, in the same order on all ranks.
 
-    Elements, not bytes: the layouts know no dtypes.
+    Relays come after the copy that they pass on. `peaks` holds every parameter of the whole
+    schedule in order, so that ranks that know only their own copies agree on rounds. Elements,
+    not bytes: the layouts know no dtypes.
     """
 
     copies: tuple[Copy, ...]
+    peaks: Mapping[str, Peak] = field(default_factory=dict)
 
     @cached_property
     def local(self) -> tuple[Copy, ...]:
@@ -85,6 +105,10 @@ class Schedule:
         """Elements that the rank receives from others."""
         return self._received.get(rank, 0)
 
+    def of(self, rank: int) -> Schedule:
+        """The part of one rank."""
+        return Schedule(tuple(c for c in self.copies if rank in (c.src, c.dst)), self.peaks)
+
     @cached_property
     def _sent(self) -> Mapping[int, int]:
         return _totals((copy.src, copy.box.num_elements) for copy in self.cross)
@@ -93,17 +117,26 @@ class Schedule:
     def _received(self) -> Mapping[int, int]:
         return _totals((copy.dst, copy.box.num_elements) for copy in self.cross)
 
-    def check(self, src: Layout, dst: Layout) -> None:
+    def check(self, src: Layout, dst: Layout, gpus_per_node: int | None = None) -> None:
         """Proves that the copies turn `src` into `dst` and that nothing moves in vain.
 
-        Every destination box is covered exactly once, every sender holds what it sends, and what
-        crosses between ranks equals `lower_bound`. Raises ScheduleError.
+        Every destination box is covered exactly once, every sender holds what it sends or, when it
+        relays, has received it, what crosses between ranks equals `lower_bound`, and what crosses
+        between nodes (if their size is given) `node_lower_bound`. Raises ScheduleError.
         """
         incoming: dict[tuple[int, str], list[Box]] = {}
+        direct: dict[tuple[int, str], set[Box]] = {}
         for copy in self.copies:
-            held = src.boxes.get(copy.src, {}).get(copy.param)
-            if held is None or held.intersect(copy.box) != copy.box:
-                raise ScheduleError(f"rank {copy.src} does not hold {copy.box} of {copy.param}.")
+            if copy.relay:
+                if copy.box not in direct.get((copy.src, copy.param), ()):
+                    raise ScheduleError(
+                        f"rank {copy.src} relays {copy.box} of {copy.param} before it has it."
+                    )
+            else:
+                held = src.boxes.get(copy.src, {}).get(copy.param)
+                if held is None or held.intersect(copy.box) != copy.box:
+                    raise ScheduleError(f"rank {copy.src} does not hold {copy.box} of {copy.param}.")
+                direct.setdefault((copy.dst, copy.param), set()).add(copy.box)
             incoming.setdefault((copy.dst, copy.param), []).append(copy.box)
         for rank, boxes in dst.boxes.items():
             for param, box in boxes.items():
@@ -115,6 +148,14 @@ class Schedule:
             raise ScheduleError(
                 f"{self.cross_elements} elements cross between ranks; {lower_bound(src, dst)} must."
             )
+        if gpus_per_node is not None:
+            self._check_nodes(node_lower_bound(src, dst, gpus_per_node), gpus_per_node)
+
+    def _check_nodes(self, bound: int, gpus_per_node: int) -> None:
+        far = [c for c in self.cross if c.src // gpus_per_node != c.dst // gpus_per_node]
+        crossing = sum(copy.box.num_elements for copy in far)
+        if crossing != bound:
+            raise ScheduleError(f"{crossing} elements cross between nodes; {bound} must.")
 
 
 def _totals(items: Iterable[tuple[int, int]]) -> Mapping[int, int]:
@@ -147,50 +188,171 @@ def lower_bound(src: Layout, dst: Layout) -> int:
     return total
 
 
-@dataclass(frozen=True)
-class Traffic:
-    """What each rank sends and receives in a reallocation, in elements, indexed by global rank.
+def node_lower_bound(src: Layout, dst: Layout, gpus_per_node: int) -> int:
+    """Elements that must cross between nodes: wanted on a node, and on none of its ranks before.
 
-    The arrays reach to the last rank of either mesh; `_between_nodes` is the part that leaves or
-    enters the rank's node.
+    Counted with the elements of the union of boxes, by cutting each parameter along all edges.
     """
+    total = 0
+    wanted: dict[tuple[int, str], set[Box]] = {}
+    held: dict[tuple[int, str], set[Box]] = {}
+    for which, found in ((src, held), (dst, wanted)):
+        for rank, boxes in which.boxes.items():
+            for param, box in boxes.items():
+                found.setdefault((rank // gpus_per_node, param), set()).add(box)
+    for key, lacking in wanted.items():
+        there = held.get(key, set())
+        total += _union_elements(lacking | there) - _union_elements(there)
+    return total
 
-    sent: npt.NDArray[np.int64]
-    received: npt.NDArray[np.int64]
-    sent_between_nodes: npt.NDArray[np.int64]
-    received_between_nodes: npt.NDArray[np.int64]
+
+def _union_elements(boxes: set[Box]) -> int:
+    """Elements in any of the boxes, dim by dim along their edges."""
+    if len(boxes) <= 1:
+        return sum(box.num_elements for box in boxes)
+
+    def measure(parts: Sequence[tuple[tuple[int, int], ...]]) -> int:
+        if not parts[0]:
+            return 1
+        edges = sorted({edge for part in parts for edge in part[0]})
+        total = 0
+        for low, high in pairwise(edges):
+            inner = [part[1:] for part in parts if part[0][0] <= low and high <= part[0][1]]
+            total += (high - low) * measure(inner) if inner else 0
+        return total
+
+    return measure([tuple(zip(box.start, box.stop, strict=True)) for box in boxes])
 
 
-def schedule(src: Layout, dst: Layout, gpus_per_node: int) -> Schedule:
+def staging_bytes(traffic: Traffic, element_bytes: int, bound: int = STAGING_BYTES) -> int:
+    """Bytes of staging buffers that no rank exceeds: what it sends and receives, up to the bound.
+
+    Buffers are kept between reallocations. A rank whose pieces lie contiguous in its tensors, or
+    which shares memory with its peers, needs less (`Reallocator.staging_bytes` tells how much).
+    """
+    return min(bound, int((traffic.sent + traffic.received).max(initial=0)) * element_bytes)
+
+
+@dataclass(frozen=True)
+class _Class:
+    """Parameters whose scaled boxes and ranks agree, and their routes."""
+
+    src: Held
+    dst: Held
+    routes: tuple[Route, ...]
+    counts: Sequence[tuple[Kind, int]]
+
+    @cached_property
+    def turns(self) -> Mapping[Kind, tuple[tuple[int, int], ...]]:
+        """For a kind, by route: the first turn and the number of pieces."""
+        result: dict[Kind, tuple[tuple[int, int], ...]] = {}
+        first = [0] * len(self.routes)
+        for kind, count in self.counts:
+            pieces = [route.pieces(kind, count) for route in self.routes]
+            result[kind] = tuple(zip(first, pieces, strict=True))
+            first = [turn + count * n for turn, n in zip(first, pieces, strict=True)]
+        return result
+
+    def routes_of(self, rank: int | None) -> Sequence[int]:
+        """Which of the routes concern the rank."""
+        if rank is None:
+            return range(len(self.routes))
+        return [
+            i
+            for i, route in enumerate(self.routes)
+            if rank in route.holders or any(rank in ranks for ranks in self._receivers(route))
+        ]
+
+    def _receivers(self, route: Route) -> Iterable[tuple[int, ...]]:
+        return chain((receivers for _, receivers in route.near), route.far)
+
+    def peak(self, scale: Scale) -> Peak:
+        """Bounds for one parameter."""
+        unit = scale.kind.unit_elements
+        load: dict[int, int] = {}
+        small = 0
+        strided = _strided(scale, self.src, self.routes) or _strided(scale, self.dst, self.routes)
+        for route, (_, pieces) in zip(self.routes, self.turns[scale.kind], strict=True):
+            elements = route.units * unit
+            small += elements if elements // pieces < SMALL_ELEMENTS else 0
+            piece = elements // pieces
+            if route.far:
+                share = -(-len(route.far) * pieces // len(route.holders)) * piece
+                for rank in route.holders:
+                    load[rank] = load.get(rank, 0) + share
+            for ranks in route.far:
+                relayed = -(-pieces // len(ranks)) * piece * (len(ranks) - 1)
+                for rank in ranks:
+                    load[rank] = load.get(rank, 0) + elements + relayed
+            for holders, ranks in route.near:
+                share = -(-len(ranks) * pieces // len(holders)) * piece
+                for rank in holders:
+                    load[rank] = load.get(rank, 0) + share
+                for rank in ranks:
+                    load[rank] = load.get(rank, 0) + elements
+        most = max(load.values(), default=0)
+        return Peak(most, most if strided or small else 0)
+
+
+def _strided(scale: Scale, held: Held, routes: Sequence[Route]) -> bool:
+    """Whether a route's box is not contiguous within a box that holds it."""
+    outer = [scale.up(cell) for cell, _ in held]
+    for route in routes:
+        if not route.near and not route.far:
+            continue
+        box = scale.up(route.cell)
+        if any(box.intersect(other) == box and not contiguous(box, other) for other in outer):
+            return True
+    return False
+
+
+def contiguous(box: Box, outer: Box) -> bool:
+    """Whether the box is one run of memory in a tensor that holds `outer`."""
+    sizes = list(zip(box.shape, outer.shape, strict=True))
+    while sizes and sizes[0][0] == 1:
+        sizes.pop(0)
+    return all(inner == whole for inner, whole in sizes[1:])
+
+
+def schedule(src: Layout, dst: Layout, gpus_per_node: int, rank: int | None = None) -> Schedule:
     """The copies that turn layout `src` into layout `dst`: a pure function, the same on all ranks.
 
-    Both layouts are of the same model. Raises ScheduleError when `src` lacks a part of `dst`.
+    With `rank`, only the copies in which it takes part. Both layouts are of the same model.
+    Raises ScheduleError when `src` lacks a part of `dst`.
     """
     held, wanted = _by_param(src), _by_param(dst)
     scales: dict[tuple[Box, ...], Scale] = {}
-    members: dict[ParamClass, list[tuple[str, Scale]]] = {}
+    members: dict[tuple[Held, Held], dict[Kind, list[str]]] = {}
+    scale_by_param: dict[str, Scale] = {}
     for param, targets in wanted.items():
         sources = held.get(param)
         if sources is None:
             raise ScheduleError(f"nobody holds {param}.")
-        boxes = (*sources, *targets)
+        boxes = tuple(sorted({*sources, *targets}))
         scale = scales.get(boxes)
         if scale is None:
             scale = scales[boxes] = scale_of(boxes)
-        cls = ParamClass(scale.unit_elements, _scaled(scale, sources), _scaled(scale, targets))
-        members.setdefault(cls, []).append((param, scale))
-    last = max(chain(src.boxes, dst.boxes), default=-1)
-    counts = {cls: len(params) for cls, params in members.items()}
-    decided = decide(counts, gpus_per_node, [0] * (last + 1))
+        scale_by_param[param] = scale
+        ends = _scaled(scale, sources), _scaled(scale, targets)
+        members.setdefault(ends, {}).setdefault(scale.kind, []).append(param)
     copies: dict[str, list[Copy]] = {}
-    for cls, params in members.items():
-        boxes_up: dict[Scale, _Up] = {}
-        for instance, (param, scale) in enumerate(params):
-            up = boxes_up.get(scale)
-            if up is None:
-                up = boxes_up[scale] = _up(decided[cls].routes, scale)
-            copies[param] = _copies(param, up, decided[cls], instance)
-    return Schedule(tuple(chain.from_iterable(copies[param] for param in wanted)))
+    peaks: dict[str, Peak] = {}
+    for (a, b), by_kind in members.items():
+        counts = sorted(((kind, len(params)) for kind, params in by_kind.items()), reverse=True)
+        cls = _Class(a, b, find_routes(a, b, gpus_per_node), counts)
+        peak_of: dict[Scale, Peak] = {}
+        concerned = cls.routes_of(rank)
+        for params in by_kind.values():
+            for instance, param in enumerate(params):
+                scale = scale_by_param[param]
+                if scale not in peak_of:
+                    peak_of[scale] = cls.peak(scale)
+                peaks[param] = peak_of[scale]
+                copies[param] = _copies(param, scale, cls, concerned, instance, rank)
+    return Schedule(
+        tuple(chain.from_iterable(copies[param] for param in wanted)),
+        {param: peaks[param] for param in wanted},
+    )
 
 
 def _by_param(layout: Layout) -> Mapping[str, Mapping[Box, list[int]]]:
@@ -210,171 +372,27 @@ def _scaled(scale: Scale, boxes: Mapping[Box, list[int]]) -> Held:
     return tuple(sorted((scale.down(box), tuple(sorted(ranks))) for box, ranks in boxes.items()))
 
 
-@dataclass(frozen=True)
-class _Up:
-    """The boxes of a class's routes in one parameter."""
-
-    kept: tuple[Box, ...]
-    routes: tuple[Box, ...]
-
-
-def _up(routes: Routes, scale: Scale) -> _Up:
-    return _Up(
-        tuple(scale.up(cell) for cell, _ in routes.kept),
-        tuple(scale.up(route.cell) for route in routes.routes),
-    )
-
-
-def _copies(param: str, up: _Up, decided: Decided, instance: int) -> list[Copy]:
-    """The copies of the `instance`-th parameter of a class."""
-    copies = [
-        Copy(param, box, rank, rank)
-        for box, (_, ranks) in zip(up.kept, decided.routes.kept, strict=True)
-        for rank in ranks
-    ]
-    for box, route, order in zip(up.routes, decided.routes.routes, decided.turns, strict=True):
-        turn = instance * len(route.receivers)
-        for i, receiver in enumerate(route.receivers):
-            copies.append(Copy(param, box, order[(turn + i) % len(order)], receiver))
+def _copies(
+    param: str, scale: Scale, cls: _Class, concerned: Sequence[int], instance: int, rank: int | None
+) -> list[Copy]:
+    """The copies of the `instance`-th parameter of a kind, those of a rank alone if given."""
+    copies = []
+    turns = cls.turns[scale.kind]
+    for i in concerned:
+        route = cls.routes[i]
+        first, pieces = turns[i]
+        box = scale.up(route.cell)
+        copies += [Copy(param, box, r, r) for r in route.kept if rank in (None, r)]
+        boxes = _rows(box, pieces)
+        for piece, src, dst, relay in sends(route, pieces, first + instance * pieces, rank):
+            copies.append(Copy(param, boxes[piece], src, dst, relay))
     return copies
 
 
-def schedule_bytes(shape: ModelShape, src: Placement, dst: Placement) -> Traffic:
-    """What each rank sends and receives in `schedule(layout(src), layout(dst))`, in elements.
-
-    Exact, without making the copies: layers with the same pipeline stages before and after are
-    counted, not listed. Results are kept by layout (degrees, chunks of interleaved stages, ZeRO 3),
-    so micro-batches do not count; the arrays are shared between callers and read-only.
-    """
-    return _traffic(shape, _plain(src), _plain(dst))
-
-
-def _plain(placement: Placement) -> Placement:
-    """The placement without what does not matter to its layout."""
-    s = placement.strategy
-    zero = 3 if s.zero == 3 and s.dp > 1 else 0
-    return Placement(placement.mesh, Strategy(s.dp, s.tp, s.pp, zero=zero, virtual_stages=s.virtual_stages))
-
-
-@lru_cache(maxsize=8192)
-def _traffic(shape: ModelShape, src: Placement, dst: Placement) -> Traffic:
-    counts: dict[ParamClass, int] = {}
-    for cls, count in _classes(shape, src, dst):
-        counts[cls] = counts.get(cls, 0) + count
-    size = max(src.mesh.ranks[-1], dst.mesh.ranks[-1]) + 1
-    sent = [0] * size
-    received, sent_far, received_far = [0] * size, [0] * size, [0] * size
-    for cls, decided in decide(counts, src.mesh.gpus_per_node, sent).items():
-        for route, order in zip(decided.routes.routes, decided.turns, strict=True):
-            elements = route.elements * cls.unit_elements
-            for rank in route.receivers:
-                received[rank] += counts[cls] * elements
-            if route.near:
-                continue
-            for rank in route.receivers:
-                received_far[rank] += counts[cls] * elements
-            for rank, sends in sends_by_holder(route, order, counts[cls]):
-                sent_far[rank] += sends * elements
-    return Traffic(_array(sent), _array(received), _array(sent_far), _array(received_far))
-
-
-def _array(values: Sequence[int]) -> npt.NDArray[np.int64]:
-    array = np.array(values, dtype=np.int64)
-    array.flags.writeable = False
-    return array
-
-
-def _classes(shape: ModelShape, src: Placement, dst: Placement) -> Iterable[tuple[ParamClass, int]]:
-    """The classes of `schedule` between two placements, some of them in several parts."""
-    before, after = src.strategy, dst.strategy
-    pairs = _stage_pairs(shape, before.pp, before.virtual_stages, after.pp, after.virtual_stages)
-    cuts = _shards(before), _shards(after)
-    kinds: dict[tuple[tuple[int, ...], int | None, int], tuple[ParamSpec, int]] = {}
-    for spec in parameters(shape):
-        if spec.layer == 0:
-            kind = (spec.shape, spec.tp_dim, spec.unit)
-            kinds[kind] = (spec, kinds.get(kind, (spec, 0))[1] + 1)
-    memo: dict[tuple[bool, tuple[int, ...], _Cells], Held] = {}
-
-    def held(source: bool, stages: tuple[int, ...], cells: _Cells) -> Held:
-        key = (source, stages, cells)
-        if key not in memo:
-            memo[key] = _held(src if source else dst, stages, cells)
-        return memo[key]
-
-    for spec, alike in kinds.values():
-        unit, ours, theirs = _shard_cells(spec, *cuts)
-        for (a, b), layers in pairs.items():
-            yield ParamClass(unit, held(True, (a,), ours), held(False, (b,), theirs)), layers * alike
-    for spec in parameters(shape):
-        if spec.layer is None:
-            unit, ours, theirs = _shard_cells(spec, *cuts)
-            stages = _ends(spec, before.pp), _ends(spec, after.pp)
-            yield ParamClass(unit, held(True, stages[0], ours), held(False, stages[1], theirs)), 1
-
-
-@lru_cache(maxsize=1024)
-def _stage_pairs(
-    shape: ModelShape, pp: int, virtual: int, new_pp: int, new_virtual: int
-) -> Mapping[tuple[int, int], int]:
-    """(stage before, stage after) -> how many layers go that way."""
-    before = {layer: s for s in range(pp) for layer in stage_layers(shape, pp, s, virtual)}
-    after = {layer: s for s in range(new_pp) for layer in stage_layers(shape, new_pp, s, new_virtual)}
-    pairs: dict[tuple[int, int], int] = {}
-    for layer in range(shape.num_layers):
-        pair = before[layer], after[layer]
-        pairs[pair] = pairs.get(pair, 0) + 1
-    return pairs
-
-
-_Cells: TypeAlias = tuple[Cell | None, ...]
-"""Scaled boxes of the shards of a stage: tensor shards, each in its ZeRO parts; None where empty."""
-
-
-def _shards(strategy: Strategy) -> tuple[int, int]:
-    """Tensor shards, and the parts that ZeRO 3 makes of each."""
-    return strategy.tp, strategy.dp if strategy.zero == 3 else 1
-
-
-@lru_cache(maxsize=4096)
-def _shard_cells(
-    spec: ParamSpec, shards: tuple[int, int], new_shards: tuple[int, int]
-) -> tuple[int, _Cells, _Cells]:
-    """Elements of a unit, and the scaled box of every shard before and after."""
-    ours, theirs = _shard_boxes(spec, *shards), _shard_boxes(spec, *new_shards)
-    scale = scale_of([box for box in (*ours, *theirs) if box is not None])
-
-    def down(boxes: Sequence[Box | None]) -> _Cells:
-        return tuple(None if box is None else scale.down(box) for box in boxes)
-
-    return scale.unit_elements, down(ours), down(theirs)
-
-
-def _shard_boxes(spec: ParamSpec, tp: int, parts: int) -> Sequence[Box | None]:
-    whole = [{spec.name: shard_box(spec, tp, i)} for i in range(tp)]
-    return [zero_boxes(boxes, parts, i).get(spec.name) for boxes in whole for i in range(parts)]
-
-
-def _ends(spec: ParamSpec, pp: int) -> tuple[int, ...]:
-    """The stages of a parameter that belongs to no layer."""
-    first = {0} if spec.on_first else set()
-    return tuple(sorted(first | ({pp - 1} if spec.on_last else set())))
-
-
-def _held(placement: Placement, stages: Sequence[int], cells: _Cells) -> Held:
-    """Which ranks of these stages hold which scaled box; `cells` are those of the shards."""
-    strategy, first = placement.strategy, placement.mesh.first
-    _, parts = _shards(strategy)
-    by_cell: dict[Cell, list[int]] = {}
-    for index, cell in enumerate(cells):
-        if cell is None:
-            continue
-        tp, part = divmod(index, parts)
-        ranks = by_cell.setdefault(cell, [])
-        for stage in stages:
-            start = first + stage * strategy.dp * strategy.tp + tp
-            if parts > 1:
-                ranks.append(start + part * strategy.tp)
-            else:
-                ranks += range(start, start + strategy.dp * strategy.tp, strategy.tp)
-    return tuple(sorted((cell, tuple(sorted(ranks))) for cell, ranks in by_cell.items()))
+def _rows(box: Box, pieces: int) -> Sequence[Box]:
+    """The box in pieces of equally many rows."""
+    if pieces == 1:
+        return (box,)
+    step = (box.stop[0] - box.start[0]) // pieces
+    lows = range(box.start[0], box.stop[0], step)
+    return [Box((low, *box.start[1:]), (low + step, *box.stop[1:])) for low in lows]

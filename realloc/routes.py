@@ -1,21 +1,31 @@
-"""Who may send which part of a parameter to whom, and who does.
+"""Who may send which part of a parameter to whom, and whose turn it is.
 
 Parameters that are cut alike share their geometry: boxes are scaled down by the greatest common
 divisor of their cuts (a dim that nobody cuts disappears), and everything is decided once per
 class of parameters with equal scaled boxes on equal ranks. Knows no names of parameters, no
 placements and no tensors.
+
+A part goes to a node that lacks it once: one of the ranks there that want it, the gateway,
+receives it and hands it to the others. The ranks that hold a part send it in turn, gateways take
+turns too, and a part with few turns is cut into pieces so that all have their share.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain, product
 from math import gcd, prod
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from realloc.layout import Box
+
+MIN_PIECE_ELEMENTS = 1 << 15
+"""Parts are not cut into pieces smaller than this: 64 KiB of bfloat16."""
+_MAX_PIECES = 16
+_ENOUGH_TURNS = 8
+"""With so many turns for each sender, one turn more or less does not matter."""
 
 Cell: TypeAlias = tuple[tuple[int, ...], tuple[int, ...]]
 """Start and stop of a scaled box."""
@@ -36,10 +46,10 @@ class Scale:
     whole: Box
 
     @property
-    def unit_elements(self) -> int:
-        """Elements of the parameter in one unit of the scaled boxes."""
+    def kind(self) -> Kind:
         rest = (n for d, n in enumerate(self.whole.shape) if d not in self.dims)
-        return prod(self.factors) * prod(rest)
+        rows = self.factors[0] if self.dims[:1] == (0,) else self.whole.shape[0]
+        return Kind(prod(self.factors) * prod(rest), rows)
 
     def up(self, cell: Cell) -> Box:
         start, stop = list(self.whole.start), list(self.whole.stop)
@@ -63,167 +73,171 @@ def scale_of(boxes: Sequence[Box]) -> Scale:
     return Scale(tuple(dims), tuple(factors), boxes[0])
 
 
-@dataclass(frozen=True)
-class Route:
-    """A part that `receivers` get from `holders`; `near` when all are on one node."""
+class Kind(NamedTuple):
+    """What differs between the parameters of a class.
+
+    `unit_elements` are the elements of one unit of the scaled boxes, `unit_rows` the rows of which
+    every part has a whole multiple.
+    """
+
+    unit_elements: int
+    unit_rows: int
+
+
+class Part(NamedTuple):
+    """A part that the same ranks hold and the same ranks want, in units.
+
+    `holding` and `wanting` are indices of source and destination cells.
+    """
 
     cell: Cell
-    elements: int
-    holders: tuple[int, ...]
-    receivers: tuple[int, ...]
-    near: bool
+    units: int
+    holding: tuple[int, ...]
+    wanting: tuple[int, ...]
 
 
-@dataclass(frozen=True)
-class Routes:
-    kept: tuple[tuple[Cell, tuple[int, ...]], ...]
-    """Parts that ranks hold already, and those ranks."""
-    routes: tuple[Route, ...]
+@lru_cache(maxsize=4096)
+def overlay(src: tuple[Cell, ...], dst: tuple[Cell, ...]) -> tuple[Part, ...]:
+    """Everything that is wanted, cut along the edges of all cells.
 
+    Raises ScheduleError when nobody holds a wanted part.
+    """
+    edges = [
+        sorted({edge[dim] for cell in chain(src, dst) for edge in cell}) for dim in range(len(dst[0][0]))
+    ]
+    place = [{edge: i for i, edge in enumerate(along)} for along in edges]
 
-def _intersect(a: Cell, b: Cell) -> Cell | None:
-    start, stop = tuple(map(max, a[0], b[0])), tuple(map(min, a[1], b[1]))
-    return (start, stop) if all(i < j for i, j in zip(start, stop, strict=True)) else None
+    def covered(cells: tuple[Cell, ...]) -> dict[tuple[int, ...], list[int]]:
+        by_position: dict[tuple[int, ...], list[int]] = {}
+        for i, cell in enumerate(cells):
+            spans = (range(at[low], at[high]) for at, low, high in zip(place, *cell, strict=True))
+            for position in product(*spans):
+                by_position.setdefault(position, []).append(i)
+        return by_position
 
-
-def _size(cell: Cell) -> int:
-    return prod(j - i for i, j in zip(*cell, strict=True))
-
-
-def _subtract(outer: Cell, inner: Cell) -> list[Cell]:
-    """Disjoint cells that make up `outer` without `inner`, which lies within it."""
-    rest = []
-    start, stop = list(outer[0]), list(outer[1])
-    for dim, (low, high) in enumerate(zip(*inner, strict=True)):
-        if start[dim] < low:
-            rest.append((tuple(start), (*stop[:dim], low, *stop[dim + 1 :])))
-        if high < stop[dim]:
-            rest.append(((*start[:dim], high, *start[dim + 1 :]), tuple(stop)))
-        start[dim], stop[dim] = low, high
-    return rest
+    held, parts = covered(src), []
+    for position, wanting in sorted(covered(dst).items()):
+        start = tuple(along[i] for along, i in zip(edges, position, strict=True))
+        stop = tuple(along[i + 1] for along, i in zip(edges, position, strict=True))
+        if position not in held:
+            raise ScheduleError(f"nobody holds {start} to {stop} (scaled), which is wanted.")
+        units = prod(b - a for a, b in zip(start, stop, strict=True))
+        parts.append(Part((start, stop), units, tuple(held[position]), tuple(wanting)))
+    return tuple(parts)
 
 
 @lru_cache(maxsize=65536)
-def _parts(
-    wanted: Cell, own: Cell | None, sources: tuple[Cell, ...]
-) -> tuple[Cell | None, tuple[tuple[Cell, tuple[int, ...]], ...]]:
-    """What of `wanted` is in `own`, and the rest cut along the sources, with those that hold it."""
-    kept = _intersect(wanted, own) if own is not None else None
-    parts: list[tuple[Cell, tuple[int, ...]]] = []
-    for piece in [wanted] if kept is None else _subtract(wanted, kept):
-        parts += _atoms(piece, sources)
-    return kept, tuple(parts)
+def num_pieces(
+    count: int, kind: Kind, units: int, nodes: int, holders: int, gateways: int, near_holders: int
+) -> int:
+    """Into how many equal pieces to cut a part of each of `count` parameters, so that turns come out even.
 
-
-def _atoms(piece: Cell, sources: tuple[Cell, ...]) -> Iterable[tuple[Cell, tuple[int, ...]]]:
-    """The piece cut along the edges of all sources that meet it, each part with those that hold it."""
-    meeting = [(i, cell) for i, s in enumerate(sources) if (cell := _intersect(piece, s)) is not None]
-    edges = [
-        sorted({low, high, *(edge[dim] for _, cell in meeting for edge in cell)})
-        for dim, (low, high) in enumerate(zip(*piece, strict=True))
-    ]
-    place = [{edge: i for i, edge in enumerate(along)} for along in edges]
-    holding: dict[tuple[int, ...], list[int]] = {
-        at: [] for at in product(*(range(len(along) - 1) for along in edges))
-    }
-    for i, cell in meeting:
-        spans = (range(at[low], at[high]) for at, low, high in zip(place, *cell, strict=True))
-        for position in product(*spans):
-            holding[position].append(i)
-    for position, holders in holding.items():
-        start = tuple(along[i] for along, i in zip(edges, position, strict=True))
-        stop = tuple(along[i + 1] for along, i in zip(edges, position, strict=True))
-        yield (start, stop), tuple(holders)
-
-
-def find_routes(src: Held, dst: Held, gpus_per_node: int) -> Routes:
-    """Who may send which part to whom. Raises ScheduleError when nobody holds a wanted part."""
-    sources = tuple(cell for cell, _ in src)
-    own = {rank: cell for cell, ranks in src for rank in ranks}
-    cases: dict[tuple[Cell, Cell | None], list[int]] = {}
-    for wanted, ranks in dst:
-        for rank in ranks:
-            cases.setdefault((wanted, own.get(rank)), []).append(rank)
-    kept_by: dict[Cell, list[int]] = {}
-    needed: dict[tuple[Cell, tuple[int, ...]], list[int]] = {}
-    for (wanted, mine), wanting in cases.items():
-        kept, parts = _parts(wanted, mine, sources)
-        if kept is not None:
-            kept_by.setdefault(kept, []).extend(wanting)
-        for atom, holding in parts:
-            needed.setdefault((atom, holding), []).extend(wanting)
-    routes: list[Route] = []
-    for (atom, holding), receivers in needed.items():
-        if not holding:
-            raise ScheduleError(f"nobody holds {atom}, which ranks {receivers} want.")
-        holders = tuple(sorted(chain.from_iterable(src[i][1] for i in holding)))
-        routes += _by_node(atom, holders, receivers, gpus_per_node)
-    return Routes(tuple((cell, tuple(sorted(r))) for cell, r in kept_by.items()), tuple(routes))
-
-
-def _by_node(
-    cell: Cell, holders: tuple[int, ...], receivers: Sequence[int], gpus_per_node: int
-) -> Iterable[Route]:
-    """Receivers get the part from holders on their own node where there are any."""
-    near: dict[int, list[int]] = {}
-    for holder in holders:
-        near.setdefault(holder // gpus_per_node, []).append(holder)
-    by_node: dict[int, list[int]] = {}
-    for receiver in sorted(receivers):
-        node = receiver // gpus_per_node
-        by_node.setdefault(node if node in near else -1, []).append(receiver)
-    size = _size(cell)
-    for node, ranks in by_node.items():
-        senders = holders if node < 0 else tuple(near[node])
-        yield Route(cell, size, senders, tuple(ranks), node >= 0)
-
-
-@dataclass(frozen=True, order=True)
-class ParamClass:
-    """Parameters whose scaled boxes, ranks and sizes agree."""
-
-    unit_elements: int
-    src: Held
-    dst: Held
+    The part goes to `nodes` nodes that lack it, from `holders` ranks, through up to `gateways`
+    ranks of a node; on nodes that have it, up to `near_holders` ranks share the sends.
+    """
+    most = min(_MAX_PIECES, kind.unit_elements * units // MIN_PIECE_ELEMENTS)
+    shares = ((count * nodes, holders), (count, gateways if nodes else 1), (count, near_holders))
+    wished = 1
+    for turns, ranks in shares:
+        if turns and ranks > 1 and turns < _ENOUGH_TURNS * ranks:
+            wished = max(wished, ranks // gcd(turns, ranks))
+    return max((n for n in range(1, min(wished, most) + 1) if kind.unit_rows % n == 0), default=1)
 
 
 @dataclass(frozen=True)
-class Decided:
-    """The routes of a class, and for each the order in which its holders take turns."""
+class Route:
+    """How a part reaches those who want it.
 
-    routes: Routes
-    turns: tuple[tuple[int, ...], ...]
-
-
-def decide(
-    counts: Mapping[ParamClass, int], gpus_per_node: int, load: list[int]
-) -> dict[ParamClass, Decided]:
-    """Who sends, class by class, the largest parameters first.
-
-    The sends of a route (each of its parameters to each receiver) go to its holders in turn, the
-    least loaded first. `load` counts the elements that each rank sends and is added to.
+    `index` is its number in its class, where turns begin. `kept` are ranks that hold and want it,
+    `near` nodes that have it (holders, receivers), `far` receivers on each of the other nodes.
     """
-    decided = {}
-    routes_of: dict[tuple[Held, Held], Routes] = {}
-    for cls in sorted(counts, reverse=True):
-        key = (cls.src, cls.dst)
-        routes = routes_of.get(key)
-        if routes is None:
-            routes = routes_of[key] = find_routes(cls.src, cls.dst, gpus_per_node)
-        turns = []
-        for route in routes.routes:
-            order = route.holders
-            if len(order) > 1:
-                order = tuple(sorted(order, key=lambda rank: (load[rank], rank)))
-            for rank, sends in sends_by_holder(route, order, counts[cls]):
-                load[rank] += sends * route.elements * cls.unit_elements
-            turns.append(order)
-        decided[cls] = Decided(routes, tuple(turns))
-    return decided
+
+    index: int
+    cell: Cell
+    units: int
+    holders: tuple[int, ...]
+    kept: tuple[int, ...]
+    near: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
+    far: tuple[tuple[int, ...], ...]
+
+    def pieces(self, kind: Kind, count: int) -> int:
+        """Into how many pieces the part of each of `count` parameters of a kind is cut."""
+        return num_pieces(
+            count,
+            kind,
+            self.units,
+            len(self.far),
+            len(self.holders),
+            max(map(len, self.far), default=0),
+            max((len(holders) for holders, _ in self.near), default=0),
+        )
 
 
-def sends_by_holder(route: Route, order: Sequence[int], count: int) -> Iterable[tuple[int, int]]:
-    """How many of the route's sends fall to each holder when they take turns."""
-    total, holders = count * len(route.receivers), len(order)
-    for i, rank in enumerate(order[:total]):
-        yield rank, (total - i + holders - 1) // holders
+def find_routes(src: Held, dst: Held, gpus_per_node: int) -> tuple[Route, ...]:
+    """The routes of a class. Raises ScheduleError when nobody holds a wanted part."""
+    routes = []
+    parts = overlay(tuple(cell for cell, _ in src), tuple(cell for cell, _ in dst))
+    for index, part in enumerate(parts):
+        holders = tuple(sorted(chain.from_iterable(src[i][1] for i in part.holding)))
+        wanting = sorted(chain.from_iterable(dst[i][1] for i in part.wanting))
+        holds = set(holders)
+        near: dict[int, list[int]] = {}
+        for rank in holders:
+            near.setdefault(rank // gpus_per_node, []).append(rank)
+        by_node: dict[int, list[int]] = {}
+        for rank in wanting:
+            if rank not in holds:
+                by_node.setdefault(rank // gpus_per_node, []).append(rank)
+        routes.append(
+            Route(
+                index,
+                part.cell,
+                part.units,
+                holders,
+                tuple(rank for rank in wanting if rank in holds),
+                tuple((tuple(near[n]), tuple(ranks)) for n, ranks in by_node.items() if n in near),
+                tuple(tuple(ranks) for n, ranks in by_node.items() if n not in near),
+            )
+        )
+    return tuple(routes)
+
+
+class Send(NamedTuple):
+    """A piece of a part goes from one rank to another. `relay`: the sender received it before."""
+
+    piece: int
+    src: int
+    dst: int
+    relay: bool
+
+
+def sends(route: Route, pieces: int, turn: int, rank: int | None = None) -> list[Send]:
+    """The sends of a route for one parameter, whose first turn is `turn`; those of a rank alone if given."""
+    found = []
+    for piece in range(pieces):
+        at = turn + piece
+        for holders, receivers in route.near:
+            if rank is not None and rank not in holders and rank not in receivers:
+                continue
+            start = at * len(receivers) + route.index
+            found += [
+                Send(piece, holders[(start + i) % len(holders)], receiver, False)
+                for i, receiver in enumerate(receivers)
+            ]
+        start, count = at * len(route.far) + route.index, len(route.holders)
+        for j in _concerned(route, start, rank):
+            receivers = route.far[j]
+            gateway = receivers[(at + route.index) % len(receivers)]
+            found.append(Send(piece, route.holders[(start + j) % count], gateway, False))
+            found += [Send(piece, gateway, receiver, True) for receiver in receivers if receiver != gateway]
+    return found if rank is None else [send for send in found if rank in (send.src, send.dst)]
+
+
+def _concerned(route: Route, start: int, rank: int | None) -> Sequence[int]:
+    """The nodes (indices of `far`) that this rank sends to or is one of."""
+    if rank is None:
+        return range(len(route.far))
+    if rank in route.holders:
+        count = len(route.holders)
+        return range((route.holders.index(rank) - start) % count, len(route.far), count)
+    return [j for j, receivers in enumerate(route.far) if rank in receivers]

@@ -1,24 +1,28 @@
 """Executes reallocation schedules: the copies of one schedule become messages and local copies.
 
-Decides how copies are grouped into messages and messages into rounds, and where staging buffers
-are needed. Does not decide who sends what (`realloc.reallocation`), nor when (the program).
+Decides how copies are grouped into messages and messages into rounds, where staging buffers are
+needed, and which copies go through memory that ranks of a host share (`runtime.shared_transport`).
+Does not decide who sends what (`realloc.reallocation`), nor when (the program).
 
-Every rank derives the same rounds and messages from the schedule and executes its own, so sends
-and receives meet in the same order on both sides. Within a round everything is posted at once and
-then waited for; rounds come in one order; so no rank can wait for another in a circle.
+Rounds are numbered by what all ranks know of the schedule, so sends and receives meet in the same
+order on both sides even where each rank knows only its own copies. Within a round everything is
+posted at once and then waited for; rounds come in one order; so no rank can wait for another in a
+circle. Relays come after everything that they pass on.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import zip_longest
 
 import torch
 import torch.distributed as dist
 
 from realloc.layout import Box
-from realloc.reallocation import Copy, Schedule
+from realloc.reallocation import STAGING_BYTES, Copy, Schedule
+from runtime.shared_memory import SharedMemory
+from runtime.shared_transport import Ends, SharedTransport
 
 COALESCE_BYTES = 64 << 10
 """Pieces smaller than this travel in one message per pair of ranks and round.
@@ -28,8 +32,6 @@ Measured on gloo with staging memory kept, 2 and 4 ranks on 2 cores, 64 pieces p
 64 KiB on: their pages cost more than the messages.) In whole schedules of models with few pieces
 below 256 KiB, anything from 16 to 256 KiB was equal within the noise.
 """
-STAGING_BYTES = 256 << 20
-"""Bytes that a rank may have under way, and so staged, at once."""
 
 
 @dataclass(frozen=True)
@@ -70,26 +72,33 @@ def split(copy: Copy, max_elements: int) -> Iterable[Copy]:
     for low in range(start[dim], stop[dim], step):
         high = min(low + step, stop[dim])
         box = Box((*start[:dim], low, *start[dim + 1 :]), (*stop[:dim], high, *stop[dim + 1 :]))
-        yield from split(Copy(copy.param, box, copy.src, copy.dst), max_elements)
+        yield from split(replace(copy, box=box), max_elements)
 
 
-def rounds(copies: Iterable[Copy], max_elements: int) -> list[list[Copy]]:
-    """The copies in order, in rounds in which no rank sends and receives more than `max_elements`."""
-    result: list[list[Copy]] = []
-    under_way: dict[int, int] = {}
-    current: list[Copy] = []
-    for whole in copies:
-        for copy in split(whole, max(1, max_elements)):
-            size = copy.box.num_elements
-            if max(under_way.get(copy.src, 0), under_way.get(copy.dst, 0)) + size > max_elements and current:
-                result.append(current)
-                current, under_way = [], {}
-            under_way[copy.src] = under_way.get(copy.src, 0) + size
-            under_way[copy.dst] = under_way.get(copy.dst, 0) + size
-            current.append(copy)
-    if current:
-        result.append(current)
-    return result
+Rounds = Mapping[tuple[bool, int, int], Sequence[Copy]]
+"""Copies by round: direct ones before relays, parameters in order, parts of large ones in order."""
+
+
+def rounds(copies: Iterable[Copy], peaks: Mapping[str, int], max_elements: int) -> Rounds:
+    """The copies in rounds in which no rank stages more than `max_elements`.
+
+    `peaks` says how much any rank stages for each parameter. A parameter that exceeds the bound is
+    cut into parts, each in a round of its own.
+    """
+    groups: dict[str, tuple[int, int]] = {}
+    group, under_way = 0, 0
+    for param, peak in peaks.items():
+        if under_way + peak > max_elements and under_way:
+            group, under_way = group + 1, 0
+        under_way += peak
+        groups[param] = group, -(-peak // max_elements) if max_elements else 1
+    result: dict[tuple[bool, int, int], list[Copy]] = {}
+    for copy in copies:
+        group, parts = groups[copy.param]
+        limit = max(1, copy.box.num_elements // max(1, parts))
+        for i, part in enumerate(split(copy, limit)):
+            result.setdefault((copy.relay, group, i), []).append(part)
+    return dict(sorted(result.items()))
 
 
 def messages(copies: Iterable[Copy], coalesce_elements: int) -> list[tuple[Copy, ...]]:
@@ -153,12 +162,13 @@ class Staging:
 
 
 class Reallocator:
-    """Moves the parameters of one role from one layout to another, as often as asked.
+    """Moves the tensors of one role from one layout to another, as often as asked.
 
     Built once: it keeps views of the tensors, which must stay in place. `src` and `dst` are what
     this rank holds before and after, None outside the layout. Both dtypes are needed on all
     ranks, as a sender casts to the narrower one before sending. Ranks are global ranks, of
-    `group` or of the whole world.
+    `group` or of the whole world. With `shared`, all ranks of the schedule need one; tensors that
+    lie in such memory are then read by the ranks of their host without messages.
     """
 
     def __init__(
@@ -172,66 +182,133 @@ class Reallocator:
         dst_dtype: torch.dtype,
         group: dist.ProcessGroup | None = None,
         coalesce_bytes: int = COALESCE_BYTES,
-        staging_bytes: int = STAGING_BYTES,
+        max_staging_bytes: int = STAGING_BYTES,
         staging: Staging | None = None,
+        shared: SharedMemory | None = None,
     ) -> None:
         if src is not None:
             src.check(src_dtype)
         if dst is not None:
             dst.check(dst_dtype)
+        self._rank, self._src, self._dst = rank, src, dst
+        self._dtypes = (src_dtype, dst_dtype)
         self._wire = wire_dtype(src_dtype, dst_dtype)
-        self._group = group
+        self._group, self._shared = group, shared
         self._staging = staging or Staging(_device(src, dst))
         width = self._wire.itemsize
+        self._max_elements, self._coalesce = max_staging_bytes // width, coalesce_bytes // width
+        self._cross = [copy for copy in schedule.cross if rank in (copy.src, copy.dst)]
+        self._peaks = _peaks(schedule, casts=src_dtype != dst_dtype)
         self._local = [
-            (_holding(dst).view(copy.param, copy.box), _holding(src).view(copy.param, copy.box))
-            for copy in schedule.local
-            if copy.dst == rank
-        ]
-        self._rounds = [
-            _own(messages(copies, coalesce_bytes // width), rank, src, dst)
-            for copies in rounds(schedule.cross, staging_bytes // width)
+            (self._target(copy), self._source(copy)) for copy in schedule.local if copy.dst == rank
         ]
         self.sent_bytes = schedule.sent_elements(rank) * width
         """What one run sends to other ranks."""
         self.received_bytes = schedule.received_elements(rank) * width
+        self._transport: SharedTransport | None = None
+        self._rounds: tuple[list[list[_Message]], list[list[_Message]]] | None = None
+        if shared is None:
+            self._rounds = self._plan(self._cross)
+
+    @property
+    def staging_bytes(self) -> int:
+        """The buffers that a run needs; known after the first one where memory is shared."""
+        return max(
+            (sum(self._staged(own)) * self._wire.itemsize for part in self._rounds or () for own in part),
+            default=0,
+        )
 
     @torch.no_grad()
     def run(self) -> int:
-        """Moves the parameters; returns the bytes sent to other ranks.
+        """Moves the tensors; returns the bytes sent to other ranks.
 
         Every rank of the schedule must call it, in the same order among reallocations.
         """
-        started = False
-        for own in self._rounds:
-            if not own:
-                continue
-            staged = [message.num_elements for message in own if message.direct(self._wire) is None]
-            self._staging.start(sum(staged) * self._wire.itemsize, len(staged))
-            buffers = [self._buffer(message) for message in own]
-            works = dist.batch_isend_irecv(
-                [
-                    dist.P2POp(
-                        dist.isend if message.sending else dist.irecv, buffer, message.peer, self._group
-                    )
-                    for message, buffer in zip(own, buffers, strict=True)
-                ]
-            )
-            if not started:  # while the first messages travel
+        if self._rounds is None:
+            self._connect()
+        assert self._rounds is not None, "connected"
+        local = False
+        for relay, part in enumerate(self._rounds):
+            if self._transport is not None:
+                self._transport.announce(bool(relay))
+            for own in part:
+                works, buffers = self._post(own)
+                if not local:  # while the first messages travel
+                    self._copy_local()
+                    local = True
+                self._complete(own, works, buffers)
+            if not local:
                 self._copy_local()
-                started = True
-            if len(works) != len(own):  # one for all of them, where the backend batches
-                for work in works:
-                    work.wait()
-                works = []
-            for message, buffer, work in zip_longest(own, buffers, works):
-                if work is not None:
-                    work.wait()
-                if not message.sending:
-                    _unpack(message, buffer)
-        if not started:
-            self._copy_local()
+                local = True
+            if self._transport is not None:
+                self._transport.read(bool(relay))
+        if self._transport is not None:
+            self._transport.finish()
         return self.sent_bytes
+
+    def _connect(self) -> None:
+        """Finds out which copies can be read where they are; the others become messages."""
+        assert self._shared is not None, "rounds are made at once without shared memory"
+        outgoing: dict[int, list[Copy]] = {}
+        incoming: dict[int, list[Copy]] = {}
+        for copy in self._cross:
+            peer, into = (copy.dst, outgoing) if copy.src == self._rank else (copy.src, incoming)
+            into.setdefault(peer, []).append(copy)
+        ends = Ends(outgoing, incoming)
+        self._transport = SharedTransport(
+            ends, self._source, self._target, self._dtypes, self._shared, self._group
+        )
+        self._rounds = self._plan([c for c in self._cross if c not in self._transport.taken])
+
+    def _plan(self, copies: Sequence[Copy]) -> tuple[list[list[_Message]], list[list[_Message]]]:
+        """This rank's messages: rounds of direct ones, rounds of relays."""
+        parts: tuple[list[list[_Message]], list[list[_Message]]] = ([], [])
+        for (relay, _, _), together in rounds(copies, self._peaks, self._max_elements).items():
+            parts[relay].append(self._own(messages(together, self._coalesce)))
+        return parts
+
+    def _own(self, all_messages: Sequence[tuple[Copy, ...]]) -> list[_Message]:
+        """The messages of a round, receives first so that no send finds nobody waiting."""
+        receives, sends = [], []
+        for copies in all_messages:
+            if copies[0].src == self._rank:
+                sends.append(_Message(copies[0].dst, True, tuple(map(self._source, copies))))
+            else:
+                receives.append(_Message(copies[0].src, False, tuple(map(self._target, copies))))
+        return receives + sends
+
+    def _source(self, copy: Copy) -> torch.Tensor:
+        return _holding(self._dst if copy.relay else self._src).view(copy.param, copy.box)
+
+    def _target(self, copy: Copy) -> torch.Tensor:
+        return _holding(self._dst).view(copy.param, copy.box)
+
+    def _staged(self, own: Sequence[_Message]) -> list[int]:
+        """Elements of the messages that need a buffer."""
+        return [message.num_elements for message in own if message.direct(self._wire) is None]
+
+    def _post(self, own: Sequence[_Message]) -> tuple[list[dist.Work], list[torch.Tensor]]:
+        staged = self._staged(own)
+        self._staging.start(sum(staged) * self._wire.itemsize, len(staged))
+        buffers = [self._buffer(message) for message in own]
+        ops = [
+            dist.P2POp(dist.isend if message.sending else dist.irecv, buffer, message.peer, self._group)
+            for message, buffer in zip(own, buffers, strict=True)
+        ]
+        return dist.batch_isend_irecv(ops), buffers
+
+    def _complete(
+        self, own: Sequence[_Message], works: list[dist.Work], buffers: Sequence[torch.Tensor]
+    ) -> None:
+        if len(works) != len(own):  # one for all of them, where the backend batches
+            for work in works:
+                work.wait()
+            works = []
+        for message, buffer, work in zip_longest(own, buffers, works):
+            if work is not None:
+                work.wait()
+            if not message.sending:
+                _unpack(message, buffer)
 
     def _copy_local(self) -> None:
         for target, source in self._local:
@@ -260,20 +337,16 @@ def _device(*holdings: Holding | None) -> torch.device | None:
     return next((tensor.device for tensor in tensors), None)
 
 
-def _own(
-    all_messages: Sequence[tuple[Copy, ...]], rank: int, src: Holding | None, dst: Holding | None
-) -> list[_Message]:
-    """This rank's messages of a round, receives first so that no send finds nobody waiting."""
-    receives, sends = [], []
-    for copies in all_messages:
-        first = copies[0]
-        if first.src == rank:
-            views = tuple(_holding(src).view(copy.param, copy.box) for copy in copies)
-            sends.append(_Message(first.dst, True, views))
-        elif first.dst == rank:
-            views = tuple(_holding(dst).view(copy.param, copy.box) for copy in copies)
-            receives.append(_Message(first.src, False, views))
-    return receives + sends
+def _peaks(schedule: Schedule, casts: bool) -> Mapping[str, int]:
+    """How much any rank stages for each parameter: all of it when it is cast."""
+    if schedule.peaks:
+        return {param: peak.elements if casts else peak.staged for param, peak in schedule.peaks.items()}
+    load: dict[str, dict[int, int]] = {}
+    for copy in schedule.cross:
+        by_rank = load.setdefault(copy.param, {})
+        for rank in (copy.src, copy.dst):
+            by_rank[rank] = by_rank.get(rank, 0) + copy.box.num_elements
+    return {param: max(by_rank.values()) for param, by_rank in load.items()}
 
 
 def _parts(

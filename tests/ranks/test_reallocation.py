@@ -14,9 +14,11 @@ from realloc.layout import Box, layout
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.params import parameters
-from realloc.reallocation import schedule
+from realloc.reallocation import STAGING_BYTES, schedule
 from realloc.strategy import Strategy
-from runtime.reallocation import STAGING_BYTES, Holding, Reallocator
+from runtime.parameters import views_of
+from runtime.reallocation import Holding, Reallocator
+from runtime.shared_memory import SharedMemory
 from tests.ranks.launch import run_ranks
 
 SHAPE = ModelShape(
@@ -67,8 +69,11 @@ def _dense(shape: ModelShape, step: int, dtype: torch.dtype) -> dict[str, torch.
     }
 
 
-def _hold(boxes: dict[str, Box], dtype: torch.dtype) -> Holding:
-    return Holding({p: torch.full(box.shape, torch.nan, dtype=dtype) for p, box in boxes.items()}, boxes)
+def _hold(boxes: dict[str, Box], dtype: torch.dtype, shared: SharedMemory | None = None) -> Holding:
+    total = sum(box.num_elements for box in boxes.values())
+    flat = shared.empty(total, dtype, torch.device("cpu")) if shared else torch.empty(total, dtype=dtype)
+    flat.fill_(torch.nan)
+    return Holding(views_of(flat, boxes), boxes)
 
 
 def _move(
@@ -79,25 +84,32 @@ def _move(
     dtypes: tuple[torch.dtype, torch.dtype],
     coalesce_bytes: int,
     staging_bytes: int,
+    per_node: int,
+    share: bool,
 ) -> list[int]:
     """Moves new weights three times over every pair; returns the bytes sent over each."""
     sent = []
+    shared = SharedMemory() if share else None
     for before, after in pairs:
         a = layout(shape, before.mesh, before.strategy)
         b = layout(shape, after.mesh, after.strategy)
-        plan = schedule(a, b, 4)
-        plan.check(a, b)
-        src = _hold(dict(a.boxes[rank]), dtypes[0]) if rank in a.boxes else None
-        dst = _hold(dict(b.boxes[rank]), dtypes[1]) if rank in b.boxes else None
+        plan = schedule(a, b, per_node)
+        plan.check(a, b, per_node)
+        # what is not in shared memory goes by messages
+        src = (
+            _hold(dict(a.boxes[rank]), dtypes[0], shared if rank != 1 else None) if rank in a.boxes else None
+        )
+        dst = _hold(dict(b.boxes[rank]), dtypes[1], shared) if rank in b.boxes else None
         mover = Reallocator(
-            plan,
+            schedule(a, b, per_node, rank),
             rank,
             src,
             dst,
             src_dtype=dtypes[0],
             dst_dtype=dtypes[1],
             coalesce_bytes=coalesce_bytes,
-            staging_bytes=staging_bytes,
+            max_staging_bytes=staging_bytes,
+            shared=shared,
         )
         if rank not in plan.ranks:
             assert mover.sent_bytes == 0
@@ -109,6 +121,11 @@ def _move(
                 for param, box in src.boxes.items():
                     src.tensors[param].copy_(dense[param][box.slices])
             count = mover.run()
+            # whole parts of a few rows are cut no finer than an element
+            assert mover.staging_bytes <= max(staging_bytes, 4000)
+            if src:  # a run is over only when nobody reads this rank's tensors any more
+                for tensor in src.tensors.values():
+                    tensor.fill_(torch.nan)
             if dst:
                 for param, box in dst.boxes.items():
                     expected = dense[param][box.slices].to(dtypes[1])
@@ -125,19 +142,34 @@ def _run(
     width: int = 4,
     coalesce_bytes: int = 2000,
     staging_bytes: int = STAGING_BYTES,
+    per_node: int = 4,
+    share: bool = False,
 ) -> None:
-    sent = run_ranks(_move, 4, SHAPES[name], pairs, dtypes, coalesce_bytes, staging_bytes, timeout_s=60)
+    options = (dtypes, coalesce_bytes, staging_bytes, per_node, share)
+    sent = run_ranks(_move, 4, SHAPES[name], pairs, *options, timeout_s=60)
     for i, (before, after) in enumerate(pairs):
         shape = SHAPES[name]
         a = layout(shape, before.mesh, before.strategy)
         b = layout(shape, after.mesh, after.strategy)
-        plan = schedule(a, b, 4)
+        plan = schedule(a, b, per_node)
         assert [of_rank[i] for of_rank in sent] == [width * plan.sent_elements(r) for r in range(4)]
 
 
 @pytest.mark.parametrize("name", list(SHAPES))
 def test_equals_a_dense_copy(name: str) -> None:
     _run(name, [(src, dst) for shape, src, dst in PAIRS if shape == name])
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_nodes_get_a_part_once_and_pass_it_on(share: bool) -> None:
+    """Nodes of two ranks: relays, and copies through shared memory beside messages."""
+    pairs = [(src, dst) for shape, src, dst in PAIRS if shape == "gqa"]
+    pairs += [
+        (_place(0, 2, 1, 2, 1), _place(2, 2, 1, 1, 2)),
+        (_place(0, 4, 1, 2, 2), Placement(DeviceMesh(0, 4, 4), Strategy(4, zero=3))),
+        (Placement(DeviceMesh(0, 4, 4), Strategy(2, 2, zero=3)), _place(0, 4, 4, 1, 1)),
+    ]
+    _run("gqa", pairs, per_node=2, share=share, dtypes=(torch.float32, torch.bfloat16), width=2)
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,14 @@ from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.model_zoo import named_shapes
 from realloc.params import parameters
-from realloc.reallocation import Copy, Schedule, lower_bound, schedule, schedule_bytes
+from realloc.reallocation import (
+    Copy,
+    Schedule,
+    lower_bound,
+    node_lower_bound,
+    schedule,
+    schedule_bytes,
+)
 from realloc.routes import ScheduleError
 from realloc.strategy import Strategy
 
@@ -96,7 +103,8 @@ def test_copies_give_what_a_dense_copy_gives(case: tuple[ModelShape, Placement, 
     writes = {r: {p: np.zeros(b.shape, int) for p, b in bs.items()} for r, bs in dst.boxes.items()}
     for copy in plan.copies:
         into = copy.box.within(dst.boxes[copy.dst][copy.param])
-        given_part = before[copy.src][copy.param][copy.box.within(src.boxes[copy.src][copy.param])]
+        holding, tensors = (dst, after) if copy.relay else (src, before)
+        given_part = tensors[copy.src][copy.param][copy.box.within(holding.boxes[copy.src][copy.param])]
         assert given_part.shape == copy.box.shape
         after[copy.dst][copy.param][into] = given_part
         writes[copy.dst][copy.param][into] += 1
@@ -104,7 +112,7 @@ def test_copies_give_what_a_dense_copy_gives(case: tuple[ModelShape, Placement, 
         for param, box in boxes.items():
             np.testing.assert_array_equal(after[rank][param], dense[param][box.slices])
             assert (writes[rank][param] == 1).all()
-    plan.check(src, dst)
+    plan.check(src, dst, GPUS_PER_NODE)
 
 
 @settings(max_examples=150, deadline=None)
@@ -118,6 +126,12 @@ def test_only_what_a_rank_lacks_crosses(case: tuple[ModelShape, Placement, Place
         boxes = which.boxes.get(rank, {})
         return {int(i) for p, b in boxes.items() for i in dense[p][b.slices].flat}
 
+    def on_nodes(which: Layout) -> set[tuple[int, int]]:
+        return {(r // GPUS_PER_NODE, i) for r in which.ranks for i in elements(which, r)}
+
+    far = [c for c in plan.cross if c.src // GPUS_PER_NODE != c.dst // GPUS_PER_NODE]
+    entering = len(on_nodes(dst) - on_nodes(src))
+    assert sum(c.box.num_elements for c in far) == entering == node_lower_bound(src, dst, GPUS_PER_NODE)
     lacking = {r: len(elements(dst, r) - elements(src, r)) for r in dst.ranks}
     assert {r: plan.received_elements(r) for r in dst.ranks} == lacking
     assert plan.cross_elements == sum(lacking.values()) == lower_bound(src, dst)
@@ -158,9 +172,22 @@ def test_all_ranks_derive_the_same(case: tuple[ModelShape, Placement, Placement]
 
 @settings(max_examples=60, deadline=None)
 @given(cases())
+def test_a_rank_lists_its_own_copies_alone(case: tuple[ModelShape, Placement, Placement]) -> None:
+    src, dst = _layouts(case)
+    plan = schedule(src, dst, GPUS_PER_NODE)
+    for rank in {*src.ranks, *dst.ranks}:
+        own = schedule(src, dst, GPUS_PER_NODE, rank)
+        assert own == plan.of(rank)
+        assert all(own.copies), "no copy of others"
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases())
 def test_a_holder_on_the_node_is_preferred(case: tuple[ModelShape, Placement, Placement]) -> None:
     src, dst = _layouts(case)
     for copy in schedule(src, dst, GPUS_PER_NODE).cross:
+        if copy.relay:
+            assert copy.src // GPUS_PER_NODE == copy.dst // GPUS_PER_NODE
         node = copy.dst // GPUS_PER_NODE
         near = [
             rank
