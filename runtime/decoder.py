@@ -19,7 +19,7 @@ from realloc.model_shape import ModelShape
 from realloc.params import EMBED, FINAL_NORM, HEAD, chunk_layers, stage_layers
 from realloc.strategy import Recompute, Schedule
 from runtime import tensor_parallel as tp
-from runtime.attention import DecodeStep, KVCache, PackedSequences, decode_attention, packed_attention
+from runtime.attention import PackedSequences, packed_attention
 from runtime.linear import Backward, WeightGradients, linear
 from runtime.parallel import ParallelContext
 from runtime.recompute import Part, recomputed
@@ -111,47 +111,17 @@ class Decoder:
     def _head_name(self) -> str:
         return HEAD if HEAD in self.boxes else EMBED
 
-    def new_cache(self, slots: int, max_tokens: int) -> KVCache:
-        """A cache for `slots` sequences of up to `max_tokens` tokens on this shard and stage."""
-        return KVCache(
-            len(self.layers),
-            slots,
-            self.num_kv_heads,
-            max_tokens,
-            self.shape.head_dim,
-            self.dtype,
-            self.context.device,
-        )
-
-    def forward(
-        self, x: torch.Tensor, packed: PackedSequences, chunk: int = 0, *, cache: KVCache | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, packed: PackedSequences, chunk: int = 0) -> torch.Tensor:
         """Packed sequences through one chunk of this stage.
 
         x: token ids [T] int64 where the chunk `embeds`, hidden states [num_rows(T), hidden] elsewhere.
-        Returns hidden states [num_rows(T), hidden]; where it `ends` [T, hidden], normed for the
-        head. With a `cache`, keys and values of sequence i are also stored in its slot i.
+        Returns hidden states [num_rows(T), hidden]; where it `ends` [T, hidden], normed for the head.
         """
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            if cache is not None:
-                cache.write(layer, packed.sequence_index, packed.positions, k, v)
             return packed_attention(q, k, v, packed)
 
         return self._run(x, packed.positions, attend, chunk)
-
-    def decode(self, x: torch.Tensor, step: DecodeStep, cache: KVCache) -> torch.Tensor:
-        """One token per live slot through this stage, appended to the cache.
-
-        x: token ids [n] int64 on the first stage, hidden states [n, hidden] on the others;
-        returns hidden states [n, hidden] as `forward` does.
-        """
-
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            cache.write(layer, step.slots, step.positions, k, v)
-            return decode_attention(q, cache, layer, step)
-
-        return self._run(x, step.positions, attend)
 
     def embeds(self, chunk: int) -> bool:
         """Whether the chunk is the model's first."""

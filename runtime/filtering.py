@@ -97,7 +97,7 @@ def _largest(
 
     All logits at or above the floor [n] are in the list.
     """
-    if group is not None:
+    if group is not None and count > max(CANDIDATES):
         widest = torch.tensor([logits.shape[1]], device=logits.device)
         dist.all_reduce(widest, op=dist.ReduceOp.MAX, group=group)
         count = min(count, int(widest))
