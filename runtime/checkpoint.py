@@ -112,7 +112,7 @@ class Saver:
         self._store, self._options, self._write_tensors = store, options, write
         everything = shares(stored_of(plan))
         self._pieces: tuple[Piece, ...] = everything.get(rank, ())
-        self._snapshot: dict[str, torch.Tensor] | None = None
+        self._snapshot: dict[str, torch.Tensor] = {}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
         self._stop = threading.Event()
@@ -162,22 +162,21 @@ class Saver:
 
     def _take(self) -> dict[str, torch.Tensor]:
         """Copies this rank's pieces to host buffers, which are kept for the next checkpoint."""
-        states = {name: held_states(role) for name, role in self._roles.items()}
-        if self._snapshot is None:
-            self._snapshot = {
-                piece.key: _host_buffer(states[piece.role][piece.state].tensors[piece.param], piece.box)
-                for piece in self._pieces
-            }
         for name, role in self._roles.items():
-            with torch.no_grad(), role.memory.on_device():  # what waits in host memory comes for a moment
-                for piece in self._pieces:
-                    if piece.role != name:
-                        continue
-                    held = states[piece.role][piece.state]
+            pieces = [piece for piece in self._pieces if piece.role == name]
+            if not pieces:
+                continue
+            states = held_states(role)
+            role.memory.wait()
+            with role.memory.on_device(), torch.no_grad():  # what waits in host memory comes for a moment
+                for piece in pieces:
+                    held = states[piece.state]
                     source = held.tensors[piece.param][piece.box.within(held.boxes[piece.param])]
+                    if piece.key not in self._snapshot:
+                        self._snapshot[piece.key] = _host_buffer(source)
                     self._snapshot[piece.key].copy_(source, non_blocking=True)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
         return self._snapshot
 
     # in the background ------------------------------------------------------------------------
@@ -269,5 +268,5 @@ def _key(done: int, rank: int) -> str:
     return f"{done}/{rank}"
 
 
-def _host_buffer(like: torch.Tensor, box: Box) -> torch.Tensor:
-    return torch.empty(box.shape, dtype=like.dtype, pin_memory=like.device.type == "cuda")
+def _host_buffer(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, pin_memory=like.is_cuda)

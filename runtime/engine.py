@@ -166,13 +166,14 @@ class Engine:
         models = [role.by_call.get(str(name)) for name in (node.src, node.dst)]
         held = [None if m is None else Holding(m.params.views, m.params.boxes) for m in models]
         dtype = DTYPES[self._plan.experiment.dtype]
-        return Reallocator(
-            schedule(src, dst, self._plan.cluster.gpus_per_node),
-            self._rank,
-            *held,
-            src_dtype=dtype,
-            dst_dtype=dtype,
-        )
+        with role.memory.on_device():  # it takes views, which need memory to be of
+            return Reallocator(
+                schedule(src, dst, self._plan.cluster.gpus_per_node),
+                self._rank,
+                *held,
+                src_dtype=dtype,
+                dst_dtype=dtype,
+            )
 
 
 def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:
