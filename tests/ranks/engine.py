@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.numpy import load_file
+from safetensors.torch import load_file
 
 from experiments import toy
 from realloc.files import Reader
@@ -129,8 +129,14 @@ def run(plan: ExecutionPlan, folder: Path, *, timeout_s: float = 120.0) -> Outco
         combine(result["sums"][iteration] for result in results if result["reports"])
         for iteration in range(plan.experiment.iterations)
     )
-    weights = {role.name: load_file(role / "model.safetensors") for role in (folder / "models").iterdir()}
+    weights = {role.name: read_weights(role) for role in (folder / "models").iterdir()}
     return Outcome(metrics, tuple(tokens), weights, plan.node_order)
+
+
+def read_weights(folder: str | Path) -> Mapping[str, NDArray[Any]]:
+    """A checkpoint's tensors in fp32, as numpy has no bf16."""
+    tensors = load_file(Path(folder) / "model.safetensors")
+    return {name: tensor.float().numpy() for name, tensor in tensors.items()}
 
 
 def _rank(rank: int, world_size: int, plan_path: str, folder: str) -> dict[str, Any]:
