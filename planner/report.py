@@ -10,9 +10,10 @@ from collections.abc import Mapping, Sequence
 from textwrap import wrap
 from typing import Any
 
-from planner.candidates import describe_bytes, gib
+from planner.infeasible import describe_bytes
+from planner.options import gib
 from planner.result import Alternative, SearchResult
-from realloc.augmented import NodeKind, Placement
+from realloc.augmented import NodeKind, Placement, copied_causes
 from realloc.strategy import strategy_content
 
 WIDTH = 100
@@ -75,7 +76,11 @@ def _moves(result: SearchResult) -> str:
     assert predictions is not None
     seconds = predictions.node_s
     calls = result.plan.placements
-    moves = {name: s for name, s in seconds.items() if name not in calls}
+    # what is dropped takes no time
+    dropped = {
+        n.name for n in result.plan.augmented.nodes if n.kind is NodeKind.OFFLOAD and not seconds[n.name]
+    }
+    moves = {name: s for name, s in seconds.items() if name not in calls and name not in dropped}
     if not moves:
         return "Nothing moves between calls: they share their meshes and layouts."
     small = 0.001 * result.iteration_s
@@ -92,10 +97,10 @@ def _moves(result: SearchResult) -> str:
 def _ends(name: str, result: SearchResult) -> tuple[str, str, str]:
     """What moves from where to where: an augmented node's name, made readable."""
     kind, first, last, *_ = name.split(":")
-    if kind == NodeKind.LOAD:
-        return f"what {last} keeps", "host memory", last
-    if kind == NodeKind.OFFLOAD:
-        return f"what {last} keeps", last, "host memory"
+    if kind in (NodeKind.LOAD, NodeKind.OFFLOAD):
+        causes = copied_causes(result.plan.graph, result.plan.augmented.by_name[name])
+        ends = ("host memory", last) if kind == NodeKind.LOAD else (last, "host memory")
+        return f"{' and '.join(causes)} of {first}", *ends
     if kind == NodeKind.REALLOCATE:
         return f"parameters of {first}", "its train_step", last
     return "data", first, last

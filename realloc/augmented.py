@@ -44,6 +44,7 @@ class NodeKind(StrEnum):
     OFFLOAD = "offload"
 
 
+_COPIES = (NodeKind.LOAD, NodeKind.OFFLOAD)
 PARAMETERS, GRADIENTS, OPTIMIZER = "parameters", "gradients", "optimizer"
 """What of a role can be absent from the device between its uses."""
 
@@ -106,11 +107,16 @@ class AugmentedGraph:
 
     @cached_property
     def _default_order(self) -> tuple[str, ...]:
+        # without loads and offloads first: where things wait does not change what runs when
+        fixed = {node.name: i for i, node in enumerate(self.nodes) if node.kind not in _COPIES}
         within: nx.DiGraph[str] = nx.DiGraph()
-        within.add_nodes_from(node.name for node in self.nodes)
-        within.add_edges_from((edge.src, edge.dst) for edge in self.edges if edge.lag == 0)
-        position = {node.name: (node.kind is not NodeKind.TRANSFER, i) for i, node in enumerate(self.nodes)}
-        return self.place_copies(nx.lexicographical_topological_sort(within, key=position.__getitem__))
+        within.add_nodes_from(fixed)
+        within.add_edges_from(
+            (edge.src, edge.dst)
+            for edge in self.edges
+            if edge.lag == 0 and edge.src in fixed and edge.dst in fixed
+        )
+        return self.place_copies(nx.lexicographical_topological_sort(within, key=fixed.__getitem__))
 
     def place_copies(self, order: Iterable[str], ahead: bool = False) -> tuple[str, ...]:
         """The order with every load right before the first node that waits for it, and every offload
@@ -118,8 +124,7 @@ class AugmentedGraph:
 
         `ahead`: loads come one call earlier on their ranks, so that they overlap with that call.
         """
-        moved = (NodeKind.LOAD, NodeKind.OFFLOAD)
-        fixed = [name for name in order if self.by_name[name].kind not in moved]
+        fixed = [name for name in order if self.by_name[name].kind not in _COPIES]
         if len(fixed) == len(self.nodes):
             return tuple(fixed)
         position = {name: i for i, name in enumerate(fixed)}
