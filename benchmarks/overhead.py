@@ -34,7 +34,6 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -66,7 +65,11 @@ def unexplained(trace: Trace, order: Sequence[str]) -> Mapping[str, Any]:
     for record in steady:
         if record.node in place:
             nodes[record.iteration, place[record.node]].append(record)
-    start = {rank: min(r.start_s for r in steady if r.rank == rank) for rank in range(trace.world_size)}
+    # each rank begins where its first iteration ended, so that what comes between iterations counts
+    start = {
+        rank: max(r.end_s for r in trace.records if r.rank == rank and r.iteration == first)
+        for rank in range(trace.world_size)
+    }
     end = {rank: max(r.end_s for r in steady if r.rank == rank) for rank in range(trace.world_size)}
     free, busy = replay([nodes[key] for key in sorted(nodes)], start)
     ranks = []
@@ -80,7 +83,7 @@ def unexplained(trace: Trace, order: Sequence[str]) -> Mapping[str, Any]:
                 "busy_share": busy[rank] / span,
                 "planned_wait_share": 1.0 - busy[rank] / span - lost,
                 "unexplained_share": lost,
-                "between_nodes_share": _gaps([r for r in steady if r.rank == rank]) / span,
+                "between_nodes_share": _gaps([r for r in steady if r.rank == rank], start[rank]) / span,
             }
         )
     return {"unexplained_share": max(r["unexplained_share"] for r in ranks), "ranks": ranks}
@@ -107,10 +110,11 @@ def replay(
     return free, busy
 
 
-def _gaps(records: Sequence[TraceRecord]) -> float:
-    """Seconds of one rank between the end of a node and the start of its next."""
+def _gaps(records: Sequence[TraceRecord], start_s: float) -> float:
+    """Seconds of one rank, from `start_s` on, between the end of a node and the start of its next."""
     ordered = sorted(records, key=lambda r: r.start_s)
-    return sum(max(0.0, b.start_s - a.end_s) for a, b in pairwise(ordered))
+    ends = [start_s, *(r.end_s for r in ordered)]
+    return sum(max(0.0, r.start_s - end) for end, r in zip(ends, ordered, strict=False))
 
 
 def overlap(trace: Trace, one: str, other: str) -> float:
