@@ -203,18 +203,19 @@ class Decoder:
         self, x: torch.Tensor, name: str, index: int, rotary: Rotary, attend: Attend, region: tp.Region
     ) -> torch.Tensor:
         def attention(value: torch.Tensor, again: bool) -> torch.Tensor:
-            return self._attention(value, f"{name}.attn", index, rotary, attend, again)
+            # entered here, so that under sequence parallelism a part keeps its own rows alone
+            return self._attention(region.enter(value), f"{name}.attn", index, rotary, attend, again)
 
         def mlp(value: torch.Tensor, again: bool) -> torch.Tensor:
-            return self._mlp(value, f"{name}.mlp", again)
+            return self._mlp(region.enter(value), f"{name}.mlp", again)
 
         def layer(x: torch.Tensor, again: bool) -> torch.Tensor:
             parallel = self.shape.parallel_residual
-            attn_in = region.enter(self._norm(x, f"{name}.attn_norm"))
+            attn_in = self._norm(x, f"{name}.attn_norm")
             attn = self._part(Recompute.SELECTIVE, attention, attn_in, again and parallel)
             if not parallel:
                 x = self._add_bias(x + region.leave(attn), f"{name}.attn.o")
-            mlp_in = region.enter(self._norm(x, f"{name}.mlp_norm"))
+            mlp_in = self._norm(x, f"{name}.mlp_norm")
             out = self._part(Recompute.SELECTIVE, mlp, mlp_in, again)
             if parallel:
                 x = self._add_bias(x + region.leave(attn + out), f"{name}.attn.o")
