@@ -15,6 +15,7 @@ from planner.candidates import Candidate, CandidateSet
 from planner.costs import Costs, Memory, MoveCosts
 from planner.memory import worst_gpu
 from planner.precedence import Precedence, list_schedule, rank_arcs
+from planner.rows import Row, load, version_cycles
 from planner.simulator import list_order, period_s, precedence_of, steady_state
 from realloc.augmented import (
     PARAMETERS,
@@ -32,10 +33,6 @@ from realloc.dataflow import CallKind, DataflowGraph
 from realloc.experiment import Experiment
 
 Choice = tuple[int, ...]
-# seconds, first GPU, GPU after the last, mask, layout, single, resident key, parameters, other
-# resident bytes, working bytes; with offload, when what a call keeps counts as working, its
-# parameters (0 otherwise), which do so only where no other call keeps them resident
-Row = tuple[float, int, int, int, int, int, int, int, int, int, int]
 _COPIED_AT_MOST = 4096
 
 
@@ -101,7 +98,7 @@ class Problem:
             tuple(self._row(i, candidate) for candidate in candidates)
             for i, candidates in enumerate(self.candidates)
         )
-        self.cycles = _version_cycles(len(graph.calls), self._edges, self._users)
+        self.cycles = version_cycles(len(graph.calls), self._edges, self._users)
         self.call_order = self._topological()
         self._structures: dict[tuple[int, ...], _Structure] = {}
         self._transfer_s: dict[tuple[int, int, int], float] = {}
@@ -442,55 +439,3 @@ def _period_s(structure: _Structure, seconds: Sequence[float], masks: Sequence[i
     order, ends = list_schedule(structure.precedence, seconds, masks)
     arcs = rank_arcs(structure.precedence, order, masks)
     return steady_state(order, arcs, seconds, ends).period_s
-
-
-def load(rows: Sequence[Row], gpu: int) -> tuple[int, float]:
-    """Peak bytes on a GPU, and the seconds that calls occupy it.
-
-    With offload a lower bound of the bytes: at least what a call loads is there while it runs.
-    """
-    size = working = passing = 0
-    busy = 0.0
-    held = []
-    for row in rows:
-        if row[1] <= gpu < row[2]:
-            busy += row[0]
-            size += row[8]
-            if row[10]:
-                passing = 1
-            elif row[6] not in held:
-                held.append(row[6])
-                size += row[7]
-            working = max(working, row[9])
-    if passing:
-        for row in rows:
-            if row[10] and row[1] <= gpu < row[2] and row[6] not in held:
-                working = max(working, row[9] + row[10])
-    return size + working, busy
-
-
-def _version_cycles(
-    num_calls: int,
-    edges: Sequence[tuple[int, int, tuple[str, ...]]],
-    users: Sequence[tuple[int, int]],
-    most: int = 32,
-) -> tuple[tuple[int, ...], ...]:
-    """Paths from a call to the train_step whose parameters it waits for in the next iteration.
-
-    The calls of such a path run one after the other within one period. A call alone is a path too.
-    At most `most` paths: leaving some out weakens bounds, nothing else.
-    """
-    successors: dict[int, list[int]] = {}
-    for src, dst, _ in edges:
-        successors.setdefault(src, []).append(dst)
-    found: list[tuple[int, ...]] = [(i,) for i in range(num_calls)]
-    for user, trainer in users:
-        stack: list[tuple[int, ...]] = [(user,)]
-        while stack and len(found) < num_calls + most:
-            path = stack.pop()
-            if path[-1] == trainer:
-                found.append(path)
-                continue
-            stack += [(*path, after) for after in successors.get(path[-1], ()) if after not in path]
-    # a path within a longer one says nothing more
-    return tuple(p for p in found if not any(p != q and set(p) <= set(q) for q in found))

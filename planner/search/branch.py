@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 
-from planner.problem import Problem, Row, load
+from planner.problem import Problem
 from planner.result import SearchResult
+from planner.rows import Row, load
 from planner.search.descent import descend, fit, starts
 from planner.search.method import Record
 

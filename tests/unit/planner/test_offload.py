@@ -11,7 +11,7 @@ import pytest
 from planner.api import search_plan
 from planner.candidates import Limits
 from planner.memory import gpu_memory
-from planner.problem import load
+from planner.rows import load
 from planner.simulator import simulate
 from realloc.augmented import AugmentedGraph, Edge, Node, NodeKind, Placement, augment
 from realloc.cluster import Cluster
