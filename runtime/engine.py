@@ -168,11 +168,12 @@ class Engine:
         dtype = DTYPES[self._plan.experiment.dtype]
         with role.memory.on_device():  # it takes views, which need memory to be of
             return Reallocator(
-                schedule(src, dst, self._plan.cluster.gpus_per_node),
+                schedule(src, dst, self._plan.cluster.gpus_per_node, self._rank),
                 self._rank,
                 *held,
                 src_dtype=dtype,
                 dst_dtype=dtype,
+                shared=role.shared,
             )
 
 

@@ -6,12 +6,21 @@ what the decoder computes with. Loading and reallocation write into the views.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
 
 from realloc.layout import Box
+
+
+Allocator = Callable[[int, torch.dtype, torch.device], torch.Tensor]
+"""(elements, dtype, device) -> an uninitialised flat tensor."""
+
+
+def empty(num_elements: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An uninitialised flat tensor in ordinary memory."""
+    return torch.empty(num_elements, dtype=dtype, device=device)
 
 
 @dataclass(frozen=True)
@@ -28,10 +37,12 @@ class FlatParameters:
         return slice(start, start + self.views[name].numel())
 
 
-def allocate(boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device) -> FlatParameters:
+def allocate(
+    boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device, allocator: Allocator = empty
+) -> FlatParameters:
     """Uninitialised parameters for these boxes."""
     total = sum(box.num_elements for box in boxes.values())
-    flat = torch.empty(total, dtype=dtype, device=device)
+    flat = allocator(total, dtype, device)
     return FlatParameters(boxes, flat, views_of(flat, boxes))
 
 

@@ -18,7 +18,8 @@ from runtime.decoder import Decoder
 from runtime.hf import load_boxes
 from runtime.offload import RoleMemory, role_memory
 from runtime.parallel import Groups, ParallelContext
-from runtime.parameters import FlatParameters, allocate
+from runtime.parameters import Allocator, FlatParameters, allocate, empty
+from runtime.shared_memory import SharedMemory
 from runtime.training import Trainer
 from runtime.zero import GatheredParameters
 
@@ -54,6 +55,8 @@ class RankRole:
     trainer: Trainer | None = None
     memory: RoleMemory = field(default_factory=RoleMemory)
     """What of it comes to the device and leaves it again."""
+    shared: SharedMemory | None = None
+    """Where the parameters may lie, on CPUs: ranks of one host then reallocate without messages."""
 
     @property
     def home_model(self) -> RankModel | None:
@@ -75,10 +78,15 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
     graph, experiment = plan.graph, plan.experiment
     dtype = DTYPES[experiment.dtype]
     roles: dict[str, RankRole] = {}
+    shared = SharedMemory() if device.type == "cpu" else None
     for name in graph.roles:
         spec = experiment.models[name]
         shape = experiment.role_shape(graph, name)
-        role = RankRole(shape, plan.placements[home_call(graph, name).name])
+        role = RankRole(shape, plan.placements[home_call(graph, name).name], shared=shared)
+        # memory that comes and goes cannot be shared; frozen parameters are never reallocated
+        leaves = any(plan.placements[call.name].strategy.offload for call in graph.calls_of(name))
+        moves = graph.trainer(name) is not None and not leaves
+        allocator = shared.empty if shared is not None and moves else empty
         layouts: dict[object, RankModel] = {}
         for call in graph.calls_of(name):
             placement = plan.placements[call.name]
@@ -87,7 +95,7 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
                 continue
             key = placement.layout_key
             if key not in layouts:
-                layouts[key] = _load(spec.model, shape, context, dtype)
+                layouts[key] = _load(spec.model, shape, context, dtype, allocator)
             # its own decoder: calls of one layout may differ in what the layout does not say
             role.by_call[call.name] = layouts[key].in_context(context)
             role.contexts[call.name] = context
@@ -103,10 +111,12 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
     return roles
 
 
-def _load(folder: str, shape: ModelShape, context: ParallelContext, dtype: torch.dtype) -> RankModel:
+def _load(
+    folder: str, shape: ModelShape, context: ParallelContext, dtype: torch.dtype, allocator: Allocator
+) -> RankModel:
     strategy, at = context.strategy, context.at
     boxes = held_boxes(shape, strategy, at)
-    params = allocate(boxes, dtype, context.device)
+    params = allocate(boxes, dtype, context.device, allocator)
     loaded = load_boxes(folder, shape, boxes, dtype, context.device)
     with torch.no_grad():
         for name, view in params.views.items():
