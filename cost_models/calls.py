@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from cost_models.communication import Communication, group_shape
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack
@@ -19,7 +20,6 @@ from cost_models.zero import gradients_s, resident_elements
 from realloc.dataflow import Call, CallKind, Output
 from realloc.experiment import Lengths, Workload
 from realloc.mesh import DeviceMesh
-from realloc.params import stage_layers
 from realloc.strategy import Recompute, Strategy
 
 TERMS = (
@@ -61,6 +61,7 @@ class Seconds:
         return Seconds(self.compute + other.compute, self.tp + other.tp, self.weight + other.weight)
 
 
+@lru_cache(maxsize=1024)
 def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
     """The kinds of stages of a pipeline whose stages hold so many layers."""
     last = len(num_layers_of) - 1
@@ -93,12 +94,14 @@ class CallPricer:
         mesh: DeviceMesh,
         strategy: Strategy,
         workload: Workload,
+        communication: Communication | None = None,
     ) -> None:
+        """`communication`: that of the mesh, where it is kept."""
         self._profile = profile
         self._costs = costs
         self._strategy = strategy
         self._workload = workload
-        self._communication = Communication(profile, mesh)
+        self._communication = communication or Communication(profile, mesh)
         self._tp_group = group_shape(mesh, 1, strategy.tp)
         self._dp_group = group_shape(mesh, strategy.tp, strategy.dp)
         self._mesh_group = group_shape(mesh, 1, mesh.size)
@@ -106,9 +109,7 @@ class CallPricer:
             mesh, (strategy.pp - 1) * strategy.dp * strategy.tp, min(2, strategy.pp)
         )
         self._slowdown = profile.slowdown(min(mesh.size, mesh.gpus_per_node))
-        pp, virtual = strategy.pp, strategy.virtual_stages
-        layers = tuple(len(stage_layers(costs.shape, pp, i, virtual)) for i in range(pp))
-        self._stages = distinct_stages(layers)
+        self._stages = distinct_stages(costs.num_layers_of(strategy.pp, strategy.virtual_stages))
         # attention and MLP are summed together where both add to the same residual
         self._layer_reductions = 1 if costs.shape.parallel_residual else 2
 
@@ -252,7 +253,7 @@ class CallPricer:
         messages = messages_on_path(self._strategy, micro_batches)
         terms["pp_communication"] += messages * self._communication.stage_message_s(message_bytes)
 
-    def _held(self, stage: Stage) -> tuple[list[int], int]:
+    def _held(self, stage: Stage) -> tuple[tuple[int, ...], int]:
         """Elements of the stage's units, and how many parameter tensors it has."""
         where = (self._strategy.pp, stage.index, self._strategy.virtual_stages)
         return self._costs.stage_units(*where), self._costs.stage_params(*where)
@@ -300,16 +301,15 @@ class CallPricer:
         return Seconds(compute * self._slowdown, tp)
 
     def _again(self, stage: Stage, pack: Pack) -> Seconds:
-        """What the backward pass computes again. The whole layer's sum over tp is the only one in it."""
+        """What the backward pass computes again. Whole layers repeat their messages but for the last."""
         recompute, split = self._strategy.recompute, self._strategy.sequence_parallel
         if recompute is Recompute.NONE:
             return Seconds()
         compute = stage.layers * self._costs.recompute_layer_s(pack, recompute, split)
         tp = 0.0
-        if self._strategy.tp > 1:
+        if recompute is Recompute.FULL and self._strategy.tp > 1:
             tp = 2 * self._enter_s(pack.tokens)
-            if recompute is Recompute.FULL:
-                tp += (self._layer_reductions - 1) * self._leave_s(pack.tokens)
+            tp += (self._layer_reductions - 1) * self._leave_s(pack.tokens)
         return Seconds(compute * self._slowdown, stage.layers * tp)
 
     def _backward(self, stage: Stage, pack: Pack) -> Seconds:

@@ -39,6 +39,7 @@ class Communication:
         self._profile = profile
         self._per_node = min(mesh.size, mesh.gpus_per_node)
         self._across = mesh.num_nodes > 1
+        self._lines: dict[tuple[str, GroupShape], tuple[float, float]] = {}
 
     def _contention(self, group: GroupShape) -> float:
         """A measured collective had the cores to itself; on CPU hosts other groups take their share."""
@@ -52,6 +53,14 @@ class Communication:
         """
         if group.size < 2:
             return 0.0
+        key = (collective, group)
+        if key not in self._lines:  # seconds are linear in bytes
+            latency = self._collective_s(collective, group, 0.0)
+            self._lines[key] = latency, self._collective_s(collective, group, 1e12) - latency
+        latency, per_tera = self._lines[key]
+        return latency + per_tera * size_bytes * 1e-12
+
+    def _collective_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
         if group.nodes == 1:
             seconds = self._intra.collective_s(collective, group.per_node, size_bytes)
             return seconds * self._contention(group)

@@ -95,6 +95,8 @@ class ComputeCosts:
         self._inside = (6 * (q + kv) + mlp) * self.element_bytes
         self._elementwise = self._outside + self._inside
         self._layers: dict[tuple[str, Pack, bool], float] = {}
+        self._units: dict[tuple[int, int, int], tuple[int, ...]] = {}
+        self._layers_of: dict[tuple[int, int], tuple[int, ...]] = {}
 
     def partial_elements(self, sequence_parallel: bool) -> int:
         """Elements of a layer whose gradients are summed over the tensor-parallel group."""
@@ -104,18 +106,29 @@ class ComputeCosts:
         """Parameters that a rank of the stage computes with."""
         return sum(self.stage_units(pp, stage, virtual))
 
-    def stage_units(self, pp: int, stage: int, virtual: int = 1) -> list[int]:
+    def num_layers_of(self, pp: int, virtual: int = 1) -> tuple[int, ...]:
+        """How many layers each stage holds."""
+        key = (pp, virtual)
+        if key not in self._layers_of:
+            stages = (stage_layers(self.shape, pp, stage, virtual) for stage in range(pp))
+            self._layers_of[key] = tuple(map(len, stages))
+        return self._layers_of[key]
+
+    def stage_units(self, pp: int, stage: int, virtual: int = 1) -> tuple[int, ...]:
         """Elements of each unit that ZeRO moves at a time: embedding, layers, final norm with head."""
-        layers = len(stage_layers(self.shape, pp, stage, virtual))
-        ends = self._ends(pp, stage)
-        embed = sum(local_elements(spec, self.tp) for spec in ends if spec.name == EMBED)
-        head = sum(local_elements(spec, self.tp) for spec in ends if spec.name != EMBED)
-        return [size for size in (embed, *[self.layer_elements] * layers, head) if size]
+        key = (pp, stage, virtual)
+        if key not in self._units:
+            layers = self.num_layers_of(pp, virtual)[stage]
+            ends = self._ends(pp, stage)
+            embed = sum(local_elements(spec, self.tp) for spec in ends if spec.name == EMBED)
+            head = sum(local_elements(spec, self.tp) for spec in ends if spec.name != EMBED)
+            sizes = (embed, *[self.layer_elements] * layers, head)
+            self._units[key] = tuple(size for size in sizes if size)
+        return self._units[key]
 
     def stage_params(self, pp: int, stage: int, virtual: int = 1) -> int:
         """How many parameter tensors a rank of the stage holds."""
-        layers = len(stage_layers(self.shape, pp, stage, virtual))
-        return layers * self.layer_params + len(self._ends(pp, stage))
+        return self.num_layers_of(pp, virtual)[stage] * self.layer_params + len(self._ends(pp, stage))
 
     def _ends(self, pp: int, stage: int) -> list[ParamSpec]:
         first = self._first if stage == 0 else []

@@ -16,7 +16,6 @@ from cost_models.pipeline import most_in_flight
 from cost_models.zero import resident_elements, staging_bytes
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
-from realloc.params import stage_layers
 from realloc.strategy import Recompute, Strategy
 
 # What the runtime computes and keeps at a time (runtime.tensor_parallel), in elements.
@@ -99,15 +98,14 @@ def _stage_memory(
 ) -> CallMemory:
     units = costs.stage_units(strategy.pp, stage, strategy.virtual_stages)
     elements = sum(units)
-    layers = len(stage_layers(costs.shape, strategy.pp, stage, strategy.virtual_stages))
+    layers = costs.num_layers_of(strategy.pp, strategy.virtual_stages)[stage]
     if call.kind is CallKind.GENERATE:
         working = _generate_bytes(costs, strategy, workload, stage, layers)
         return CallMemory(elements * costs.element_bytes, working=_whole(working))
     working = _pass_bytes(costs, strategy, workload, call, stage, layers)
     if call.kind is not CallKind.TRAIN_STEP:
         return CallMemory(elements * costs.element_bytes, working=_whole(working))
-    if strategy.zero:
-        working["zero_staging"] = float(staging_bytes(units, strategy, costs.element_bytes))
+    working["staging"] = float(staging_bytes(units, strategy, costs.element_bytes))
     own = resident_elements(elements, strategy)
     return CallMemory(
         parameters=own.parameters * costs.element_bytes,

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from cost_models.calls import CallPricer
+from cost_models.communication import Communication
 from cost_models.compute import ComputeCosts
 from cost_models.memory import CallMemory, call_memory
 from cost_models.moves import reallocate_s, transfer_s
@@ -51,6 +52,7 @@ class CostModel:
         self._shapes = {role: experiment.role_shape(graph, role) for role in graph.roles}
         self._compute: dict[tuple[str | None, int], ComputeCosts] = {}
         self._calls: dict[tuple[str, Strategy, int, int], _Priced] = {}
+        self._communications: dict[tuple[int, int], Communication] = {}
         self._memory: dict[tuple[str, Strategy], CallMemory] = {}
         self._moves: dict[tuple[object, ...], float] = {}
 
@@ -153,7 +155,11 @@ class CostModel:
         key = (call.name, strategy, mesh.size, mesh.first % mesh.gpus_per_node)
         if key not in self._calls:
             costs = self._costs(call.role, strategy.tp)
-            pricer = CallPricer(self.profile, costs, mesh, strategy, self.experiment.workload)
+            form = (mesh.size, mesh.first % mesh.gpus_per_node)
+            if form not in self._communications:
+                self._communications[form] = Communication(self.profile, mesh)
+            workload = self.experiment.workload
+            pricer = CallPricer(self.profile, costs, mesh, strategy, workload, self._communications[form])
             terms = pricer.terms(call)
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]

@@ -7,6 +7,7 @@ and backward pass of every micro-batch (3). Rajbhandari et al., arXiv 1910.02054
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -35,18 +36,16 @@ def resident_elements(elements: int, strategy: Strategy) -> Resident:
 
 
 def staging_bytes(units: Sequence[int], strategy: Strategy, element_bytes: int) -> int:
-    """Largest bytes that ZeRO's collectives need beside what stays.
+    """Largest bytes that gradients and parameters on their way need beside what stays.
 
-    A buffer for one unit with room for this rank's part, in fp32 for gradients; stages 2 and 3 reduce
-    from a unit's gradients as autograd made them; stage 3 has two units' parameters, the one that
-    computes and the head, which stays until the loss has its gradient.
+    A unit's gradients as autograd makes them, where they are not made in the fp32 buffer itself. ZeRO's
+    collectives: a buffer for one unit with room for this rank's part, in fp32; stage 3 has two units'
+    parameters, the one that computes and the head, which stays until the loss has its gradient.
     """
-    if not strategy.zero:
-        return 0
     largest = max(units)
-    total = GRADIENT_BYTES * (largest + -(-largest // strategy.dp))
-    if strategy.zero >= 2:
-        total += element_bytes * largest
+    total = element_bytes * largest if strategy.zero >= 2 or element_bytes < GRADIENT_BYTES else 0
+    if strategy.zero:
+        total += GRADIENT_BYTES * (largest + -(-largest // strategy.dp))
     if strategy.zero == 3:
         total += element_bytes * sum(sorted(units)[-2:])
     return total
@@ -67,7 +66,7 @@ def gradients_s(
         return communication.all_reduce_s(group, GRADIENT_BYTES * sum(units))
 
     def each(one: Callable[[int], float]) -> float:
-        return sum(units.count(size) * one(size) for size in set(units))
+        return sum(count * one(size) for size, count in Counter(units).items())
 
     def reduced(size: int) -> float:
         sent = communication.collective_s("reduce_scatter", group, GRADIENT_BYTES * size)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Mapping
 from math import inf
 
-from planner.candidates import gib
+from planner.options import gib
 from planner.problem import Choice, Problem
 from planner.result import Alternative
 from realloc.augmented import Placement

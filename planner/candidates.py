@@ -7,15 +7,15 @@ mesh of that size.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from planner.costs import Costs, Memory
-from planner.memory import causes_of
+from planner.costs import Costs
+from planner.infeasible import infeasible_call
+from planner.options import Option, Options, thinned
 from realloc.augmented import Placement
-from realloc.cluster import GIB, Cluster
+from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
-from realloc.errors import InfeasibleError
 from realloc.experiment import Experiment
 from realloc.mesh import DeviceMesh, all_meshes
 from realloc.model_shape import ModelShape
@@ -28,7 +28,9 @@ class Limits:
 
     At most `most_meshes` meshes; `most_micro_batches` per data-parallel rank. Where the cluster
     has more than `keep_all_up_to` meshes, a call keeps on each mesh its `fastest` strategies and
-    its `smallest` ones (by memory), and those that other calls of its role keep there.
+    its `smallest` ones (by memory), and those that other calls of its role keep there. Of each layout
+    it keeps `front` strategies, `far_front` there. `degrees_only` leaves ZeRO, sequence parallelism,
+    recomputation and other schedules than 1F1B out.
     """
 
     most_meshes: int = 1200
@@ -37,24 +39,9 @@ class Limits:
     fastest: int = 3
     smallest: int = 1
     offload_from: float = 0.5
-
-
-@dataclass(frozen=True)
-class Option:
-    """A strategy with its cost on every mesh of `strategy.size` GPUs."""
-
-    strategy: Strategy
-    seconds: float
-    memory: Memory
-
-    @property
-    def working_bytes(self) -> int:
-        return sum(self.memory.working.values())
-
-    @property
-    def total_bytes(self) -> int:
-        """Bytes on each GPU of the call alone."""
-        return sum(causes_of(self.memory).values())
+    front: int = 4
+    far_front: int = 3
+    degrees_only: bool = False
 
 
 @dataclass(frozen=True)
@@ -94,9 +81,14 @@ class _Rejections:
     examples: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, call: Call, reason: str, count: int, example: str) -> None:
+        self.count(call, reason, count, lambda: example)
+
+    def count(self, call: Call, reason: str, count: int, example: Callable[[], str]) -> None:
+        """`example` is asked for the first time alone."""
         key = (call.name, reason)
+        if key not in self.counts:
+            self.examples[key] = example()
         self.counts[key] = self.counts.get(key, 0) + count
-        self.examples.setdefault(key, example)
 
     def result(self) -> tuple[Rejection, ...]:
         return tuple(
@@ -130,7 +122,12 @@ def build_candidates(
             for size, same in by_size.items()
         }
         if not any(options[call.name].values()):
-            _raise_infeasible(experiment, graph, call, by_size, costs, capacity_bytes, limits)
+            shape = None if call.role is None else experiment.role_shape(graph, call.role)
+            degrees = {
+                same[0]: _degrees(experiment, call, shape, same, limits.most_micro_batches, _Rejections())
+                for same in by_size.values()
+            }
+            raise infeasible_call(experiment, call, shape, degrees, costs, capacity_bytes)
     if len(meshes) > limits.keep_all_up_to:
         options = _bounded(graph, options, by_size, limits, rejections)
     if taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
@@ -176,18 +173,18 @@ def _meshes(
     return kept
 
 
-def _strategies(
+def _degrees(
     experiment: Experiment,
     call: Call,
     shape: ModelShape | None,
     meshes: Sequence[DeviceMesh],
     most_micro_batches: int,
     rejections: _Rejections,
-) -> list[Strategy]:
-    """Every legal strategy of the call on meshes of one size."""
+) -> list[tuple[Strategy, list[int]]]:
+    """Every legal (dp, tp, pp) of the call on meshes of one size, with the micro-batches to try."""
     mesh, count = meshes[0], len(meshes)
     share = experiment.workload.sequences // call.mini_batches
-    found: list[Strategy] = []
+    found: list[tuple[Strategy, list[int]]] = []
     for tp in _divisors(mesh.size):
         for pp in _divisors(mesh.size // tp):
             strategy = Strategy(dp=mesh.size // (tp * pp), tp=tp, pp=pp)
@@ -205,7 +202,7 @@ def _strategies(
                 most = min(most_micro_batches, share // strategy.dp)
                 if call.kind is CallKind.COMPUTE:
                     most = 1
-                found += [replace(strategy, micro_batches=m) for m in _micro_batches(most, pp)]
+                found.append((strategy, _micro_batches(most, pp)))
                 continue
             rejections.add(call, reason, count, example)
     return found
@@ -231,35 +228,18 @@ def _options(
     limits: Limits,
     rejections: _Rejections,
 ) -> list[Option]:
-    """Strategies that fit on their own, without those that another number of micro-batches beats."""
+    """Strategies that fit on their own, a few of each layout."""
     shape = None if call.role is None else experiment.role_shape(graph, call.role)
-    count = len(meshes)
-    strategies = _strategies(experiment, call, shape, meshes, limits.most_micro_batches, rejections)
-    by_layout: dict[tuple[int, int, int], list[Option]] = {}
-    for strategy in strategies:
-        placement = Placement(meshes[0], strategy)
-        option = Option(strategy, 0.0, costs.call_memory(call, placement))
-        if option.total_bytes > capacity_bytes:
-            example = f"{strategy}: {gib(option.total_bytes)} of {gib(capacity_bytes)} a GPU"
-            rejections.add(call, "does not fit in memory", count, example)
-            continue
-        option = replace(option, seconds=costs.call_s(call, placement))
-        by_layout.setdefault((strategy.dp, strategy.tp, strategy.pp), []).append(option)
-    kept: list[Option] = []
-    for same in by_layout.values():
-        same.sort(key=lambda o: (o.seconds, o.total_bytes, o.strategy.micro_batches))
-        least: Option | None = None
-        for option in same:
-            if least is not None and option.total_bytes >= least.total_bytes:
-                example = (
-                    f"{option.strategy}: {option.seconds:.4g} s, {gib(option.total_bytes)}; "
-                    f"m{least.strategy.micro_batches}: {least.seconds:.4g} s, {gib(least.total_bytes)}"
-                )
-                rejections.add(call, "other micro-batches are no worse", count, example)
-                continue
-            least = option
-            kept.append(option)
-    return kept
+
+    def reject(reason: str, example: Callable[[], str]) -> None:
+        rejections.count(call, reason, len(meshes), example)
+
+    options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject)
+    found: list[Option] = []
+    for degrees, number in _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections):
+        plain = limits.degrees_only or call.role is None
+        found += options.plain(degrees, number) if plain else options.of(degrees, number, shape)
+    return found
 
 
 def _bounded(
@@ -271,8 +251,11 @@ def _bounded(
 ) -> dict[str, dict[int, list[Option]]]:
     """Keeps few strategies for each mesh: see `Limits`."""
 
-    def layout(option: Option) -> tuple[int, int, int]:
+    def degrees(option: Option) -> tuple[int, int, int]:
         return option.strategy.dp, option.strategy.tp, option.strategy.pp
+
+    def layout(option: Option) -> tuple[int, bool]:
+        return option.strategy.virtual_stages, option.strategy.zero == 3
 
     result: dict[str, dict[int, list[Option]]] = {call.name: {} for call in graph.calls}
     for size, meshes in by_size.items():
@@ -282,18 +265,19 @@ def _bounded(
             fast: dict[tuple[int, int, int], None] = {}
             for option in sorted(every, key=lambda o: o.seconds):
                 if len(fast) < limits.fastest:
-                    fast[layout(option)] = None
+                    fast[degrees(option)] = None
             small = sorted(every, key=lambda o: (o.total_bytes, o.seconds))[: limits.smallest]
             group = call.role or call.name
-            chosen.setdefault(group, set()).update(fast, map(layout, small))
+            chosen.setdefault(group, set()).update(fast, map(degrees, small))
         for call in graph.calls:
             every = options[call.name][size]
             wanted = chosen[call.role or call.name]
             kept: list[Option] = []
             for key in sorted(wanted):
-                same = [option for option in every if layout(option) == key]
-                # of several micro-batch counts: the fastest and the smallest
-                kept += same if len(same) < 3 else [same[0], same[-1]]
+                here = [option for option in every if degrees(option) == key]
+                for other in dict.fromkeys(map(layout, here)):
+                    same = [option for option in here if layout(option) == other]
+                    kept += thinned(same, limits.far_front)
             result[call.name][size] = kept
             if len(kept) < len(every):
                 rejections.add(
@@ -341,59 +325,3 @@ def _with_offload(
             for size, same in options[call.name].items()
         }
     return result
-
-
-def _raise_infeasible(
-    experiment: Experiment,
-    graph: DataflowGraph,
-    call: Call,
-    by_size: Mapping[int, Sequence[DeviceMesh]],
-    costs: Costs,
-    capacity_bytes: int,
-    limits: Limits,
-) -> None:
-    """Names the call that fits nowhere, with the numbers of its least hungry candidate."""
-    shape = None if call.role is None else experiment.role_shape(graph, call.role)
-    least: Candidate | None = None
-    for meshes in by_size.values():
-        strategies = _strategies(experiment, call, shape, meshes, limits.most_micro_batches, _Rejections())
-        for strategy in strategies:
-            placement = Placement(meshes[0], strategy)
-            candidate = Candidate(placement, Option(strategy, 0.0, costs.call_memory(call, placement)))
-            if least is None or candidate.option.total_bytes < least.option.total_bytes:
-                least = candidate
-    if least is None:
-        raise InfeasibleError(
-            f"{call.name}: no strategy is possible on any mesh: its model's heads and layers, the "
-            f"{experiment.workload.sequences} sequences of an iteration and its "
-            f"{call.mini_batches} mini-batches allow none; use more sequences or fewer mini-batches."
-        )
-    causes = causes_of(least.option.memory)
-    raise InfeasibleError(
-        f"{call.name} fits nowhere: even {least.placement} needs {gib(least.option.total_bytes)} on "
-        f"each GPU ({describe_bytes(causes)}), but only {gib(capacity_bytes)} may be used; "
-        f"{remedy(causes)}."
-    )
-
-
-def remedy(causes: Mapping[str, int]) -> str:
-    """What to change, given the bytes by cause that do not fit."""
-    resident = sum(causes.get(name, 0) for name in ("parameters", "gradients", "optimizer"))
-    if 2 * resident > sum(causes.values()):
-        return "use more or larger GPUs, or a smaller model"
-    return "use more GPUs, fewer sequences per iteration, shorter sequences, or more mini-batches"
-
-
-def describe_bytes(causes: Mapping[str, int]) -> str:
-    """`optimizer 10.0 GiB, parameters 2.5 GiB`, largest first, zeros left out."""
-    ordered = sorted(causes.items(), key=lambda item: -item[1])
-    return ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in ordered if size)
-
-
-def gib(size: float) -> str:
-    """Bytes for people: `12.3 GiB`, or MiB and bytes below a tenth of one."""
-    if size >= GIB / 10:
-        return f"{size / GIB:.1f} GiB"
-    if size >= 1 << 20:
-        return f"{size / (1 << 20):.1f} MiB"
-    return f"{int(size)} bytes"

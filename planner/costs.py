@@ -11,6 +11,7 @@ from typing import Protocol
 
 from realloc.augmented import Placement
 from realloc.dataflow import Call
+from realloc.strategy import Schedule, Strategy
 
 
 class Memory(Protocol):
@@ -57,7 +58,7 @@ class MoveCosts:
     """Transfers and reallocations, each asked once for placements that differ by whole nodes alone.
 
     All nodes of a cluster are alike, so moving both ends by the same number of nodes changes
-    nothing. Micro-batches do not matter to where data and parameters lie.
+    nothing. Only what decides a layout matters to where data and parameters lie.
     """
 
     def __init__(self, costs: Costs) -> None:
@@ -82,14 +83,20 @@ class MoveCosts:
 
 
 def _near_origin(src: Placement, dst: Placement) -> tuple[Placement, Placement]:
-    """The pair moved to the first nodes of the cluster, micro-batches left out."""
+    """The pair moved to the first nodes of the cluster, without what does not change the layout."""
     node = src.mesh.gpus_per_node
     shift = min(src.mesh.first, dst.mesh.first) // node * node
     return _moved(src, shift), _moved(dst, shift)
 
 
 def _moved(placement: Placement, shift: int) -> Placement:
-    mesh = placement.mesh
-    return Placement(
-        replace(mesh, first=mesh.first - shift), replace(placement.strategy, micro_batches=1, offload=False)
+    mesh, s = placement.mesh, placement.strategy
+    layout = Strategy(
+        s.dp,
+        s.tp,
+        s.pp,
+        zero=3 if s.zero == 3 else 0,
+        schedule=s.schedule if s.virtual_stages > 1 else Schedule.ONE_F_ONE_B,
+        virtual_stages=s.virtual_stages,
     )
+    return Placement(replace(mesh, first=mesh.first - shift), layout)

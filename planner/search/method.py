@@ -8,8 +8,9 @@ from typing import Protocol
 
 from planner.alternatives import runners_up
 from planner.bounds import lower_bound_s
-from planner.candidates import describe_bytes, gib, remedy
+from planner.infeasible import describe_bytes, remedy
 from planner.memory import causes_of, worst_gpu
+from planner.options import gib
 from planner.problem import Choice, Problem
 from planner.result import Progress, SearchResult
 from planner.simulator import simulate

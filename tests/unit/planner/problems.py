@@ -148,6 +148,6 @@ def make_problem(
 ) -> Problem:
     experiment = make_experiment(graph)
     costs = TableCosts(seed, moves, bytes_scale)
-    limits = limits or Limits(most_micro_batches=1, offload_from=math.inf)
+    limits = limits or Limits(most_micro_batches=1, offload_from=math.inf, degrees_only=True)
     candidates = build_candidates(experiment, graph, cluster, costs, capacity, limits)
     return Problem(experiment, graph, cluster, costs, candidates, capacity)

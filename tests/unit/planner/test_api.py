@@ -73,7 +73,8 @@ def test_too_small_a_cluster_is_refused_with_numbers():
     message = str(caught.value)
     assert "fits nowhere" in message
     assert "GiB" in message
-    assert "more or larger GPUs" in message
+    assert "+full needs" in message
+    assert "use 8 times the GPUs (with d" in message
 
 
 def test_an_unknown_method_is_refused():
