@@ -201,7 +201,7 @@ class Lane:
             ids = self._prompts.ids[self.rows]
             draw = uniforms(rules.seed, rules.iteration, ids, self.positions + 1)
         start, group = decoder.vocab_start, decoder.context.tp_group
-        banned = self.counts + 1 < rules.min_new_tokens if rules.min_new_tokens else None
+        banned = self.counts < rules.min_new_tokens if rules.min_new_tokens else None
 
         def restrict(logits: torch.Tensor) -> torch.Tensor | None:
             return rules.filter.apply(logits, banned, start, group)

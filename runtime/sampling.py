@@ -84,18 +84,19 @@ def choose(
     if temperature == 0.0:
         best_logit, best = (logits if allowed is None else allowed).max(dim=1)
     largest = best_logit if best_logit is not None and allowed is None else logits.amax(dim=1)
-    blocks = _exp_blocks(logits, largest)
-    sums = blocks.sum(-1).to(torch.float64)
-    ends = sums.cumsum(-1)
-    every = ends[:, -1]
-    if allowed is not None and best is None:
-        blocks = _exp_blocks(allowed, largest)
+    exps = (logits - largest[:, None]).exp_()
+    mass = exps.sum(1)
+    if best_logit is None:
+        blocks = _blocks(exps if allowed is None else (allowed - largest[:, None]).exp_())
         ends = blocks.sum(-1).to(torch.float64).cumsum(-1)
-    third = ends[:, -1] if best_logit is None else best_logit.to(torch.float64)
-    shards = _gather(torch.stack([largest.to(torch.float64), every, third]), group)
+        third = ends[:, -1]
+    else:
+        third = best_logit.to(torch.float64)
+    shards = _gather(torch.stack([largest.to(torch.float64), mass.to(torch.float64), third]), group)
     top = shards[:, 0].amax(dim=0)
     scales = (shards[:, 0] - top).exp()
-    total = (scales * shards[:, 1]).sum(dim=0)
+    # in float32, in the order of tensor_parallel.target_logprobs: on one shard, bit for bit the same
+    log_total = top.to(torch.float32) + (scales * shards[:, 1]).to(torch.float32).sum(dim=0).log()
     rank = 0 if group is None else dist.get_rank(group)
     if best is not None:
         owner = shards[:, 2].argmax(dim=0)
@@ -106,23 +107,21 @@ def choose(
         owner, aim = _owner(weights, uniform * weights.sum(dim=0))
         inside = aim[rank] / scales[rank]
         token = _invert(blocks, ends, inside).clamp_(max=logits.shape[1] - 1)
-    picked = logits.gather(1, token[:, None])[:, 0].to(torch.float64)
-    logprob = picked - top - total.log()
+    logprob = logits.gather(1, token[:, None])[:, 0] - log_total
     if group is None:
-        return token + vocab_start, logprob.to(torch.float32)
-    chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob])
+        return token + vocab_start, logprob
+    chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob.to(torch.float64)])
     chosen.masked_fill_(owner != rank, 0.0)
     dist.all_reduce(chosen, group=group)
     return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
 
 
-def _exp_blocks(logits: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    """exp(logits - largest) in blocks of BLOCK columns, zeros at the end: [n, blocks, BLOCK]."""
-    probs = (logits - largest[:, None]).exp_()
-    missing = -logits.shape[1] % BLOCK
+def _blocks(weights: torch.Tensor) -> torch.Tensor:
+    """[n, columns] in blocks of BLOCK columns, zeros at the end: [n, blocks, BLOCK]."""
+    missing = -weights.shape[1] % BLOCK
     if missing:
-        probs = F.pad(probs, (0, missing))
-    return probs.view(logits.shape[0], -1, BLOCK)
+        weights = F.pad(weights, (0, missing))
+    return weights.view(weights.shape[0], -1, BLOCK)
 
 
 def _gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:

@@ -9,9 +9,11 @@ import pytest
 import torch
 
 from realloc.experiment import Sampling
+from runtime import packed_weights
 from runtime.attention import pack
 from runtime.decoder import Decoder
 from runtime.generation import Generated, generate
+from runtime.rollout_decoder import RolloutDecoder
 from tests.hf_models import CONFIGS, load_oracle, write_model
 from tests.unit.runtime.test_decoder import decoder_of, random_tokens
 
@@ -65,8 +67,14 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     assert responses(free, LENGTHS) == expected
 
 
+@pytest.mark.parametrize("packs", [False, True], ids=["plain", "packed"])
 @pytest.mark.parametrize("temperature", [0.0, 0.6, 1.0])
-def test_logprobs_equal_teacher_forced(temperature: float, tmp_path: Path) -> None:
+def test_logprobs_equal_teacher_forced(
+    temperature: float, packs: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the inference call computes them; kernels differ, so equal to rounding."""
+    if packs:
+        monkeypatch.setattr(packed_weights, "SMALL", 0)
     decoder = decoder_of(write_model(tmp_path, "qwen2"))
     prompts = random_tokens(decoder.shape, LENGTHS)
     result = run(decoder, prompts, LENGTHS, eos_ids={5, 9}, sampling=Sampling(temperature))
@@ -77,7 +85,21 @@ def test_logprobs_equal_teacher_forced(temperature: float, tmp_path: Path) -> No
         hidden = decoder.forward(result.tokens, pack(totals))
         every = decoder.logprobs(hidden, result.tokens.roll(-1), temperature or 1.0)
     expected = [part[p - 1 : -1] for part, p in zip(every.split(totals), LENGTHS, strict=True)]
-    torch.testing.assert_close(result.logprobs, torch.cat(expected), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result.logprobs, torch.cat(expected), rtol=0, atol=1e-5)
+
+
+def test_first_logprobs_equal_inference_bit_for_bit(tmp_path: Path) -> None:
+    """The first token's hidden state comes from the same kernels: the packed prompts."""
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    prompts = random_tokens(decoder.shape, LENGTHS)
+    result = run(decoder, prompts, LENGTHS, max_new_tokens=1)
+    assert result.tokens is not None
+    assert result.logprobs is not None
+    tokens = torch.tensor([response[0] for response in responses(result, LENGTHS)])
+    packed = pack(LENGTHS)
+    with torch.no_grad():
+        hidden = decoder.forward(prompts, packed)[packed.last_index]
+        assert torch.equal(decoder.logprobs(hidden, tokens), result.logprobs)
 
 
 def test_samples_do_not_depend_on_the_batch(tmp_path: Path) -> None:
@@ -125,3 +147,130 @@ def test_edges(tmp_path: Path) -> None:
     assert one.response_lengths == (1,)
     assert one.logprobs is not None
     assert one.logprobs.shape == (1,)
+
+
+@pytest.mark.parametrize("micro_batches", [2, 3, 6])
+def test_continuous_batching_equals_one_by_one(micro_batches: int, tmp_path: Path) -> None:
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    prompts = random_tokens(decoder.shape, LENGTHS)
+    limits = [3, 20, 1, 9, 14, 2]
+    alone = []
+    for i, prompt in enumerate(prompts.split(LENGTHS)):
+        one = run(decoder, prompt, (LENGTHS[i],), sequence_ids=[100 + i], limits=[limits[i]], eos_ids={5, 9})
+        alone.append((responses(one, (LENGTHS[i],))[0], one.logprobs))
+    together = run(decoder, prompts, LENGTHS, limits=limits, eos_ids={5, 9}, micro_batches=micro_batches)
+    assert responses(together, LENGTHS) == [tokens for tokens, _ in alone]
+    expected = torch.cat([logprobs for _, logprobs in alone if logprobs is not None])
+    torch.testing.assert_close(together.logprobs, expected, rtol=0, atol=1e-5)
+
+
+def test_slots_are_bounded_and_never_idle_while_sequences_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live: list[int] = []
+    step = RolloutDecoder.step
+
+    def counted(self: RolloutDecoder, x: torch.Tensor, prefill: Any, decode: Any, cache: Any) -> torch.Tensor:
+        live.append(
+            (0 if prefill is None else len(prefill.packed.lengths))
+            + (0 if decode is None else decode.positions.shape[0])
+        )
+        assert cache.keys.shape[1] == 2
+        return step(self, x, prefill, decode, cache)
+
+    monkeypatch.setattr(RolloutDecoder, "step", counted)
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    limits = [3, 9, 1, 5, 4, 2]
+    prompts = random_tokens(decoder.shape, LENGTHS)
+    result = run(decoder, prompts, LENGTHS, limits=limits, micro_batches=3)
+    assert result.response_lengths == tuple(limits)
+    # one slot takes 3, 1 and 5 tokens, the other 9; then 4 and 2 remain
+    assert live == [2] * 11 + [1] * 2
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2, 4])
+def test_samples_of_a_prompt_share_its_computation(
+    micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    computed: list[int] = []
+    step = RolloutDecoder.step
+
+    def counted(self: RolloutDecoder, x: torch.Tensor, prefill: Any, decode: Any, cache: Any) -> torch.Tensor:
+        computed.extend(() if prefill is None else prefill.packed.lengths)
+        return step(self, x, prefill, decode, cache)
+
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    lengths = tuple(n for n in (7, 3, 12) for _ in range(4))
+    parts = random_tokens(decoder.shape, (7, 3, 12)).split((7, 3, 12))
+    prompts = torch.cat([part for part in parts for _ in range(4)])
+    expected = run(decoder, prompts, lengths, eos_ids={5, 9})
+    monkeypatch.setattr(RolloutDecoder, "step", counted)
+    keys = [i // 4 for i in range(12)]
+    shared = run(decoder, prompts, lengths, eos_ids={5, 9}, prompt_keys=keys, micro_batches=micro_batches)
+    assert computed == [7, 3, 12]
+    got = responses(shared, lengths)
+    assert got == responses(expected, lengths)
+    assert len({tuple(response) for response in got[:4]}) > 1
+    torch.testing.assert_close(shared.logprobs, expected.logprobs, rtol=0, atol=1e-5)
+
+
+def test_greedy_samples_of_one_prompt_are_alike(tmp_path: Path) -> None:
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    prompt = random_tokens(decoder.shape, (5,))
+    result = run(
+        decoder, prompt.repeat(3), (5,) * 3, prompt_keys=(0,) * 3, sampling=Sampling(0.0), micro_batches=2
+    )
+    first, *others = responses(result, (5,) * 3)
+    assert others == [first, first]
+
+
+def test_no_end_before_min_new_tokens(tmp_path: Path) -> None:
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    prompts = random_tokens(decoder.shape, LENGTHS)
+    ends = {5, 9, 11, 20, 30, 31, 32, 33}
+    free = run(decoder, prompts, LENGTHS, eos_ids=ends)
+    assert min(free.response_lengths) < 6
+    late = run(decoder, prompts, LENGTHS, eos_ids=ends, sampling=Sampling(min_new_tokens=6))
+    assert min(late.response_lengths) > 6
+    for response in responses(late, LENGTHS):
+        assert not ends & set(response[:6])
+    greedy = run(decoder, prompts, LENGTHS, eos_ids=ends, sampling=Sampling(0.0, min_new_tokens=6))
+    assert all(not ends & set(response[:6]) for response in responses(greedy, LENGTHS))
+
+
+def test_logprobs_are_of_the_distribution_before_filtering(tmp_path: Path) -> None:
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    prompts = random_tokens(decoder.shape, LENGTHS)
+    sampling = Sampling(0.8, top_k=5, top_p=0.7, min_new_tokens=3)
+    result = run(decoder, prompts, LENGTHS, sampling=sampling, eos_ids={5, 9})
+    assert result.tokens is not None
+    totals = [p + r for p, r in zip(LENGTHS, result.response_lengths, strict=True)]
+    with torch.no_grad():
+        hidden = decoder.forward(result.tokens, pack(totals))
+        every = decoder.logprobs(hidden, result.tokens.roll(-1), 0.8)
+        ranks = (decoder.logits(hidden) > _target_logits(decoder, hidden, result.tokens)).sum(1)
+    expected = [part[p - 1 : -1] for part, p in zip(every.split(totals), LENGTHS, strict=True)]
+    torch.testing.assert_close(result.logprobs, torch.cat(expected), rtol=0, atol=1e-5)
+    for part, p in zip(ranks.split(totals), LENGTHS, strict=True):
+        # three banned tokens aside, each token is among the five most likely
+        assert part[p - 1 : -1].max() < 5 + 2
+
+
+def _target_logits(decoder: Decoder, hidden: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    return decoder.logits(hidden).gather(1, tokens.roll(-1)[:, None])
+
+
+def test_weights_are_packed_only_for_many_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed_weights, "SMALL", 0)
+    packed: list[int] = []
+    pack_weight = packed_weights._pack
+    monkeypatch.setattr(packed_weights, "_pack", lambda w: packed.append(w.numel()) or pack_weight(w))
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    run(decoder, random_tokens(decoder.shape, (4,)), (4,), max_new_tokens=2)
+    assert not packed
+    run(decoder, random_tokens(decoder.shape, (4,)), (4,), max_new_tokens=20)
+    # every matrix once: qkv and gate-up as one each
+    shape = decoder.shape
+    matrices = sum(p.numel() for n, p in decoder.params.items() if p.dim() == 2) - shape.vocab * shape.hidden
+    assert sum(packed) == matrices
+    assert len(packed) == 4 * shape.num_layers + 1
