@@ -1,9 +1,10 @@
 """Reallocation on gloo ranks of one machine against what it could be compared with.
 
-For every pair of layouts: our schedule; the same bytes between the same pairs of ranks as one
-contiguous message each (the line rate); everything gathered everywhere, then sliced; every source
-shard broadcast to the ranks that need a part of it. The four take turns within one run, so that
-other work on the machine hits all alike; medians of the slowest rank's time.
+For every pair of layouts: our schedule, out of shared memory (what ranks of one host use) and by
+messages; the same bytes between the same pairs of ranks as one contiguous message each (the line
+rate); everything gathered everywhere, then sliced; every source shard broadcast to the ranks that
+need a part of it. The five take turns within one run, so that other work on the machine hits all
+alike; medians of the slowest rank's time.
 
     python benchmarks/reallocation.py [--quick] [--json]
 
@@ -34,13 +35,15 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from realloc.augmented import Placement  # noqa: E402
-from realloc.layout import Box, Layout, layout  # noqa: E402
+from realloc.layout import Box, Layout, layout, optimizer_layout  # noqa: E402
 from realloc.mesh import DeviceMesh  # noqa: E402
 from realloc.model_shape import ModelShape  # noqa: E402
 from realloc.params import parameters  # noqa: E402
 from realloc.reallocation import Schedule, lower_bound, schedule  # noqa: E402
 from realloc.strategy import Strategy  # noqa: E402
+from runtime.parameters import views_of  # noqa: E402
 from runtime.reallocation import Holding, Reallocator, Staging  # noqa: E402
+from runtime.shared_memory import SharedMemory  # noqa: E402
 from tests.ranks.launch import run_ranks  # noqa: E402
 
 WORLD = 4
@@ -48,11 +51,17 @@ WIDTH = 4
 Method = Callable[[], None]
 
 
-def _place(first: int, size: int, dp: int, tp: int, pp: int) -> Placement:
-    return Placement(DeviceMesh(first, size, WORLD), Strategy(dp, tp, pp))
+def _place(first: int, size: int, dp: int, tp: int, pp: int, *, zero: int = 0, virtual: int = 1) -> Placement:
+    strategy = Strategy(dp, tp, pp, zero=zero, virtual_stages=virtual)
+    return Placement(DeviceMesh(first, size, WORLD), strategy)
 
 
-PAIRS: Sequence[tuple[Placement, Placement]] = [
+Layouts = Callable[[ModelShape, DeviceMesh, Strategy], Layout]
+OPTIMIZER_PAIRS: Sequence[tuple[Placement, Placement]] = [
+    (_place(0, 4, 4, 1, 1, zero=1), _place(0, 4, 2, 2, 1, zero=1)),
+    (_place(0, 4, 2, 1, 2, zero=1), _place(0, 4, 4, 1, 1, zero=3)),
+]
+PARAMETER_PAIRS: Sequence[tuple[Placement, Placement]] = [
     (_place(0, 4, 1, 4, 1), _place(0, 4, 4, 1, 1)),
     (_place(0, 4, 1, 1, 4), _place(0, 4, 4, 1, 1)),
     (_place(0, 4, 1, 4, 1), _place(0, 4, 1, 1, 4)),
@@ -67,7 +76,19 @@ PAIRS: Sequence[tuple[Placement, Placement]] = [
     (_place(0, 2, 2, 1, 1), _place(0, 4, 1, 1, 4)),
     (_place(0, 4, 1, 4, 1), _place(1, 1, 1, 1, 1)),
     (_place(0, 1, 1, 1, 1), _place(0, 4, 1, 2, 2)),
+    (_place(0, 4, 4, 1, 1, zero=3), _place(0, 4, 1, 4, 1)),
+    (_place(0, 4, 2, 2, 1, zero=3), _place(0, 4, 2, 1, 2)),
+    (_place(0, 4, 1, 2, 2, virtual=3), _place(0, 4, 2, 2, 1)),
 ]
+PAIRS: Sequence[tuple[Layouts, Placement, Placement]] = [
+    *((layout, src, dst) for src, dst in PARAMETER_PAIRS),
+    *((optimizer_layout, src, dst) for src, dst in OPTIMIZER_PAIRS),
+]
+
+
+def _layouts(shape: ModelShape, index: int) -> tuple[Layout, Layout]:
+    of, src, dst = PAIRS[index]
+    return of(shape, src.mesh, src.strategy), of(shape, dst.mesh, dst.strategy)
 
 
 def _shape(quick: bool) -> ModelShape:
@@ -97,6 +118,19 @@ class Case:
     holds: Holding
     wants: Holding
     groups: Mapping[tuple[int, ...], Any]
+    shared: SharedMemory
+
+    def mover(self, shared: SharedMemory | None, staging: Staging) -> Reallocator:
+        return Reallocator(
+            self.plan.of(self.rank),
+            self.rank,
+            self.holds,
+            self.wants,
+            src_dtype=torch.float32,
+            dst_dtype=torch.float32,
+            staging=staging,
+            shared=shared,
+        )
 
     def point_to_point(self) -> Method:
         """The plan's bytes between the plan's pairs of ranks, one contiguous message each."""
@@ -176,15 +210,19 @@ class Case:
 
 
 def _case(rank: int, shape: ModelShape, index: int, groups: Mapping[tuple[int, ...], Any]) -> Case:
-    before, after = PAIRS[index]
-    src = layout(shape, before.mesh, before.strategy)
-    dst = layout(shape, after.mesh, after.strategy)
+    src, dst = _layouts(shape, index)
     generator = torch.Generator().manual_seed(index)
     dense = {spec.name: torch.randn(spec.shape, generator=generator) for spec in parameters(shape)}
-    ours, theirs = src.boxes.get(rank, {}), dst.boxes.get(rank, {})
-    holds = Holding({p: dense[p][box.slices].clone() for p, box in ours.items()}, ours)
-    wants = Holding({p: torch.zeros(box.shape) for p, box in theirs.items()}, theirs)
-    return Case(rank, src, dst, schedule(src, dst, WORLD), holds, wants, groups)
+    shared = SharedMemory()
+    holds, wants = (_holding(which.boxes.get(rank, {}), shared) for which in (src, dst))
+    for param, tensor in holds.tensors.items():
+        tensor.copy_(dense[param][holds.boxes[param].slices])
+    return Case(rank, src, dst, schedule(src, dst, WORLD), holds, wants, groups, shared)
+
+
+def _holding(boxes: Mapping[str, Box], shared: SharedMemory) -> Holding:
+    total = sum(box.num_elements for box in boxes.values())
+    return Holding(views_of(shared.empty(total, torch.float32, torch.device("cpu")), boxes), boxes)
 
 
 def _measure(rank: int, world_size: int, shape: ModelShape, repeats: int) -> list[dict[str, Any]]:
@@ -199,17 +237,9 @@ def _measure(rank: int, world_size: int, shape: ModelShape, repeats: int) -> lis
     results = []
     for index in range(len(PAIRS)):
         case = _case(rank, shape, index, groups)
-        mover = Reallocator(
-            case.plan,
-            rank,
-            case.holds,
-            case.wants,
-            src_dtype=torch.float32,
-            dst_dtype=torch.float32,
-            staging=staging,
-        )
+        movers = {"ours": case.mover(case.shared, staging), "messages": case.mover(None, staging)}
         methods: dict[str, Callable[[], object]] = {
-            "ours": mover.run,
+            **{name: mover.run for name, mover in movers.items()},
             "p2p": case.point_to_point(),
             "gather": case.gather(),
             "broadcast": case.broadcast(),
@@ -222,7 +252,8 @@ def _measure(rank: int, world_size: int, shape: ModelShape, repeats: int) -> lis
                 start = time.perf_counter()
                 method()
                 seconds[name].append(time.perf_counter() - start)
-        results.append({"sent_bytes": mover.sent_bytes, "seconds": seconds})
+        sent, staged = movers["ours"].sent_bytes, movers["messages"].staging_bytes
+        results.append({"sent_bytes": sent, "staging_bytes": staged, "seconds": seconds})
     return results
 
 
@@ -244,10 +275,9 @@ def _check(case: Case, methods: Mapping[str, Callable[[], object]]) -> None:
 def _summary(shape: ModelShape, ranks: Sequence[Sequence[Mapping[str, Any]]]) -> list[dict[str, Any]]:
     """One row for every pair, times of the slowest rank, medians over repetitions."""
     rows = []
-    for i, (before, after) in enumerate(PAIRS):
-        bound = WIDTH * lower_bound(
-            layout(shape, before.mesh, before.strategy), layout(shape, after.mesh, after.strategy)
-        )
+    for i, (of, before, after) in enumerate(PAIRS):
+        bound = WIDTH * lower_bound(*_layouts(shape, i))
+        sent = [r[i]["sent_bytes"] for r in ranks]
         slowest = {
             name: [max(times) for times in zip(*(r[i]["seconds"][name] for r in ranks), strict=True)]
             for name in ranks[0][i]["seconds"]
@@ -257,10 +287,14 @@ def _summary(shape: ModelShape, ranks: Sequence[Sequence[Mapping[str, Any]]]) ->
             {
                 "src": str(before),
                 "dst": str(after),
-                "bytes": sum(r[i]["sent_bytes"] for r in ranks),
-                "bytes_over_bound": sum(r[i]["sent_bytes"] for r in ranks) / bound,
+                "of": "parameters" if of is layout else "optimizer states",
+                "bytes": sum(sent),
+                "bytes_over_bound": sum(sent) / bound,
+                "busiest_over_mean_sender": max(sent) / (sum(sent) / sum(n > 0 for n in sent)),
+                "staging_bytes": max(r[i]["staging_bytes"] for r in ranks),
                 "time_s": time_s,
                 "time_over_p2p": _ratio(slowest["ours"], slowest["p2p"]),
+                "messages_over_p2p": _ratio(slowest["messages"], slowest["p2p"]),
                 "gather_over_ours": _ratio(slowest["gather"], slowest["ours"]),
                 "broadcast_over_ours": _ratio(slowest["broadcast"], slowest["ours"]),
             }
@@ -294,6 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "pairs": rows,
         "bytes_over_bound_worst": max(row["bytes_over_bound"] for row in rows),
         "time_over_p2p_median": median(row["time_over_p2p"] for row in rows),
+        "messages_over_p2p_median": median(row["messages_over_p2p"] for row in rows),
         "gather_over_ours_median": median(row["gather_over_ours"] for row in rows),
         "broadcast_over_ours_median": median(row["broadcast_over_ours"] for row in rows),
         "provenance": {
