@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -10,14 +11,14 @@ import torch
 import torch.distributed as dist
 
 from realloc.augmented import Placement
-from realloc.layout import Box, layout
+from realloc.layout import Box, layout, optimizer_layout
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.params import parameters
 from realloc.reallocation import STAGING_BYTES, schedule
-from realloc.strategy import Strategy
+from realloc.strategy import Strategy, parse_strategy
 from runtime.parameters import views_of
-from runtime.reallocation import Holding, Reallocator
+from runtime.reallocation import Holding, Reallocator, reallocate_states
 from runtime.shared_memory import SharedMemory
 from tests.ranks.launch import run_ranks
 
@@ -69,7 +70,7 @@ def _dense(shape: ModelShape, step: int, dtype: torch.dtype) -> dict[str, torch.
     }
 
 
-def _hold(boxes: dict[str, Box], dtype: torch.dtype, shared: SharedMemory | None = None) -> Holding:
+def _hold(boxes: Mapping[str, Box], dtype: torch.dtype, shared: SharedMemory | None = None) -> Holding:
     total = sum(box.num_elements for box in boxes.values())
     flat = shared.empty(total, dtype, torch.device("cpu")) if shared else torch.empty(total, dtype=dtype)
     flat.fill_(torch.nan)
@@ -121,7 +122,6 @@ def _move(
                 for param, box in src.boxes.items():
                     src.tensors[param].copy_(dense[param][box.slices])
             count = mover.run()
-            # whole parts of a few rows are cut no finer than an element
             assert mover.staging_bytes <= max(staging_bytes, 4000)
             if src:  # a run is over only when nobody reads this rank's tensors any more
                 for tensor in src.tensors.values():
@@ -212,3 +212,39 @@ def _parameters_with_gradients(rank: int, world_size: int) -> bool:
 
 def test_trained_parameters_are_read_in_place() -> None:
     assert run_ranks(_parameters_with_gradients, 2) == [True, True]
+
+
+def _states(rank: int, world_size: int, pairs: list[tuple[Placement, Placement]]) -> None:
+    """Moves two states of an optimizer over every pair, one of them into another dtype."""
+    dtypes = {"exp_avg": (torch.float32, torch.bfloat16), "exp_avg_sq": (torch.float32, torch.float32)}
+    dense = {state: _dense(SHAPE, seed, torch.float32) for seed, state in enumerate(dtypes)}
+    for before, after in pairs:
+        a = optimizer_layout(SHAPE, before.mesh, before.strategy)
+        b = optimizer_layout(SHAPE, after.mesh, after.strategy)
+        schedule(a, b, 2).check(a, b, 2)
+        src = {s: _hold(a.boxes[rank], d) for s, (d, _) in dtypes.items() if rank in a.boxes}
+        dst = {s: _hold(b.boxes[rank], d) for s, (_, d) in dtypes.items() if rank in b.boxes}
+        for state, holding in src.items():
+            for param, box in holding.boxes.items():
+                holding.tensors[param].copy_(dense[state][param][box.slices])
+        reallocate_states(schedule(a, b, 2, rank), rank, src, dst, dtypes)
+        for state, holding in dst.items():
+            for param, box in holding.boxes.items():
+                expected = dense[state][param][box.slices].to(dtypes[state][1])
+                assert torch.equal(holding.tensors[param], expected), (before, after, state, param)
+
+
+def test_optimizer_states_move_between_any_split() -> None:
+    def place(text: str, first: int = 0) -> Placement:
+        strategy = parse_strategy(text, "test")
+        return Placement(DeviceMesh(first, strategy.size, 4), strategy)
+
+    pairs = [
+        (place("d2t1p2z1"), place("d4t1p1z3")),
+        (place("d4t1p1z3"), place("d2t2p1z2")),
+        (place("d2t2p1z2"), place("d1t1p1", 3)),
+        (place("d1t1p4"), place("d4t1p1z1")),
+        (place("d1t2p2+i2"), place("d2t1p2z1")),
+        (place("d2t1p1z1"), place("d2t1p1z3", 2)),
+    ]
+    run_ranks(_states, 4, pairs)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -11,6 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from realloc import routes, traffic
 from realloc.augmented import Placement
 from realloc.layout import Box, Layout, layout
 from realloc.mesh import DeviceMesh
@@ -24,6 +26,7 @@ from realloc.reallocation import (
     node_lower_bound,
     schedule,
     schedule_bytes,
+    staging_bytes,
 )
 from realloc.routes import ScheduleError
 from realloc.strategy import Strategy
@@ -141,17 +144,17 @@ def test_only_what_a_rank_lacks_crosses(case: tuple[ModelShape, Placement, Place
 @given(cases())
 def test_the_summary_is_the_schedule(case: tuple[ModelShape, Placement, Placement]) -> None:
     plan = schedule(*_layouts(case), GPUS_PER_NODE)
-    traffic = schedule_bytes(*case)
-    ranks = range(len(traffic.sent))
-    assert traffic.sent.tolist() == [plan.sent_elements(r) for r in ranks]
-    assert traffic.received.tolist() == [plan.received_elements(r) for r in ranks]
+    sums = schedule_bytes(*case)
+    ranks = range(len(sums.sent))
+    assert sums.sent.tolist() == [plan.sent_elements(r) for r in ranks]
+    assert sums.received.tolist() == [plan.received_elements(r) for r in ranks]
     sent_far, received_far = np.zeros(len(ranks), int), np.zeros(len(ranks), int)
     for copy in plan.cross:
         if copy.src // GPUS_PER_NODE != copy.dst // GPUS_PER_NODE:
             sent_far[copy.src] += copy.box.num_elements
             received_far[copy.dst] += copy.box.num_elements
-    np.testing.assert_array_equal(traffic.sent_between_nodes, sent_far)
-    np.testing.assert_array_equal(traffic.received_between_nodes, received_far)
+    np.testing.assert_array_equal(sums.sent_between_nodes, sent_far)
+    np.testing.assert_array_equal(sums.received_between_nodes, received_far)
 
 
 @settings(max_examples=60, deadline=None)
@@ -249,9 +252,68 @@ def test_a_large_model_is_scheduled_quickly() -> None:
     plan = schedule(*case, 8)
     assert time.process_time() - start < 2.0
     start = time.process_time()
-    traffic = schedule_bytes(shape, src, dst)
+    sums = schedule_bytes(shape, src, dst)
     assert time.process_time() - start < 0.1
-    assert int(traffic.received.sum()) == plan.cross_elements == lower_bound(*case)
+    assert int(sums.received.sum()) == plan.cross_elements == lower_bound(*case)
+
+
+@pytest.fixture
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Parts of a few elements may be cut into pieces."""
+    _forget()
+    monkeypatch.setattr(routes, "MIN_PIECE_ELEMENTS", 1)
+    yield
+    _forget()
+
+
+def _forget() -> None:
+    routes.num_pieces.cache_clear()
+    traffic._traffic.cache_clear()
+
+
+@pytest.mark.usefixtures("small_pieces")
+@pytest.mark.parametrize(
+    ("src", "dst", "per_node"),
+    [
+        (_place(0, 4, Strategy(4)), _place(4, 1, Strategy()), 4),
+        (_place(0, 3, Strategy(3)), _place(4, 4, Strategy(4)), 4),
+        (_place(0, 4, Strategy(4)), _place(2, 8, Strategy(4, 2)), 2),
+        (_place(0, 4, Strategy(2, 2)), _place(4, 8, Strategy(8)), 4),
+        (_place(0, 8, Strategy(4, 2, zero=3)), _place(4, 8, Strategy(2, 1, 4)), 4),
+    ],
+)
+def test_pieces_cover_once_and_even_out(src: Placement, dst: Placement, per_node: int) -> None:
+    shape = ModelShape("llama", 24, 4, 4, 2, 6, 48, 96, max_positions=8)
+    a, b = (Placement(replace(p.mesh, gpus_per_node=per_node), p.strategy) for p in (src, dst))
+    case = layout(shape, a.mesh, a.strategy), layout(shape, b.mesh, b.strategy)
+    plan = schedule(*case, per_node)
+    plan.check(*case, per_node)
+    sums = schedule_bytes(shape, a, b)
+    ranks = range(len(sums.sent))
+    assert sums.sent.tolist() == [plan.sent_elements(r) for r in ranks]
+    assert sums.received.tolist() == [plan.received_elements(r) for r in ranks]
+    if a.strategy.dp == a.strategy.size and not set(a.mesh.ranks) & set(b.mesh.ranks):
+        direct = [
+            sum(c.box.num_elements for c in plan.cross if c.src == r and not c.relay) for r in a.mesh.ranks
+        ]
+        assert max(direct) <= 1.02 * sum(direct) / len(direct)
+
+
+def test_one_rank_among_a_thousand() -> None:
+    shape = named_shapes()["llama-70b"]
+    src, dst = _place(0, 1024, Strategy(16, 8, 8)), _place(0, 1024, Strategy(128, 8, 1))
+    case = layout(shape, src.mesh, src.strategy), layout(shape, dst.mesh, dst.strategy)
+    start = time.process_time()
+    own = schedule(*case, 8, 777)
+    assert time.process_time() - start < 2.0
+    _forget()
+    start = time.process_time()
+    sums = schedule_bytes(shape, src, dst)
+    assert time.process_time() - start < 0.1
+    assert own.received_elements(777) == sums.received[777]
+    assert own.sent_elements(777) == sums.sent[777]
+    assert 0 < own.sent_elements(777) * 2 <= staging_bytes(sums, 2, 1 << 50)
+    assert staging_bytes(sums, 2) == 256 << 20
 
 
 # ---------------------------------------------------------------------- what check() refuses
@@ -281,6 +343,17 @@ def test_check_accepts_what_is_right() -> None:
 def test_check_refuses_what_is_wrong(copies: list[Copy], message: str) -> None:
     with pytest.raises(ScheduleError, match=message):
         Schedule(tuple(copies)).check(_SRC, _DST)
+
+
+def test_check_refuses_a_second_crossing_and_early_relays() -> None:
+    dst = Layout({2: {"w": _ALL}, 3: {"w": _ALL}})
+    src = Layout({0: {"w": _ALL}})
+    there, on = Copy("w", _ALL, 0, 2), Copy("w", _ALL, 2, 3, relay=True)
+    Schedule((there, on)).check(src, dst, 2)
+    with pytest.raises(ScheduleError, match="before it has it"):
+        Schedule((on, there)).check(src, dst, 2)
+    with pytest.raises(ScheduleError, match="32 elements cross between nodes; 16 must"):
+        Schedule((there, Copy("w", _ALL, 0, 3))).check(src, dst, 2)
 
 
 def test_check_refuses_needless_messages() -> None:
