@@ -55,6 +55,8 @@ from runtime.roles import RankRole
 from runtime.tensor_file import FileRecord, sync_folder, write_synced, write_tensors
 
 POLL_S = 0.02
+METRICS_WAIT_S = 5.0
+"""Longest wait for an iteration's metrics: weights are worth more than a line."""
 WriteTensors = Callable[[Path, Mapping[str, torch.Tensor]], FileRecord]
 
 
@@ -105,11 +107,17 @@ class Saver:
         store: dist.Store,
         options: SaveOptions,
         write: WriteTensors = write_tensors,
+        has_metrics: Callable[[int], bool] = lambda _: True,
     ) -> None:
+        """`has_metrics`: whether the metrics of an iteration (and those before) are on disk.
+
+        A checkpoint should not be newer than they are, or a run that goes on from it lacks a line.
+        """
         self._folder = checkpoints_folder(out)
         self._plan, self._roles, self._rank = plan, roles, rank
         self._world_size = plan.cluster.num_gpus
         self._store, self._options, self._write_tensors = store, options, write
+        self._has_metrics = has_metrics
         everything = shares(stored_of(plan))
         self._pieces: tuple[Piece, ...] = everything.get(rank, ())
         self._snapshot: dict[str, torch.Tensor] = {}
@@ -193,10 +201,11 @@ class Saver:
             if self._rank == 0:
                 self._commit(done, partial)
         except OSError as error:
-            # what was written makes room for the message that says so
+            message = self._describe(error, partial, needed)
+            # what was written makes room for whatever else has to be said
             for path in partial.glob(f"rank-{self._rank}.*"):
                 path.unlink(missing_ok=True)
-            raise RunError(self._describe(error, partial, needed)) from None
+            raise RunError(message) from None
 
     def _write_files(
         self, partial: Path, snapshot: Mapping[str, torch.Tensor], needed: int
@@ -218,6 +227,9 @@ class Saver:
         while not self._store.check(keys):
             if self._stop.is_set():
                 return
+            time.sleep(POLL_S)
+        deadline = time.monotonic() + METRICS_WAIT_S
+        while not (self._has_metrics(done - 1) or self._stop.is_set() or time.monotonic() > deadline):
             time.sleep(POLL_S)
         files: dict[str, FileRecord] = {}
         steps: dict[str, int] = {}
@@ -257,10 +269,10 @@ class Saver:
         free = ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             left = shutil.disk_usage(self._folder).free
-            free = f" ({left / 1e6:.1f} MB are free); make room"
+            free = f" and {left / 1e6:.2f} MB are free; make room"
         return (
             f"the checkpoint {partial} cannot be written: {error.strerror}: rank {self._rank} needs "
-            f"{needed / 1e6:.1f} MB for its part{free}; {last}."
+            f"{needed / 1e6:.2f} MB for its part{free}; {last}."
         )
 
 

@@ -42,7 +42,7 @@ from runtime.metrics import MetricsChannel
 from runtime.monitor import Monitor, comparison
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
-from runtime.run_folder import prepare_folder, rewind_folder, run_lock
+from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
 from runtime.tracing import merge_traces, read_status
 from runtime.worker import WorkerSpec, reporting_ranks, run_worker
 
@@ -111,6 +111,7 @@ def _execute(
         saving=options.saving,
         checkpoint=None if checkpoint is None else str(checkpoint),
     )
+    reserve_errors(out, plan.cluster.num_gpus)
     first = 0 if checkpoint is None else iteration_of(checkpoint)
     collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
@@ -194,9 +195,16 @@ def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
         raise RunError(describe_failure(out, program, exit_codes)) from None
 
 
+class _LogFile(logging.FileHandler):
+    """A log that says nothing when it cannot be written: on a full disk our own message is enough."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        pass
+
+
 def _log_to_file(path: Path) -> None:
     """Sends the agent's log lines to a file: what they say of a failure, our own message says."""
-    handler = logging.FileHandler(path)
+    handler = _LogFile(path)
     for name in ("torch.distributed.elastic", "torch.multiprocessing", "torch.distributed.launcher"):
         logger = logging.getLogger(name)
         logger.handlers = [handler]
@@ -210,9 +218,8 @@ def describe_failure(out: Path, program: Program, exit_codes: Mapping[int, int])
     `exit_codes` are those that the agent saw; a rank killed by a signal goes before ranks that
     raised, since their errors follow from its death.
     """
-    errors = []
-    for path in sorted((out / "errors").glob("rank-*.json")):
-        errors.append(json.loads(path.read_text(encoding="utf-8")))
+    texts = [path.read_text(encoding="utf-8") for path in sorted((out / "errors").glob("rank-*.json"))]
+    errors = [json.loads(text) for text in texts if text.strip()]
     killed = [r for r, code in sorted(exit_codes.items()) if code < 0 and -code != signal.SIGTERM]
     if killed:
         rank, code = killed[0], -exit_codes[killed[0]]

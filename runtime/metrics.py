@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 
 import torch.distributed as dist
 
+_WRITTEN = "written"
+
 
 @dataclass
 class Metrics:
@@ -65,6 +67,14 @@ class MetricsChannel:
             reports.append({k: tuple(v) for k, v in json.loads(self._store.get(key)).items()})
             self._store.delete_key(key)
         return combine(reports)
+
+    def confirm(self, iteration: int) -> None:
+        """The collector says that the metrics of this and all earlier iterations are on disk."""
+        self._store.set(_WRITTEN, str(iteration))
+
+    def is_written(self, iteration: int) -> bool:
+        """Whether the collector has confirmed the iteration."""
+        return self._store.check([_WRITTEN]) and int(self._store.get(_WRITTEN)) >= iteration
 
 
 def _key(iteration: int, rank: int) -> str:

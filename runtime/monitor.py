@@ -91,6 +91,7 @@ class Monitor:
             started += seconds
             try:
                 self._show(iteration, metrics, seconds)
+                self._channel.confirm(iteration)
             except OSError as error:  # a full disk must not end a thread without a word
                 self._failure = error
                 return

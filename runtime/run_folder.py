@@ -27,6 +27,7 @@ from runtime.checkpoint_files import (
 LOCK = ".lock"
 LOCK_WAIT_S = 5.0
 """How long the ranks of a launcher that was killed may take to follow it."""
+ERROR_BYTES = 8192
 _SCRATCH = ("status", "trace", "errors")
 
 
@@ -67,6 +68,12 @@ def rewind_folder(out: Path, iteration: int) -> None:
     for name in _SCRATCH:
         shutil.rmtree(out / name, ignore_errors=True)
     _make(out)
+
+
+def reserve_errors(out: Path, world_size: int) -> None:
+    """Makes room for what each rank may have to say as it dies, so that a full disk can be reported."""
+    for rank in range(world_size):
+        write_text(out / "errors" / f"rank-{rank}.json", " " * ERROR_BYTES)
 
 
 def _iteration(line: str) -> float:

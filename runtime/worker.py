@@ -83,10 +83,10 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     timeout = timedelta(seconds=spec.timeout_s)
     device = pick_device()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    store = _connect(spec)
+    main_store = _connect(spec)
     dist.init_process_group(
         f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend,
-        store=dist.PrefixStore("ranks", store),
+        store=dist.PrefixStore("ranks", main_store),
         rank=rank,
         world_size=world_size,
         timeout=timeout,
@@ -102,9 +102,12 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         first = iteration_of(Path(spec.checkpoint))
     engine = Engine(plan, program, rank, groups, roles, dataset, device)
     status = Status(out / "status" / f"rank-{rank}")
-    channel = MetricsChannel(dist.PrefixStore("metrics", store), reporting_ranks(plan))
+    channel = MetricsChannel(dist.PrefixStore("metrics", main_store), reporting_ranks(plan))
     # a connection of its own: the background thread waits on it while the main thread uses the other
-    saver = Saver(out, plan, roles, rank, dist.PrefixStore("checkpoints", _connect(spec)), spec.saving)
+    own = _connect(spec)
+    confirmed = MetricsChannel(dist.PrefixStore("metrics", own), ()).is_written
+    store = dist.PrefixStore("checkpoints", own)
+    saver = Saver(out, plan, roles, rank, store, spec.saving, has_metrics=confirmed)
     dist.barrier()
     recorder = Recorder(rank, _shared_epoch(rank))
 
@@ -186,4 +189,7 @@ def _write_error(out: Path, rank: int, error: BaseException) -> None:
     folder = out / "errors"
     folder.mkdir(parents=True, exist_ok=True)
     record = RankError(rank, time.time(), type(error).__name__, str(error), isinstance(error, ReallocError))
-    (folder / f"rank-{rank}.json").write_text(json.dumps(asdict(record)), encoding="utf-8")
+    path = folder / f"rank-{rank}.json"
+    # into the room that the launcher has reserved: the disk may be full, which may be what it says
+    with path.open("r+b" if path.exists() else "wb") as stream:
+        stream.write(json.dumps(asdict(record)).encode())

@@ -8,13 +8,10 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Mapping
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -29,67 +26,7 @@ from runtime.attention import PackedSequences
 from runtime.decoder import Decoder
 from runtime.hf import load_boxes
 from runtime.parallel import single_rank
-from tests.ranks.engine import make_plan, ppo_content, write_models
-
-TINY = {"hidden": 32, "layers": 2, "heads": 4, "kv_heads": 2, "ffn": 48}
-SPLIT = {
-    "*": ("node0", "d2t1p1"),
-    "actor_gen": ("node0:gpu[0]", "d1t1p1"),
-    "actor_train": ("node0", "d1t1p2m2"),
-    "critic_train": ("node0:gpu[1]", "d1t1p1m2"),
-}
-REWARDS = """
-import os, time
-
-def length(samples):
-    return [min(1.0, len(s.response.split()) / 10) for s in samples]
-
-def not_a_number(samples):
-    return [float("nan") for s in samples]
-
-def too_few(samples):
-    return [0.0]
-
-def raises(samples):
-    return [1 / 0 for s in samples]
-
-def slow(samples):
-    time.sleep(60)
-    return [0.0 for s in samples]
-"""
-
-
-class Workplace:
-    """A folder with tiny models, data, a reward module and plans, from which commands run."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.models = dict(write_models(folder, **TINY))
-        self.models.pop("reward")
-        (folder / "my_rewards.py").write_text(REWARDS)
-
-    def plan(self, name: str, reward: str = "my_rewards:length", **changes: Any) -> Path:
-        content = ppo_content(self.folder, self.models, **({"reward": reward, "iterations": 2} | changes))
-        make_plan(self.folder, content, 2, SPLIT)
-        return (self.folder / "plan.yaml").rename(self.folder / f"{name}.yaml")
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-        command = [sys.executable, "-m", "realloc", *arguments]
-        return subprocess.Popen(
-            command,
-            cwd=self.folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    def run(self, *arguments: str) -> tuple[int, str, str]:
-        process = self.start(*arguments)
-        out, err = process.communicate(timeout=100)
-        return process.returncode, out, err
+from tests.run.workplace import Workplace
 
 
 @pytest.fixture(scope="module")
