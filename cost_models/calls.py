@@ -1,7 +1,7 @@
 """Seconds of one call under one placement, term by term: what the runtime does, and only that.
 
-generate: a packed prefill, then one decode step for each new token, in groups that circulate
-through the pipeline stages, as many at a time as there are stages. inference and train_step: packed
+generate: prompts enter as slots fall free, then one decode step for each new token, in lanes that
+circulate through the pipeline stages, as many as there are stages. inference and train_step: packed
 micro-batches through the stages, in the order of the strategy's schedule; a train_step computes
 dropped activations again, and ends every mini-batch by summing gradients over replicas and AdamW.
 """
@@ -130,33 +130,41 @@ class CallPricer:
         return terms
 
     def _generate(self, terms: dict[str, float]) -> None:
-        """Groups run in turn, as many at a time as there are stages.
+        """As many lanes as there are stages take a step in turn, each with one group's slots.
 
-        With fewer groups in flight than stages, a round still takes a step of every stage. The loop
-        runs to the longest response; over it a group shrinks to `mean / maximum` of itself on
-        average. Half a response is the mean context beyond the prompt.
+        With fewer lanes than stages, a round still takes a step of every stage. A sequence that is
+        done makes room for the next: until none waits, all slots are busy, for as long as their
+        number of mean responses takes. From then on the lanes run to the longest response, and
+        shrink to `mean / maximum` of themselves on average. Half a response is the mean context
+        beyond the prompt. A prompt is computed once for all its samples.
         """
         work, pp = self._workload, self._strategy.pp
         sequences = share(work.sequences, self._strategy.dp)
         groups = min(self._strategy.micro_batches, sequences)
-        rounds = share(groups, pp) * pp
+        lanes = min(groups, pp)
+        waves = groups / lanes
         size = sequences / groups
-        prompt = work.prompt.mean
-        pack = Pack(size * prompt, size * prompt**2, _runs(size, work.prompt), size)
+        prompt, response = work.prompt.mean, work.response.mean
+        prompts = max(size / work.samples_per_prompt, 1 / groups)
+        pack = Pack(prompts * prompt, prompts * prompt**2, _runs(prompts, work.prompt), size)
         hidden_bytes = self._costs.shape.hidden * self._costs.element_bytes
-        active = size * work.response.mean / work.response.maximum
-        context = prompt + work.response.mean / 2
+        active = size * response / work.response.maximum
+        context = prompt + response / 2
         prefill = [self._forward(stage, pack, sample=True) for stage in self._stages]
-        decode = [self._decode(stage, active, context) for stage in self._stages]
-        steps = work.response.maximum - 1
-        for stages, count, rows in ((prefill, 1, pack.tokens), (decode, steps, active)):
+        busy = [self._decode(stage, size, context) for stage in self._stages]
+        last = [self._decode(stage, active, context) for stage in self._stages]
+        for stages, count, rows in (
+            (prefill, waves, pack.tokens),
+            (busy, (waves - 1) * (response - 1), size),
+            (last, work.response.maximum - 1, active),
+        ):
             slowest = max(stages, key=lambda seconds: seconds.total)
-            terms["compute"] += count * groups * slowest.compute
-            terms["tp_communication"] += count * groups * slowest.tp
+            terms["compute"] += count * lanes * slowest.compute
+            terms["tp_communication"] += count * lanes * slowest.tp
             if pp > 1:
-                terms["bubble"] += count * (rounds - groups) * slowest.total
+                terms["bubble"] += count * (pp - lanes) * slowest.total
                 message_s = self._communication.stage_message_s(rows * hidden_bytes)
-                terms["pp_communication"] += count * rounds * message_s
+                terms["pp_communication"] += count * pp * message_s
         # every replica learns the response lengths of the others
         terms["dp_communication"] += self._communication.all_reduce_s(self._dp_group, 8 * work.sequences)
 

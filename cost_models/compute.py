@@ -32,6 +32,9 @@ _HEAD_OPS = 60
 _PASS_OPS = 16
 # FlashAttention-2 (Dao 2023, section 4.1): the backward pass has 2.5 times the flops.
 _ATTENTION_BACKWARD = 2.5
+# What the runtime packs for decoding (runtime.packed_weights): more steps, larger matrices than this.
+PACK_STEPS = 8
+PACK_ELEMENTS = 1 << 14
 GRADIENT_BYTES = 4
 """Of one element's gradient: a flat fp32 buffer, whatever the parameters' dtype."""
 
@@ -76,6 +79,10 @@ class ComputeCosts:
         hidden = shape.hidden
         self._products = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
         self._products += [(self.ffn, hidden)] * (2 if shape.gated_mlp else 1) + [(hidden, self.ffn)]
+        # matrices that read the same input are one while decoding, unless biases lie between them
+        up = 2 * self.ffn if shape.gated_mlp else self.ffn
+        fused = [(q + 2 * kv, hidden), (hidden, q), (up, hidden), (hidden, self.ffn)]
+        self._decode_products = self._products if shape.qkv_bias else fused
         specs = parameters(shape)
         layer = [spec for spec in specs if spec.layer == 0]
         self.layer_elements = sum(local_elements(spec, tp) for spec in layer)
@@ -215,12 +222,25 @@ class ComputeCosts:
 
     def decode_layer_s(self, batch: float, context: float, working_set: float) -> float:
         """Seconds of one layer for one new token of each of `batch` sequences of `context` tokens."""
-        seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._products)
+        seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._decode_products)
         kv_bytes = 2.0 * batch * context * self.kv_heads * self.shape.head_dim * self.element_bytes
         seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers)
         seconds += self._profile.attention.launch_s
         elementwise = self.memory_s(batch * self._elementwise)
         return seconds + elementwise + (_LAYER_OPS + _CACHE_OPS) * self._profile.launch_s
+
+    def packed_bytes(self, pp: int, stage: int, steps: float) -> int:
+        """Bytes of the second copy of its matrices that a rank holds while it generates on a CPU.
+
+        It is made in float32, of all but the smallest, when there are many steps to save time in
+        (runtime.packed_weights). Profiles of CPUs are those with an attention kernel per sequence.
+        """
+        if not self._profile.attention.per_sequence or self.element_bytes != 4 or steps <= PACK_STEPS:
+            return 0
+        products = len(stage_layers(self.shape, pp, stage)) * self._decode_products
+        if stage == pp - 1:
+            products = [*products, (self.vocab, self.shape.hidden)]
+        return 4 * sum(n * k for n, k in products if n * k > PACK_ELEMENTS)
 
     def embedding_s(self, tokens: float) -> float:
         moved = 2.0 * tokens * self.shape.hidden * self.element_bytes

@@ -122,7 +122,7 @@ def _whole(sizes: Mapping[str, float]) -> Mapping[str, int]:
 def _generate_bytes(
     costs: ComputeCosts, strategy: Strategy, workload: Workload, stage: int, layers: int
 ) -> dict[str, float]:
-    """As many groups as there are stages have a cache; its slots hold the longest prompt's tokens."""
+    """As many lanes as there are stages have a cache; its slots hold the longest prompt's tokens."""
     shape = costs.shape
     sequences = share(workload.sequences, strategy.dp)
     groups = min(strategy.micro_batches, sequences)
@@ -130,13 +130,18 @@ def _generate_bytes(
     slots = group * min(groups, strategy.pp)
     length = workload.prompt.maximum + workload.response.maximum - 1
     row = 2 * costs.kv_heads * shape.head_dim * costs.element_bytes
-    return {
-        "kv_cache": float(slots * length * row * layers),
+    samples = workload.samples_per_prompt
+    # a prompt is kept apart from the slots while samples of it wait
+    kept = workload.prompt.maximum if samples > 1 and groups > 1 else 0
+    sizes = {
+        "kv_cache": float((slots * length + kept) * row * layers),
         # the prefill keeps one layer's vectors at a time
-        "activations": activation_bytes(costs, group * workload.prompt.mean),
+        "activations": activation_bytes(costs, max(1.0, group / samples) * workload.prompt.mean),
         # logits in fp32 and their exponentials
         "logits": 2.0 * 4 * group * costs.vocab if stage == strategy.pp - 1 else 0.0,
     }
+    packed = costs.packed_bytes(strategy.pp, stage, workload.response.maximum * groups)
+    return sizes | ({"packed_weights": float(packed)} if packed else {})
 
 
 def _pass_bytes(

@@ -26,7 +26,7 @@ def can_pack(weight: torch.Tensor) -> bool:
     """Whether oneDNN's packed products exist for tensors like this one."""
     if weight.dtype != torch.float32 or weight.device.type != "cpu" or not _has_operators():
         return False
-    return weight.numel() * 32 > SMALL
+    return weight.numel() > SMALL // 32
 
 
 def _has_operators() -> bool:
@@ -60,26 +60,20 @@ class ReadyWeight:
         """`biases` has one entry for each part."""
         self.widths = [part.shape[0] for part in parts]
         whole = adjacent(parts)
-        self._parts = list(parts) if whole is None else [whole]
-        self._biases = list(biases)
-        if whole is not None or pack:
-            self._biases = [_joined_bias(parts, biases)]
+        self._bias = _joined_bias(parts, biases)
+        self._plain = list(zip(parts, biases, strict=True)) if whole is None else [(whole, self._bias)]
         self._packed: list[Any] = []
         if pack:
             joined = torch.cat(list(parts)) if whole is None else whole
             if can_pack(joined):
                 self._packed = _pack(joined)
-            elif whole is None:
-                self._biases = list(biases)
-        self._bias_parts = list(biases)
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [n, in] -> [n, out] of each part."""
         if self._packed and x.shape[0] * x.shape[1] * sum(self.widths) > SMALL:
-            return self._split(_packed_product(x, self._packed, self._biases[0]))
-        if len(self._parts) == 1:
-            return self._split(linear(x, self._parts[0], self._biases[0]))
-        return [linear(x, w, b) for w, b in zip(self._parts, self._bias_parts, strict=True)]
+            return self._split(_packed_product(x, self._packed, self._bias))
+        products = [linear(x, weight, bias) for weight, bias in self._plain]
+        return products if len(products) > 1 else self._split(products[0])
 
     def _split(self, y: torch.Tensor) -> list[torch.Tensor]:
         return [y] if len(self.widths) == 1 else list(y.split(self.widths, dim=1))

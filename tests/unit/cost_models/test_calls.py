@@ -102,6 +102,28 @@ def test_decoding_runs_to_the_longest_response():
     assert 1.8 * times[0] < times[1] < times[2]
 
 
+def test_free_slots_are_taken_at_once():
+    """Four groups on one rank: with ragged responses nobody waits for the longest of each group."""
+    hardware = load_profile("h100-sxm")
+
+    def seconds(mean: float, strategy: str) -> float:
+        model = cost_model(experiment(sequences=64, prompt=16, response=1024, mean_response=mean), hardware)
+        return model.call_s(model.graph.by_name["actor_gen"], place(strategy))
+
+    # full lengths: four times the steps; else three waves of mean responses and one to the longest
+    assert seconds(1024, "d1t1p1m4") > 2 * seconds(1024, "d1t1p1")
+    assert seconds(256, "d1t1p1m4") < 0.5 * seconds(1024, "d1t1p1m4")
+
+
+def test_a_prompt_is_priced_once_for_all_its_samples():
+    made = experiment(sequences=64, prompt=4096, response=2)
+    shared = replace(made, workload=replace(made.workload, samples_per_prompt=16))
+    one, many = (cost_model(x, load_profile("h100-sxm")) for x in (shared, made))
+    call = one.graph.by_name["actor_gen"]
+    times = [model.call_s(call, place("d1t1p1")) for model in (one, many)]
+    assert times[0] < times[1] / 8
+
+
 def test_ranks_that_share_cores_slow_each_other_down():
     crowded = profile(concurrency=Curve(((1.0, 1.0), (4.0, 2.0))), intra_node=FREE)
     model = cost_model(experiment(), crowded, per_node=4)

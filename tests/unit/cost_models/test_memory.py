@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cost_models.memory import activation_bytes, optimizer_bytes
-from cost_models.profile import load_profile
+from cost_models.profile import Attention, load_profile
 from tests.unit.cost_models.cases import cost_model, experiment, place, profile
 
 LLAMA_7B = 6_738_415_616
@@ -51,6 +53,32 @@ def test_kv_cache_of_generation_by_hand():
     # groups run one after the other on one stage, two at a time on two
     assert model.call_memory(call, place("d1t1p1m4")).working["kv_cache"] == whole // 4
     assert model.call_memory(call, place("d1t1p2m4")).working["kv_cache"] == whole // 4
+
+
+def test_packed_weights_of_generation_on_a_cpu():
+    cpu = profile(attention=Attention(1.0, 0.0, True))
+    model = cost_model(experiment(sequences=8, dtype="float32"), cpu)
+    call = model.graph.by_name["actor_gen"]
+    shape = model.shape("actor")
+    norms = (2 * shape.num_layers + 1) * shape.hidden
+    # all but norms and embedding
+    expected = 4 * (shape.num_params - norms - shape.vocab * shape.hidden)
+    assert model.call_memory(call, place("d1t1p1")).working["packed_weights"] == expected
+    assert "packed_weights" not in model.call_memory(model.graph.by_name["ref_inf"], place("d1t1p1")).working
+    for other in (experiment(sequences=8), experiment(sequences=8, dtype="float32", response=8)):
+        made = cost_model(other, cpu)
+        assert "packed_weights" not in made.call_memory(call, place("d1t1p1")).working
+
+
+def test_a_prompt_with_waiting_samples_is_kept():
+    made = experiment(sequences=64, prompt=100, response=29)
+    shared = replace(made, workload=replace(made.workload, samples_per_prompt=8))
+    sizes = [
+        cost_model(x, profile()).call_memory(x.graph().by_name["actor_gen"], place(s)).working["kv_cache"]
+        for x, s in ((made, "d1t1p1m4"), (shared, "d1t1p1m4"), (shared, "d1t1p1"))
+    ]
+    assert sizes[1] - sizes[0] == 100 * 2 * 32 * 4096 * 2
+    assert sizes[2] == 4 * sizes[0]
 
 
 def test_activations_by_hand():
