@@ -181,13 +181,13 @@ Runs = Mapping[str, list[Mapping[str, Report]]]
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    """bf16 with masters, one iteration of three steps: alone, and with each stage on dp 2 x tp 2."""
+    """bf16 with masters, one iteration of three steps: alone, and with each stage on dp 2."""
     folder = tmp_path_factory.mktemp("kept")
     content = ppo_content(folder, write_models(folder, **GROUPED), dtype="bfloat16", iterations=1)
     content["hyperparameters"]["mini_batches"] = 3
     result = {}
-    for name in ("d1t1p1m2", *(f"d2t2p1m2z{stage}" for stage in range(4))):
-        gpus = 1 if name.startswith("d1") else 4
+    for name in ("d1t1p1m2", *(f"d2t1p1m2z{stage}" for stage in range(4))):
+        gpus = int(name[1])
         others = ("node0:gpu[0]", "d1t1p1")  # so that all train on the same data, to the bit
         plan = make_plan(
             folder,
@@ -221,7 +221,7 @@ def _assembled(runs: Runs, stage: int, role: str) -> Mapping[str, Mapping[str, N
     """State -> parameter -> the whole of it, NaN where no rank has it."""
     alone = runs["d1t1p1m2"][0][role]
     whole = {s: {n: np.full_like(t, np.nan) for n, t in by.items()} for s, by in alone.states.items()}
-    for by_role in runs[f"d2t2p1m2z{stage}"]:
+    for by_role in runs[f"d2t1p1m2z{stage}"]:
         report = by_role[role]
         assert report.num_steps == alone.num_steps == 3
         for state, by_name in report.states.items():
@@ -236,7 +236,7 @@ def _assert_near(actual: NDArray[Any], want: NDArray[Any], tolerance: float) -> 
 
 @pytest.mark.parametrize("stage", range(4))
 def test_parameters_are_the_rounded_masters(runs: Runs, stage: int) -> None:
-    for by_role in runs[f"d2t2p1m2z{stage}"]:
+    for by_role in runs[f"d2t1p1m2z{stage}"]:
         for report in by_role.values():
             for name, box in report.boxes.items():
                 held = report.held[name][box.within(report.held_boxes[name])]
@@ -251,12 +251,12 @@ def test_bytes_kept_shrink_with_the_stage(runs: Runs, role: str) -> None:
     sizes = {
         stage: {
             by_role[role].at: sum(box.num_elements for box in by_role[role].boxes.values())
-            for by_role in runs[f"d2t2p1m2z{stage}"]
+            for by_role in runs[f"d2t1p1m2z{stage}"]
         }
         for stage in (0, 1)
     }
     for stage in range(4):
-        for by_role in runs[f"d2t2p1m2z{stage}"]:
+        for by_role in runs[f"d2t1p1m2z{stage}"]:
             report = by_role[role]
             whole, rows = sizes[0][report.at], sizes[1][report.at]
             assert 0.45 * whole < rows < 0.55 * whole
@@ -269,15 +269,15 @@ def test_bytes_kept_shrink_with_the_stage(runs: Runs, role: str) -> None:
 
 def test_whole_parameters_exist_one_unit_at_a_time(runs: Runs) -> None:
     for stage in range(4):
-        for by_role in runs[f"d2t2p1m2z{stage}"]:
+        for by_role in runs[f"d2t1p1m2z{stage}"]:
             actor = by_role["actor"]
             assert actor.left_gathered == 0
             assert (actor.most_gathered > 0) == (stage == 3)
-    for by_role in runs["d2t2p1m2z0"]:
+    for by_role in runs["d2t1p1m2z0"]:
         boxes = by_role["actor"].boxes
         units: dict[str, int] = {}
         for name, box in boxes.items():
             units[unit_of(name)] = units.get(unit_of(name), 0) + box.num_elements
         layer = max(size for unit, size in units.items() if unit.startswith("layers."))
-        for sharded in runs["d2t2p1m2z3"]:
+        for sharded in runs["d2t1p1m2z3"]:
             assert sharded["actor"].most_gathered <= units["head"] + layer < sum(units.values())
