@@ -43,14 +43,16 @@ def worst_gpu(
     placements: Mapping[str, Placement],
     memory: Mapping[str, Memory],
     order: Sequence[str] | None = None,
+    absent: Sequence[Residence] | None = None,
 ) -> GpuMemory:
     """The GPU that needs most. `memory[call]` is that call's at its placement.
 
     `order`: the nodes of an iteration; matters with offload alone, None takes the default order.
+    `absent`: the `residences` of the placements, where they are known.
     The first GPU of some call's mesh is always among the worst: the calls that cover any GPU all
     cover the last first GPU among them, and more calls never need less.
     """
-    absent = residences(graph, placements)
+    absent = residences(graph, placements) if absent is None else absent
     if absent and order is None:
         order = augment(graph, placements).default_order()
     firsts = sorted({placement.mesh.first for placement in placements.values()})

@@ -16,16 +16,18 @@ from planner.costs import Costs, Memory, MoveCosts
 from planner.memory import worst_gpu
 from planner.precedence import Precedence, list_schedule, rank_arcs
 from planner.rows import Row, load, version_cycles
-from planner.simulator import list_order, period_s, precedence_of, steady_state
+from planner.simulator import period_s, precedence_of, steady_state
 from realloc.augmented import (
     PARAMETERS,
     AugmentedGraph,
     Placement,
+    Residence,
     augment,
     copied_causes,
     load_name,
     offload_name,
     reallocation_name,
+    residences,
     transfer_name,
 )
 from realloc.cluster import Cluster
@@ -57,6 +59,7 @@ class _Structure:
     slots: tuple[int, ...]
     precedence: Precedence
     graph: AugmentedGraph | None = None
+    absent: tuple[Residence, ...] = ()
 
 
 class Problem:
@@ -185,7 +188,8 @@ class Problem:
         """Bytes of the GPU that needs most (see `planner.memory`)."""
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
         if any(row[10] for row in rows):
-            return self._peak_bytes(choice, self.schedule(choice).order)
+            order = self.schedule(choice).order
+            return worst_gpu(self.graph, self.placements(choice), self.memory(choice), order).total_bytes
         return max(load(rows, row[1])[0] for row in rows)
 
     def overflow_bytes(self, choice: Choice) -> int:
@@ -218,7 +222,7 @@ class Problem:
                 return inf
         seconds, masks = self._priced(structure, rows, choice)
         if structure.graph is not None:
-            return self._copied_orders(structure.graph, seconds, choice, limit_s)[0]
+            return self._copied_orders(structure, seconds, masks, choice, limit_s)[0]
         return _period_s(structure, seconds, masks)
 
     def schedule(self, choice: Choice) -> Schedule:
@@ -228,7 +232,7 @@ class Problem:
         seconds, masks = self._priced(structure, rows, choice)
         names = [self._name(slot) for slot in structure.slots]
         if structure.graph is not None:
-            spent, placed = self._copied_orders(structure.graph, seconds, choice)
+            spent, placed = self._copied_orders(structure, seconds, masks, choice)
             return Schedule(spent, placed, dict(zip(names, seconds, strict=True)))
         order, ends = list_schedule(structure.precedence, seconds, masks)
         arcs = rank_arcs(structure.precedence, order, masks)
@@ -319,29 +323,41 @@ class Problem:
             if len(self._copied) >= _COPIED_AT_MOST:
                 self._copied.clear()
             found = self._copied[key] = _Structure(
-                tuple(slots[name] for name in names), precedence_of(graph, names), graph
+                tuple(slots[name] for name in names),
+                precedence_of(graph, names),
+                graph,
+                residences(self.graph, self.placements(choice)),
             )
         return found
 
     def _copied_orders(
-        self, graph: AugmentedGraph, seconds: Sequence[float], choice: Choice, limit_s: float = inf
+        self,
+        structure: _Structure,
+        seconds: Sequence[float],
+        masks: Sequence[int],
+        choice: Choice,
+        limit_s: float = inf,
     ) -> tuple[float, tuple[str, ...]]:
         """Seconds and order of a choice with offload: loads ahead of time where that fits and helps.
 
         (inf, order) when it does not fit, or not below the limit.
         """
-        node_s = dict(zip(graph.default_order(), seconds, strict=True))
-        order = list_order(graph, node_s)
+        graph = structure.graph
+        assert graph is not None
+        names = graph.default_order()
+        node_s = dict(zip(names, seconds, strict=True))
+        numbers, _ = list_schedule(structure.precedence, seconds, masks)
+        order = graph.place_copies(names[i] for i in numbers)
         overlaps = self.costs.overlaps_host_copies
+        placements, memory = self.placements(choice), self.memory(choice)
         best_s, best = inf, order
         for placed in (order, graph.place_copies(order, ahead=True)) if overlaps else (order,):
-            seconds_now = period_s(graph, node_s, placed, overlaps_loads=overlaps)
-            if seconds_now < min(best_s, limit_s) and self._peak_bytes(choice, placed) <= self.capacity_bytes:
-                best_s, best = seconds_now, placed
+            spent = period_s(graph, node_s, placed, overlaps_loads=overlaps)
+            if spent < min(best_s, limit_s):
+                peak = worst_gpu(self.graph, placements, memory, placed, structure.absent)
+                if peak.total_bytes <= self.capacity_bytes:
+                    best_s, best = spent, placed
         return best_s, best
-
-    def _peak_bytes(self, choice: Choice, order: Sequence[str]) -> int:
-        return worst_gpu(self.graph, self.placements(choice), self.memory(choice), order).total_bytes
 
     def _priced(
         self, structure: _Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False

@@ -75,7 +75,7 @@ def test_memory_is_given_back(grouped: Oracle) -> None:
             assert on["actor_train"] == always | state | {"actor actor_train"}
             assert on["reallocate:actor:actor_gen"] == always | {"actor actor_train"}
             assert on["critic_train"] >= always | {"critic gradients", "critic optimizer"}
-            assert not on["critic_train"] & {"actor actor_train", *state}
+            assert not on["critic_train"] & state
 
 
 def _watch(rank: int, world_size: int, path: str) -> dict[str, Any]:
