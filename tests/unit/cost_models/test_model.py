@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from cost_models.curve import Curve
 from cost_models.link import Link
 from cost_models.profile import load_profile
 from realloc.augmented import NodeKind, Placement, augment
@@ -80,6 +81,34 @@ def test_every_node_of_a_plan_has_a_price():
     assert model.node_s(call, placements) == model.call_s(
         model.graph.by_name["actor_gen"], placements["actor_gen"]
     )
+
+
+def test_host_copies_by_hand():
+    """Bytes over the host's bandwidth; gradients are never copied, nor parameters that have not changed."""
+    model = cost_model(experiment(), profile())
+    placements = {call.name: place("d1t8p1") for call in model.graph.calls}
+    placements["ref_inf"] = place("d4t2p1+offload")
+    placements["actor_train"] = place("d1t4p2+offload")
+    node = augment(model.graph, placements).by_name
+    frozen = model.call_memory(model.graph.by_name["ref_inf"], placements["ref_inf"]).parameters
+    assert model.node_s(node["load:ref:ref_inf"], placements) == pytest.approx(frozen / 1e10)
+    assert model.node_s(node["offload:ref:ref_inf"], placements) == 0.0
+    train = model.call_memory(model.graph.by_name["actor_train"], placements["actor_train"])
+    both = (train.parameters + train.optimizer) / 1e10
+    assert model.node_s(node["load:actor:actor_train"], placements) == pytest.approx(both)
+    assert model.node_s(node["offload:actor:actor_train"], placements) == pytest.approx(
+        train.optimizer / 1e10
+    )
+    parameters = node["offload:actor:actor_train:parameters"]
+    assert model.node_s(parameters, placements) == pytest.approx(train.parameters / 1e10)
+
+
+def test_ranks_that_share_cores_copy_more_slowly():
+    shared = cost_model(experiment(), profile(concurrency=Curve(((1.0, 1.0), (4.0, 4.0)))))
+    alone = cost_model(experiment(), profile())
+    call, where = alone.graph.by_name["ref_inf"], place("d1t4p1+offload")
+    once = alone.host_copy_s(call, where, ("parameters",))
+    assert shared.host_copy_s(call, where, ("parameters",)) == pytest.approx(4 * once)
 
 
 def test_a_dtype_that_the_profile_lacks_is_refused():
