@@ -19,7 +19,7 @@ from functools import cached_property
 from itertools import chain, pairwise
 
 from realloc.layout import Box, Layout
-from realloc.routes import Held, Kind, Route, Scale, ScheduleError, find_routes, scale_of, sends
+from realloc.routes import Held, Kind, Route, Scale, ScheduleError, find_routes, overlay, scale_of, sends
 from realloc.traffic import Traffic, schedule_bytes
 
 __all__ = [
@@ -271,7 +271,7 @@ class _Class:
         unit = scale.kind.unit_elements
         load: dict[int, int] = {}
         small = 0
-        strided = _strided(scale, self.src, self.routes) or _strided(scale, self.dst, self.routes)
+        strided = _strided(scale, self)
         for route, (_, pieces) in zip(self.routes, self.turns[scale.kind], strict=True):
             elements = route.units * unit
             small += elements if elements // pieces < SMALL_ELEMENTS else 0
@@ -294,15 +294,16 @@ class _Class:
         return Peak(most, most if strided or small else 0)
 
 
-def _strided(scale: Scale, held: Held, routes: Sequence[Route]) -> bool:
-    """Whether a route's box is not contiguous within a box that holds it."""
-    outer = [scale.up(cell) for cell, _ in held]
-    for route in routes:
-        if not route.near and not route.far:
-            continue
-        box = scale.up(route.cell)
-        if any(box.intersect(other) == box and not contiguous(box, other) for other in outer):
-            return True
+def _strided(scale: Scale, cls: _Class) -> bool:
+    """Whether a part that moves is not contiguous within a box that holds or wants it."""
+    src, dst = ([scale.up(cell) for cell, _ in held] for held in (cls.src, cls.dst))
+    parts = overlay(tuple(cell for cell, _ in cls.src), tuple(cell for cell, _ in cls.dst))
+    for route, part in zip(cls.routes, parts, strict=True):
+        if route.near or route.far:
+            box = scale.up(route.cell)
+            outer = chain((src[i] for i in part.holding), (dst[i] for i in part.wanting))
+            if not all(contiguous(box, other) for other in outer):
+                return True
     return False
 
 

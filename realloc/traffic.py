@@ -72,16 +72,34 @@ class _Row:
     kinds: Sequence[tuple[Kind, int]]
 
 
-def _turns(first: Ints, count: Ints, position: Ints, of: Ints) -> Ints:
-    """How many of the turns first .. first + count - 1 fall to `position` of `of` ranks."""
-    low = first - position + of - 1
-    counted: Ints = (low + count) // of - low // of
-    return counted
+class _Turns:
+    """Turns first .. first + count - 1 of `ranks` ranks that take them round and round, by group."""
+
+    def __init__(self, first: Ints, count: Ints, ranks: Ints) -> None:
+        self._whole, self._rest = np.divmod(count, ranks)
+        self._start, self._ranks = first % ranks, ranks
+
+    def of(self, group: Ints, place: Ints) -> Ints:
+        """How many fall to the rank at `place` of `group`, element by element."""
+        if not self._rest.any():  # as with powers of two
+            return self._whole[group]
+        after = place - self._start[group]
+        after += self._ranks[group] * (after < 0)
+        counted: Ints = self._whole[group] + (after < self._rest[group])
+        return counted
 
 
 def _places(lengths: Ints) -> Ints:
     """0, 1, .. within each of consecutive groups of these lengths."""
     return np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+
+
+def _numbered(sizes: Ints, group: Ints) -> tuple[Ints, Ints]:
+    """The groups that are not empty, and for each element the number of its group among them."""
+    present = np.flatnonzero(sizes)
+    number = np.zeros(len(sizes), dtype=np.int64)
+    number[present] = np.arange(len(present))
+    return present, number[group]
 
 
 class _Counter:
@@ -91,7 +109,7 @@ class _Counter:
         self, rows: Sequence[_Row], holders: Sequence[Ints], wanting: Sequence[Ints], size: int, per_node: int
     ) -> None:
         self._rows, self._size = rows, size
-        nodes = -(-size // per_node)
+        nodes = self._nodes = -(-size // per_node)
         self._num_holders = np.array([len(ranks) for ranks in holders], dtype=np.int64)
         self._holder = np.concatenate(holders)
         self._holder_row = np.repeat(np.arange(len(rows)), self._num_holders)
@@ -119,35 +137,36 @@ class _Counter:
         sent_far, received_far = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
         if not len(self._receiver):
             return Traffic(*map(_frozen, (sent, received, sent_far, received_far)))
-        row, group = self._holder_row, self._holder_group
-        place = _places(self._num_holders)
+        far_place = _places(self._num_holders)
         near_place = _places(self._near[self._near > 0])
-        near, near_sends = self._near[group], self._receivers[group]
+        group_place = _places(self._receivers[self._receivers > 0])
+        # only groups with ranks: their numbers, and each rank's group among them
+        near_groups, near = _numbered(self._near, self._holder_group)
+        groups, members = _numbered(self._receivers, self._receiver_group)
+        near_row, group_row = near_groups // self._nodes, groups // self._nodes
+        near_sends = self._receivers[near_groups]
+        by_far, by_near = np.zeros(len(near), dtype=np.int64), np.zeros(len(near), dtype=np.int64)
+        passed = np.zeros(len(members), dtype=np.int64)
         first, step, total = self._turn_tables()
-        by_far, by_near = np.zeros(len(row), dtype=np.int64), np.zeros(len(row), dtype=np.int64)
-        r_row, r_group = self._receiver_row, self._receiver_group
-        members = self._receivers[r_group]
-        r_place = _places(self._receivers[self._receivers > 0])
-        is_far = self._near[r_group] == 0
-        passed = np.zeros(len(r_row), dtype=np.int64)
         for turn, size_of, count in zip(first, step, total, strict=True):
-            index, far = self._index[row], self._far_nodes[row]
-            by_far += size_of[row] * _turns(
-                turn[row] * far + index, count[row] * far, place, self._num_holders[row]
+            index, far = self._index, self._far_nodes
+            turns = _Turns(turn * far + index, count * far, self._num_holders)
+            by_far += size_of[self._holder_row] * turns.of(self._holder_row, far_place)
+            turns = _Turns(
+                turn[near_row] * near_sends + index[near_row],
+                count[near_row] * near_sends,
+                self._near[near_groups],
             )
-            by_near += size_of[row] * _turns(
-                turn[row] * near_sends + index, count[row] * near_sends, near_place, near
-            )
-            passed += size_of[r_row] * _turns(
-                turn[r_row] + self._index[r_row], count[r_row], r_place, members
-            )
-        passed *= is_far
+            by_near += size_of[self._holder_row] * turns.of(near, near_place)
+            turns = _Turns(turn[group_row] + index[group_row], count[group_row], self._receivers[groups])
+            passed += size_of[self._receiver_row] * turns.of(members, group_place)
+        passed *= (self._near[groups] == 0)[members]
         whole = sum(size_of * count for size_of, count in zip(step, total, strict=True))
         _add(sent_far, self._holder, by_far)
         _add(sent, self._holder, by_far + by_near)
-        _add(sent, self._receiver, passed * (members - 1))
+        _add(sent, self._receiver, passed * (self._receivers[groups] - 1)[members])
         _add(received_far, self._receiver, passed)
-        _add(received, self._receiver, np.asarray(whole)[r_row])
+        _add(received, self._receiver, np.asarray(whole)[self._receiver_row])
         return Traffic(*map(_frozen, (sent, received, sent_far, received_far)))
 
     def _turn_tables(self) -> tuple[Ints, Ints, Ints]:
