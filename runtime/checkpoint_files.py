@@ -110,7 +110,8 @@ def remove_partial(folder: Path) -> None:
 def remove_checkpoint(checkpoint: Path) -> None:
     """Removes a checkpoint so that a kill in between leaves no half of it under its name."""
     hidden = checkpoint.with_name(f".{checkpoint.name}.removed")
-    shutil.rmtree(hidden, ignore_errors=True)
+    if hidden.exists():
+        shutil.rmtree(hidden, ignore_errors=True)
     checkpoint.rename(hidden)
     shutil.rmtree(hidden, ignore_errors=True)
 
