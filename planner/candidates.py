@@ -40,7 +40,7 @@ class Limits:
     smallest: int = 1
     offload_from: float = 0.5
     front: int = 4
-    far_front: int = 3
+    far_front: int = 2
     degrees_only: bool = False
 
 
@@ -235,11 +235,10 @@ def _options(
         rejections.count(call, reason, len(meshes), example)
 
     options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject)
-    found: list[Option] = []
-    for degrees, number in _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections):
-        plain = limits.degrees_only or call.role is None
-        found += options.plain(degrees, number) if plain else options.of(degrees, number, shape)
-    return found
+    degrees = _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections)
+    if limits.degrees_only or call.role is None:
+        return [option for strategy, number in degrees for option in options.plain(strategy, number)]
+    return options.of(degrees, shape)
 
 
 def _bounded(

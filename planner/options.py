@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import inf
 
 from planner.costs import Costs, Memory
 from planner.memory import causes_of
@@ -25,6 +26,8 @@ NO_WORSE = "another strategy of the same layout is no worse"
 TOO_LARGE = "does not fit in memory"
 NO_GAIN = "a layout that saves neither time nor memory"
 VIRTUAL_STAGES = (2, 4)
+WORTH = 1.4
+"""Degrees this many times slower than others on the same GPUs stay as simple as they are."""
 ZERO_3_GAIN = 0.95
 """ZeRO 3 lays parameters out by themselves; it must need at most this much of what ZeRO 1 and 2 need."""
 
@@ -59,6 +62,11 @@ class Front:
         self._seconds: list[float] = []
         self._bytes: list[int] = []
 
+    @property
+    def seconds(self) -> float:
+        """Of the fastest option; inf without any."""
+        return self._seconds[0] if self._seconds else inf
+
     def better(self, seconds: float, total_bytes: int) -> Option | None:
         """An option that takes no longer and needs no more."""
         at = bisect_right(self._seconds, seconds) - 1
@@ -89,6 +97,16 @@ def thinned(options: Sequence[Option], most: int) -> list[Option]:
     return [options[round(i * (count - 1) / max(1, most - 1))] for i in range(most)]
 
 
+class _Explored:
+    """What is known of one layout: `plain` has its degrees, one strategy for each micro-batch count."""
+
+    def __init__(self, plain: Sequence[Strategy]) -> None:
+        self.plain = plain
+        self.front = Front()
+        self.known: dict[tuple[object, ...], float] = {}
+        self.zero: tuple[int, ...] = (0,)
+
+
 class Options:
     """Prices one call on meshes like `mesh`."""
 
@@ -97,49 +115,75 @@ class Options:
     ) -> None:
         self._call, self._mesh, self._costs = call, mesh, costs
         self._capacity, self._front, self._reject = capacity_bytes, front, reject
-        self._zero: tuple[int, ...] = (0,)
 
-    def of(self, degrees: Strategy, micro_batches: Sequence[int], shape: ModelShape | None) -> list[Option]:
-        """The options with these degrees, of all layouts that they allow."""
-        plain = [replace(degrees, micro_batches=m) for m in micro_batches]
+    def of(self, degrees: Iterable[tuple[Strategy, Sequence[int]]], shape: ModelShape | None) -> list[Option]:
+        """The options with these degrees and micro-batches, of all layouts that they allow.
+
+        Degrees whose simplest strategies fit and are WORTH times slower than the fastest of other
+        degrees are not looked into further.
+        """
+        first = [self._begin([replace(s, micro_batches=m) for m in number]) for s, number in degrees]
+        fastest = min((one.front.seconds for one in first), default=inf)
+        kept: list[Option] = []
+        for one in first:
+            if self._call.kind is CallKind.TRAIN_STEP and not WORTH * fastest < one.front.seconds < inf:
+                kept += self._finish(one, shape)
+            else:
+                kept += self._kept(one.front)
+        return kept
+
+    def _begin(self, plain: Sequence[Strategy]) -> _Explored:
+        """One layout's strategies without recomputation, 1F1B, and ZeRO 1 where it is no worse."""
+        one = _Explored(plain)
         if self._call.kind is not CallKind.TRAIN_STEP:
-            both = [s for p in plain for s in self._split(p)]
-            return self._kept(self._explore(both))
-        self._zero = self._stages(plain[0])
-        base = self._explore(self._passes(plain))
-        kept = self._kept(base)
-        if degrees.dp > 1 and degrees.pp == 1:
-            kept += self._if_smaller(self._explore(self._passes(plain, [3])), base)
-        if degrees.pp > 1 and shape is not None:
-            kept += self._interleaved(plain, base, shape)
+            self._explore(one, [s for p in plain for s in self._split(p)])
+            return one
+        one.zero = self._stages(plain[0])
+        base = [s for p in plain for zero in one.zero for s in self._split(replace(p, zero=zero))]
+        self._explore(one, base)
+        return one
+
+    def _finish(self, one: _Explored, shape: ModelShape | None) -> list[Option]:
+        """Everything else, and the layouts of ZeRO 3 and of interleaved stages."""
+        dp, pp = one.plain[0].dp, one.plain[0].pp
+        zero = (*one.zero, 2) if dp > 1 and pp == 1 else one.zero
+        self._explore(one, self._passes(one.plain, zero))
+        kept = self._kept(one.front)
+        if dp > 1 and pp == 1:
+            third = self._explore(_Explored(one.plain), self._passes(one.plain, (3,)))
+            kept += self._if_smaller(third, one.front)
+        if pp > 1 and shape is not None:
+            kept += self._interleaved(one, shape)
         return kept
 
     def plain(self, degrees: Strategy, micro_batches: Sequence[int]) -> list[Option]:
         """The options with these degrees and nothing else."""
-        return self._kept(self._explore([replace(degrees, micro_batches=m) for m in micro_batches]))
+        plain = [replace(degrees, micro_batches=m) for m in micro_batches]
+        return self._kept(self._explore(_Explored(plain), plain))
 
-    def _interleaved(self, plain: Sequence[Strategy], base: Front, shape: ModelShape) -> list[Option]:
+    def _interleaved(self, one: _Explored, shape: ModelShape) -> list[Option]:
         """The fastest interleaving, if it is faster than the base layout's fastest.
 
         Chunks take their turns in groups of pp micro-batches, so other numbers gain nothing.
         """
-        found: list[Front] = []
+        found = []
         for virtual in VIRTUAL_STAGES:
             strategies = [
                 replace(p, schedule=Schedule.INTERLEAVED, virtual_stages=virtual)
-                for p in plain
+                for p in one.plain
                 if p.micro_batches % p.pp == 0
             ]
             if strategies and forbidden(strategies[0], shape) is None:
-                found.append(self._explore(self._passes(strategies)))
-        found = [front for front in found if front.options]
+                found.append(_Explored(strategies))
+                passes = self._passes(strategies, one.zero)
+                self._explore(found[-1], [s for s in passes if s.recompute is Recompute.NONE])
         if not found:
             return []
-        best = min(found, key=lambda front: front.options[0].seconds)
-        if base.options and best.options[0].seconds >= base.options[0].seconds:
-            self._drop(best.options)
+        best = min(found, key=lambda other: other.front.seconds)
+        if best.front.seconds >= one.front.seconds:
+            self._drop(best.front.options)
             return []
-        return self._kept(best)
+        return self._kept(self._explore(best, self._passes(best.plain, one.zero)))
 
     def _if_smaller(self, front: Front, base: Front) -> list[Option]:
         if not front.options or not base.options:
@@ -156,42 +200,43 @@ class Options:
             yield replace(strategy, sequence_parallel=True)
 
     def _stages(self, strategy: Strategy) -> tuple[int, ...]:
-        """Which of ZeRO's stages 0 to 2 to try.
+        """Which of ZeRO's stages 0 and 1 to try.
 
         What stage 1 adds and saves does not depend on micro-batches or on how a pass runs, so one
-        comparison shows whether 0 is of any use beside it. Stage 2 sends at every micro-batch.
+        comparison shows whether 0 is of any use beside it.
         """
         if strategy.dp == 1:
             return (0,)
         none, first = (self._priced(replace(strategy, zero=zero)) for zero in (0, 1))
-        stages = (1,) if first.seconds <= none.seconds and first.total_bytes <= none.total_bytes else (0, 1)
-        return (*stages, 2) if strategy.pp == 1 else stages
+        is_no_worse = first.seconds <= none.seconds and first.total_bytes <= none.total_bytes
+        return (1,) if is_no_worse else (0, 1)
 
-    def _passes(self, plain: Sequence[Strategy], zero: Sequence[int] | None = None) -> list[Strategy]:
+    def _passes(self, plain: Sequence[Strategy], stages: Sequence[int]) -> list[Strategy]:
         """Every way of a train_step in one layout, those that recompute after those that do not."""
         found = []
         for recompute in Recompute:
             for strategy in plain:
-                for stage in self._zero if zero is None else zero:
-                    for split in self._split(replace(strategy, zero=stage, recompute=recompute)):
+                for zero in stages:
+                    for split in self._split(replace(strategy, zero=zero, recompute=recompute)):
                         found.append(split)
                         if strategy.pp > 1 and recompute is Recompute.NONE and strategy.virtual_stages == 1:
                             found.append(replace(split, schedule=Schedule.ZERO_BUBBLE))
         return found
 
-    def _explore(self, strategies: Iterable[Strategy]) -> Front:
-        """The Pareto front. What cannot be on it is not priced: recomputation and ZeRO 2 never take
-        less time than the same strategy without."""
-        front = Front()
-        seconds: dict[tuple[object, ...], float] = {}
+    def _explore(self, one: _Explored, strategies: Iterable[Strategy]) -> Front:
+        """The Pareto front of these and those before. What cannot be on it is not priced:
+        recomputation and ZeRO 2 never take less time than the same strategy without."""
+        front, seconds = one.front, one.known
         for s in strategies:
+            key = (s.micro_batches, s.sequence_parallel, s.schedule)
+            if (*key, s.zero, s.recompute) in seconds:
+                continue
             memory = self._costs.call_memory(self._call, Placement(self._mesh, s))
             option = Option(s, 0.0, memory)
             size = option.total_bytes
             if size > self._capacity:
                 self._too_large(s, size)
                 continue
-            key = (s.micro_batches, s.sequence_parallel, s.schedule)
             floor = max(
                 seconds.get((*key, s.zero, Recompute.NONE), 0.0),
                 seconds.get((*key, 1, s.recompute), 0.0) if s.zero > 1 else 0.0,
