@@ -9,9 +9,10 @@ end anywhere between 10% and 100% of it, each sequence at the same length on all
     python benchmarks/rollout.py [--quick] [--json]
 
 `bandwidth_share` is the bytes that decoding must read (all weights and the cached keys and values,
-once per step) over the bytes that a plain read of as much memory moves in the same time. The
-ratio to vLLM's CPU build is not measured here: it needs an environment of its own, `ratio_vllm` is null.
-The last line is one JSON object.
+once per step) over the bytes that a plain read of as much memory moves in the same time. Ratios
+are of elapsed time; `cpu_ratio_*` of the time the process had a core, which other work on the machine
+disturbs less. The ratio to vLLM's CPU build is not measured here, since it needs an environment of its
+own: `ratio_vllm` is null. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -241,18 +242,21 @@ def measure(case: Case, repeats: int, *, with_batch: bool) -> Mapping[str, Any]:
     }
     problem = _try_generate_batch(case, runs) if with_batch else "left out of a quick run"
     times: dict[str, list[float]] = {name: [] for name in runs}
+    cpu_times: dict[str, list[float]] = {name: [] for name in runs}
     bandwidths: list[float] = []
     for run, lengths in runs.values():
         run(lengths)
     for _ in range(repeats):
         for name, (run, lengths) in runs.items():
+            start = time.process_time()
             times[name].append(run(lengths))
+            cpu_times[name].append(time.process_time() - start)
         bandwidths.append(read_bandwidth(weights))
     seconds = {name: median(values) for name, values in times.items()}
     speed = {name: sum(runs[name][1]) / value for name, value in seconds.items()}
 
-    def ratio(a: str, b: str) -> float:
-        return round(median(y / x for x, y in zip(times[a], times[b], strict=True)), 3)
+    def ratio(a: str, b: str, values: Mapping[str, Sequence[float]] = times) -> float:
+        return round(median(y / x for x, y in zip(values[a], values[b], strict=True)), 3)
 
     # the prompts' pass is not decoding
     prefill = median(mine([1] * case.batch) for _ in range(3))
@@ -266,6 +270,8 @@ def measure(case: Case, repeats: int, *, with_batch: bool) -> Mapping[str, Any]:
         "parameters": weights // 4,
         "ratio_equal": ratio("ours_equal", "theirs_equal"),
         "ratio_ragged": ratio("ours_ragged", "theirs_ragged"),
+        "cpu_ratio_equal": ratio("ours_equal", "theirs_equal", cpu_times),
+        "cpu_ratio_ragged": ratio("ours_ragged", "theirs_ragged", cpu_times),
         "ratio_generate_batch": ratio("ours_equal", "batch_equal") if batch else None,
         "generate_batch_problem": problem,
         "bandwidth_share": round(share, 3),

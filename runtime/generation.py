@@ -16,6 +16,7 @@ from runtime.decoder import Decoder
 from runtime.filtering import Filter
 from runtime.lane import Lane, Prompts, Rules
 from runtime.rollout_decoder import RolloutDecoder
+from runtime.sampling import uniforms
 from runtime.stage_links import Links
 from runtime.stopping import StopStrings
 from runtime.tokenizer import TextTokenizer
@@ -76,13 +77,13 @@ def generate(
         groups = min(micro_batches, num)
         slots = -(-num // groups)
         steps = max_new_tokens * (num // slots)
-        rules = _rules(
-            sampling, limits or [max_new_tokens] * num, eos_ids, tokenizer, seed, iteration, context.device
-        )
-        ids = torch.tensor(list(sequence_ids), dtype=torch.int64, device=context.device)
+        rules = _rules(sampling, limits or [max_new_tokens] * num, eos_ids, tokenizer, context.device)
+        draws = None
+        if context.is_last and sampling.temperature != 0.0:
+            draws = _draws(sequence_ids, prompt_lengths, max_new_tokens, seed, iteration, context.device)
         ready = RolloutDecoder(decoder, steps)
         waiting = Waiting(range(num) if prompt_keys is None else prompt_keys)
-        kept = Prompts(tuple(prompt_lengths), ids, parts)
+        kept = Prompts(tuple(prompt_lengths), parts, draws)
         lanes = [
             Lane(ready, links, kept, waiting, responses, rules, slots)
             for _ in range(min(context.strategy.pp, groups))
@@ -109,8 +110,6 @@ def _rules(
     limits: Sequence[int],
     eos_ids: Collection[int],
     tokenizer: TextTokenizer | None,
-    seed: int,
-    iteration: int,
     device: torch.device,
 ) -> Rules:
     def ids(values: Collection[int]) -> torch.Tensor:
@@ -128,6 +127,20 @@ def _rules(
         stops=stops,
         temperature=sampling.temperature,
         filter=Filter(sampling.top_k, sampling.top_p, ends),
-        seed=seed,
-        iteration=iteration,
     )
+
+
+def _draws(
+    sequence_ids: Sequence[int],
+    prompt_lengths: Sequence[int],
+    longest: int,
+    seed: int,
+    iteration: int,
+    device: torch.device,
+) -> torch.Tensor:
+    """The random number of each token: float64 [sequences, longest], by id and place in the sequence."""
+    ids = torch.tensor(list(sequence_ids), dtype=torch.int64, device=device)
+    starts = torch.tensor(list(prompt_lengths), dtype=torch.int64, device=device)
+    positions = starts[:, None] + torch.arange(longest, device=device)
+    numbers = uniforms(seed, iteration, ids[:, None].expand_as(positions).reshape(-1), positions.reshape(-1))
+    return numbers.view(positions.shape)

@@ -16,7 +16,7 @@ from runtime.attention import DecodeStep, KVCache, PackedSequences
 from runtime.decode_graph import DecodeGraphs
 from runtime.filtering import Filter
 from runtime.rollout_decoder import Prefill, RolloutDecoder
-from runtime.sampling import choose, uniforms
+from runtime.sampling import choose
 from runtime.stage_links import Links
 from runtime.stopping import StopStrings
 from runtime.waiting import Admission, Responses, SavedPrompt, Waiting
@@ -36,17 +36,19 @@ class Rules:
     stops: StopStrings | None
     temperature: float
     filter: Filter
-    seed: int
-    iteration: int
 
 
 @dataclass(frozen=True, eq=False)
 class Prompts:
-    """The prompts of a call. `tokens` by row, known on the first and the last stage only."""
+    """The prompts of a call and the random numbers that continue them.
+
+    `tokens` by row, known on the first and the last stage only. `draws` float64 [rows, longest
+    response]: one number for each token that may be generated; None where nothing is drawn.
+    """
 
     lengths: Sequence[int]
-    ids: torch.Tensor
     tokens: Sequence[torch.Tensor] | None
+    draws: torch.Tensor | None
 
 
 class Lane:
@@ -196,10 +198,7 @@ class Lane:
 
     def _sample(self, hidden: torch.Tensor) -> None:
         decoder, rules = self._decoder, self._rules
-        draw = None
-        if rules.temperature != 0.0:
-            ids = self._prompts.ids[self.rows]
-            draw = uniforms(rules.seed, rules.iteration, ids, self.positions + 1)
+        draw = None if self._prompts.draws is None else self._prompts.draws[self.rows, self.counts]
         start, group = decoder.vocab_start, decoder.context.tp_group
         banned = self.counts < rules.min_new_tokens if rules.min_new_tokens else None
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 
 from runtime.linear import linear
 
@@ -60,6 +61,7 @@ class ReadyWeight:
         """`biases` has one entry for each part."""
         self.widths = [part.shape[0] for part in parts]
         whole = adjacent(parts)
+        self._elements = sum(part.numel() for part in parts)
         self._bias = _joined_bias(parts, biases)
         self._plain = list(zip(parts, biases, strict=True)) if whole is None else [(whole, self._bias)]
         self._packed: list[Any] = []
@@ -70,13 +72,15 @@ class ReadyWeight:
 
     def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
         """x [n, in] -> [n, out] of each part."""
-        if self._packed and x.shape[0] * x.shape[1] * sum(self.widths) > SMALL:
-            return self._split(_packed_product(x, self._packed, self._bias))
-        products = [linear(x, weight, bias) for weight, bias in self._plain]
-        return products if len(products) > 1 else self._split(products[0])
-
-    def _split(self, y: torch.Tensor) -> list[torch.Tensor]:
-        return [y] if len(self.widths) == 1 else list(y.split(self.widths, dim=1))
+        if x.shape[0] * self._elements <= SMALL:
+            products = [F.linear(x, weight, bias) for weight, bias in self._plain]
+        elif self._packed:
+            products = [_packed_product(x, self._packed, self._bias)]
+        else:
+            products = [linear(x, weight, bias) for weight, bias in self._plain]
+        if len(products) == len(self.widths):
+            return products
+        return list(torch.split_with_sizes(products[0], self.widths, dim=1))
 
 
 def _joined_bias(parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

@@ -92,12 +92,18 @@ def choose(
         third = ends[:, -1]
     else:
         third = best_logit.to(torch.float64)
+    if group is None:
+        # in the order of tensor_parallel.target_logprobs: bit for bit the same
+        log_total = largest + mass.log()
+        if best is None:
+            assert uniform is not None
+            best = _invert(blocks, ends, uniform * third).clamp_(max=logits.shape[1] - 1)
+        return best + vocab_start, logits.gather(1, best[:, None])[:, 0] - log_total
     shards = _gather(torch.stack([largest.to(torch.float64), mass.to(torch.float64), third]), group)
     top = shards[:, 0].amax(dim=0)
     scales = (shards[:, 0] - top).exp()
-    # in float32, in the order of tensor_parallel.target_logprobs: on one shard, bit for bit the same
     log_total = top.to(torch.float32) + (scales * shards[:, 1]).to(torch.float32).sum(dim=0).log()
-    rank = 0 if group is None else dist.get_rank(group)
+    rank = dist.get_rank(group)
     if best is not None:
         owner = shards[:, 2].argmax(dim=0)
         token = best
@@ -108,8 +114,6 @@ def choose(
         inside = aim[rank] / scales[rank]
         token = _invert(blocks, ends, inside).clamp_(max=logits.shape[1] - 1)
     logprob = logits.gather(1, token[:, None])[:, 0] - log_total
-    if group is None:
-        return token + vocab_start, logprob
     chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob.to(torch.float64)])
     chosen.masked_fill_(owner != rank, 0.0)
     dist.all_reduce(chosen, group=group)
@@ -124,10 +128,8 @@ def _blocks(weights: torch.Tensor) -> torch.Tensor:
     return weights.view(weights.shape[0], -1, BLOCK)
 
 
-def _gather(mine: torch.Tensor, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _gather(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     """The ranks' tensors, stacked on a new first dim."""
-    if group is None:
-        return mine[None]
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     return torch.stack(parts)
