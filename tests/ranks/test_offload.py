@@ -59,6 +59,8 @@ def test_memory_is_given_back(grouped: Oracle) -> None:
     path.write_text(plan_text(plan))
     for rank, seen in enumerate(run_ranks(_watch, 2, str(path), timeout_s=120)):
         whole = seen["whole"]
+        nodes = [plan.augmented.by_name[name] for name in plan.node_order]
+        assert seen["traced"] == [(i, node.name, str(node.kind)) for i in range(2) for node in nodes]
         for iteration, held in seen["held"]:
             at = dict(held)
             # before each node: what is on the device (part -> bytes), all or nothing
@@ -98,9 +100,11 @@ def _watch(rank: int, world_size: int, path: str) -> dict[str, Any]:
     def report(iteration: int, sums: Sums, data: IterationData) -> None:
         pass
 
-    engine.run(range(2), Recorder(rank, 0.0), Observer(entering, report))
+    recorder = Recorder(rank, 0.0)
+    engine.run(range(2), recorder, Observer(entering, report))
     whole = {part: sum(flat.numel() * flat.itemsize for flat in f) for part, f in buffers.items()}
-    return {"whole": whole, "held": held}
+    traced = [(record.iteration, record.node, record.kind) for record in recorder.records]
+    return {"whole": whole, "held": held, "traced": traced}
 
 
 def _buffers(name: str, role: RankRole) -> dict[str, tuple[torch.Tensor, ...]]:
