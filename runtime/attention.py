@@ -13,6 +13,8 @@ from itertools import groupby
 import torch
 import torch.nn.functional as F
 
+from runtime.varlen import varlen_kernel
+
 ONE_BY_ONE = 1 << 14
 """Sequences longer than this many tokens do not share a kernel call with their neighbours."""
 
@@ -85,9 +87,12 @@ def packed_attention(
     """Causal attention within each packed sequence.
 
     q [T, heads, dim], k and v [T, kv heads, dim] -> [T, heads, dim]. Query head i uses kv head
-    i // (heads / kv heads). One kernel call per run of equal lengths; kernels for ragged
-    sequences would take `packed.cu_seqlens` here.
+    i // (heads / kv heads). Where there is a kernel for ragged sequences, one call serves all;
+    else one per run of equal lengths.
     """
+    ragged = varlen_kernel(q)
+    if ragged is not None:
+        return ragged(q, k, v, packed.cu_seqlens, max(packed.lengths))
     gqa = q.shape[1] != k.shape[1]
     parts = []
     for start, count, length in packed.runs:

@@ -14,7 +14,7 @@ from realloc.algorithm import resolve
 from realloc.cluster import Cluster, cluster_content, read_cluster
 from realloc.dataflow import CallKind, Per
 from realloc.errors import InputError, PlanError, ReallocError
-from realloc.experiment import Experiment, experiment_content, read_experiment
+from realloc.experiment import Experiment, Sampling, experiment_content, read_experiment
 from realloc.files import dump_yaml, write_text
 from realloc.plan import ExecutionPlan, read_plan, write_plan
 from realloc.strategy import Strategy
@@ -64,6 +64,40 @@ def test_an_experiment_round_trips(tmp_path: Path) -> None:
     second = load_experiment(tmp_path, bare)
     write_text(path, dump_yaml("experiment", experiment_content(second)))
     assert read_experiment(path) == second
+
+
+def test_sampling_is_read_and_written(tmp_path: Path) -> None:
+    content = experiment_mapping()
+    content["workload"]["samples_per_prompt"] = 8
+    content["sampling"] = {"temperature": 0.7, "top_k": 50, "top_p": 0.9, "min_new_tokens": 4, "stop": "END"}
+    found = load_experiment(tmp_path, content)
+    assert found.sampling == Sampling(0.7, False, 50, 0.9, 4, ("END",))
+    assert found.workload.prompts == found.workload.sequences // 8
+    path = tmp_path / "copy.yaml"
+    write_text(path, dump_yaml("experiment", experiment_content(found)))
+    assert read_experiment(path) == found
+    content["sampling"]["stop"] = ["\n\n", "Question:"]
+    assert load_experiment(tmp_path, content).sampling.stop == ("\n\n", "Question:")
+
+
+@pytest.mark.parametrize(
+    ("section", "field", "value", "message"),
+    [
+        ("workload", "samples_per_prompt", 7, "7 samples of each prompt do not divide the"),
+        ("workload", "samples_per_prompt", 0, "samples_per_prompt"),
+        ("sampling", "top_p", 1.5, "top_p"),
+        ("sampling", "top_k", -1, "top_k"),
+        ("sampling", "min_new_tokens", 257, "min_new_tokens 257 exceeds the 256 tokens"),
+        ("sampling", "stop", "", "expected a list of strings that are not empty"),
+        ("sampling", "stop", ["a", 3], "expected a list of strings that are not empty"),
+        ("sampling", "top_n", 3, "top_n"),
+    ],
+)
+def test_wrong_sampling_is_named(section: str, field: str, value: Any, message: str, tmp_path: Path) -> None:
+    content = experiment_mapping()
+    content[section] = {**content[section], field: value}
+    with pytest.raises(InputError, match=message):
+        load_experiment(tmp_path, content)
 
 
 def test_models_may_be_folders(tmp_path: Path) -> None:

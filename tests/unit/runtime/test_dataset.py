@@ -60,6 +60,18 @@ def test_every_epoch_uses_every_row_once_in_another_order(tmp_path: Path, tokeni
     assert order[:10] != list(range(10))
 
 
+def test_neighbours_share_a_prompt(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", prompts(10))
+    one, many = (read(path, tokenizer, sequences=2 * n, samples_per_prompt=n) for n in (1, 3))
+    for iteration in range(7):
+        alone, batch = one.batch(iteration), many.batch(iteration)
+        assert batch.ids == tuple(range(6 * iteration, 6 * iteration + 6))
+        assert batch.prompts == tuple(prompt for prompt in alone.prompts for _ in range(3))
+        assert batch.rows == tuple(many.row(iteration, position) for position in range(6))
+        assert batch.rows[::3] == alone.rows
+        assert batch.samples_per_prompt == 3
+
+
 def test_iterations_are_read_without_state(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write(tmp_path / "x.jsonl", prompts(10))
     straight, resumed = read(path, tokenizer), read(path, tokenizer)
