@@ -14,6 +14,7 @@ from planner.costs import Costs
 from planner.infeasible import infeasible_call
 from planner.options import Option, Options, thinned
 from realloc.augmented import Placement
+from realloc.backend import OWN, untrainable
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.experiment import Experiment
@@ -118,13 +119,17 @@ def build_candidates(
     options: dict[str, dict[int, list[Option]]] = {}
     for call in graph.calls:
         options[call.name] = {
-            size: _options(experiment, graph, call, same, costs, capacity_bytes, limits, rejections)
+            size: _options(
+                experiment, graph, call, same, costs, capacity_bytes, limits, rejections, cluster.num_gpus
+            )
             for size, same in by_size.items()
         }
         if not any(options[call.name].values()):
             shape = None if call.role is None else experiment.role_shape(graph, call.role)
             degrees = {
-                same[0]: _degrees(experiment, call, shape, same, limits.most_micro_batches, _Rejections())
+                same[0]: _degrees(
+                    experiment, call, shape, same, limits.most_micro_batches, _Rejections(), cluster.num_gpus
+                )
                 for same in by_size.values()
             }
             raise infeasible_call(experiment, call, shape, degrees, costs, capacity_bytes)
@@ -180,9 +185,11 @@ def _degrees(
     meshes: Sequence[DeviceMesh],
     most_micro_batches: int,
     rejections: _Rejections,
+    num_gpus: int,
 ) -> list[tuple[Strategy, list[int]]]:
     """Every legal (dp, tp, pp) of the call on meshes of one size, with the micro-batches to try."""
     mesh, count = meshes[0], len(meshes)
+    backend = experiment.training_backend if call.kind is CallKind.TRAIN_STEP else OWN
     share = experiment.workload.sequences // call.mini_batches
     found: list[tuple[Strategy, list[int]]] = []
     for tp in _divisors(mesh.size):
@@ -198,6 +205,8 @@ def _degrees(
                 example = f"{strategy}: dp {strategy.dp}, {share} sequences"
             elif shape is not None and (why := forbidden(strategy, shape)):
                 reason, example = "the model cannot be split so", f"{strategy}: {why}"
+            elif why := untrainable(backend, num_gpus, mesh, strategy):
+                reason, example = "the training backend cannot run it", f"{strategy}: {why}"
             else:
                 most = min(most_micro_batches, share // strategy.dp)
                 if call.kind is CallKind.COMPUTE:
@@ -227,6 +236,7 @@ def _options(
     capacity_bytes: int,
     limits: Limits,
     rejections: _Rejections,
+    num_gpus: int,
 ) -> list[Option]:
     """Strategies that fit on their own, a few of each layout."""
     shape = None if call.role is None else experiment.role_shape(graph, call.role)
@@ -235,7 +245,7 @@ def _options(
         rejections.count(call, reason, len(meshes), example)
 
     options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject)
-    degrees = _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections)
+    degrees = _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections, num_gpus)
     if limits.degrees_only or call.role is None:
         return [option for strategy, number in degrees for option in options.plain(strategy, number)]
     return options.of(degrees, shape)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from realloc.algorithm import Algorithm, resolve
+from realloc.backend import OWN, TRAINING_BACKENDS
 from realloc.cluster import Cluster, cluster_content, parse_cluster
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
@@ -118,6 +119,7 @@ class Experiment:
     dtype: str = "float32"
     seed: int = 0
     cluster: Cluster | None = None
+    training_backend: str = OWN
 
     @property
     def dtype_bytes(self) -> int:
@@ -190,6 +192,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
         cluster=None if cluster_reader is None else parse_cluster(cluster_reader, folder),
+        training_backend=reader.choice("training_backend", TRAINING_BACKENDS, OWN),
     )
     given = reader.raw("hyperparameters", None)
     hyper_reader = Reader({} if given is None else given, reader.at("hyperparameters"))
@@ -202,6 +205,11 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     for role in graph.roles:
         experiment.role_shape(graph, role)
     _check_lengths(experiment, reader.where)
+    if experiment.training_backend != OWN and experiment.dtype != "float32":
+        raise InputError(
+            f"{reader.where}: training_backend: {experiment.training_backend} trains in float32, not "
+            f"{experiment.dtype}; change dtype, or use training_backend: own."
+        )
     return experiment
 
 
@@ -358,6 +366,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     content["sampling"] = _sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype
     content["seed"] = experiment.seed
+    if experiment.training_backend != OWN:
+        content["training_backend"] = experiment.training_backend
     if experiment.cluster is not None:
         content["cluster"] = cluster_content(experiment.cluster)
     return content

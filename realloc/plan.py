@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from realloc.augmented import AugmentedGraph, Placement, augment
+from realloc.backend import untrainable
 from realloc.cluster import Cluster, cluster_content, parse_cluster
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import InputError, PlanError
@@ -71,6 +72,11 @@ class ExecutionPlan:
             shape = None if call.role is None else self.experiment.role_shape(self.graph, call.role)
             placement.strategy.check(placement.mesh, shape, at)
             placement.strategy.check_kind(call.kind, at)
+            if call.kind is CallKind.TRAIN_STEP:
+                backend = self.experiment.training_backend
+                reason = untrainable(backend, self.cluster.num_gpus, placement.mesh, placement.strategy)
+                if reason is not None:
+                    raise PlanError(f"{at}: {reason}.")
             if call.kind is CallKind.COMPUTE and placement.strategy.dp != placement.mesh.size:
                 raise PlanError(f"{at}: a compute call has no model to split: use dp alone.")
             if placement.strategy.dp > self.experiment.workload.sequences:

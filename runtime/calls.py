@@ -25,11 +25,12 @@ from runtime.batching import Assignment, micro_batches, num_passes
 from runtime.data_store import IterationData
 from runtime.dataset import Dataset
 from runtime.decoder import Decoder
+from runtime.deepspeed_backend import DeepSpeedTrainer
 from runtime.functions import FunctionTable
 from runtime.generation import generate
 from runtime.metrics import Metrics
 from runtime.parallel import ParallelContext
-from runtime.pipeline import MicroBatch, run_forward, run_training
+from runtime.pipeline import MicroBatch, run_forward
 from runtime.training import Trainer
 from runtime.transfer import assignment_of
 
@@ -44,7 +45,7 @@ class CallExecutor:
     functions: FunctionTable
     dataset: Dataset
     decoder: Decoder | None = None
-    trainer: Trainer | None = None
+    trainer: Trainer | DeepSpeedTrainer | None = None
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
         """Runs this rank's share; returns its contribution to the call's metrics.
@@ -185,10 +186,10 @@ class CallExecutor:
 
         self.trainer.zero_gradients()
         batches = self._micro_batches(data, shares[self.context.at.dp])
-        if self.context.strategy.zero >= 2:
+        if self.trainer.equal_passes:
             passes = num_passes(shares, self.context.strategy.micro_batches)
             batches += [self._empty_pass()] * (passes - len(batches))
-        run_training(self._model, self.context, batches, loss)
+        self.trainer.run(batches, loss)
         step = self.trainer.step()
         if batches and batches[0].positions:  # a replica without sequences has no loss to report
             for name, value in step.items():

@@ -6,6 +6,7 @@ this process, which has imported torch once, so four of them are up in about a s
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -23,6 +24,7 @@ from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from realloc.backend import DEEPSPEED
 from realloc.errors import InputError, RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
@@ -36,6 +38,7 @@ from runtime.checkpoint_files import (
     remove_partial,
 )
 from runtime.dataset import open_dataset
+from runtime.deepspeed_backend import NO_RESUME
 from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
 from runtime.metrics import MetricsChannel
@@ -84,6 +87,8 @@ def resume_run(out: Path, plan_path: Path | None, checkpoint: str | None, option
     chosen, manifest = choose(out, checkpoint)
     path = plan_path if plan_path is not None else out / "plan.yaml"
     plan = _with_iterations(read_plan(path), options.iterations)
+    if plan.experiment.training_backend == DEEPSPEED:
+        raise InputError(f"{path}: experiment: training_backend: {NO_RESUME}")
     check_resumable(chosen, manifest, plan)
     program = compile_program(plan)
     _check_runnable(plan)
@@ -154,6 +159,11 @@ def _check_runnable(plan: ExecutionPlan) -> None:
         raise InputError(
             f"plan: cluster: needs {plan.cluster.num_gpus} GPUs, this machine has "
             f"{torch.cuda.device_count()}."
+        )
+    if experiment.training_backend == DEEPSPEED and importlib.util.find_spec("deepspeed") is None:
+        raise InputError(
+            "experiment: training_backend: deepspeed is not installed; pip install deepspeed, or use "
+            "training_backend: own."
         )
     FunctionTable(experiment.resolve_algorithm().functions).check(plan.graph)
     dataset = open_dataset(experiment)

@@ -18,6 +18,19 @@ from runtime.parameters import views_of
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 
 
+def learning_rate(spec: OptimizerSpec, step: int, total_steps: int) -> float:
+    """The rate of the step about to be taken, after `step` of `total_steps`."""
+    if step < spec.warmup_steps:
+        return spec.learning_rate * (step + 1) / spec.warmup_steps
+    if spec.decay == "constant":
+        return spec.learning_rate
+    done = (step - spec.warmup_steps) / max(1, total_steps - spec.warmup_steps)
+    left = max(0.0, 1.0 - done)
+    if spec.decay == "cosine":
+        left = (1.0 - math.cos(math.pi * left)) / 2.0
+    return spec.learning_rate * left
+
+
 class AdamW:
     """Steps fp32 tensors; each state is one flat fp32 buffer over `boxes`, one after the other.
 
@@ -80,7 +93,7 @@ class AdamW:
     @torch.no_grad()
     def step(self) -> float:
         """One step with the gradients as they are; returns the learning rate it took."""
-        rate = self._learning_rate()
+        rate = learning_rate(self._spec, self.num_steps, self._total_steps)
         self._optimizer.param_groups[0]["lr"] = rate
         self._optimizer.step()
         if self._narrow:
@@ -101,19 +114,6 @@ class AdamW:
         if self._narrow:
             for name in self._boxes:
                 self.states[MASTER][name].copy_(self._weights[name])
-
-    def _learning_rate(self) -> float:
-        """The rate of the step about to be taken."""
-        spec, step = self._spec, self.num_steps
-        if step < spec.warmup_steps:
-            return spec.learning_rate * (step + 1) / spec.warmup_steps
-        if spec.decay == "constant":
-            return spec.learning_rate
-        done = (step - spec.warmup_steps) / max(1, self._total_steps - spec.warmup_steps)
-        left = max(0.0, 1.0 - done)
-        if spec.decay == "cosine":
-            left = (1.0 - math.cos(math.pi * left)) / 2.0
-        return spec.learning_rate * left
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]

@@ -11,10 +11,13 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from realloc.augmented import Placement, home_call
+from realloc.backend import DEEPSPEED
+from realloc.experiment import ModelSpec
 from realloc.layout import compute_boxes, held_boxes
 from realloc.model_shape import ModelShape
 from realloc.plan import ExecutionPlan
 from runtime.decoder import Decoder
+from runtime.deepspeed_backend import DeepSpeedTrainer
 from runtime.hf import load_boxes
 from runtime.offload import RoleMemory, role_memory
 from runtime.parallel import Groups, ParallelContext
@@ -52,7 +55,7 @@ class RankRole:
     home: Placement
     by_call: dict[str, RankModel] = field(default_factory=dict)
     contexts: dict[str, ParallelContext] = field(default_factory=dict)
-    trainer: Trainer | None = None
+    trainer: Trainer | DeepSpeedTrainer | None = None
     memory: RoleMemory = field(default_factory=RoleMemory)
     """What of it comes to the device and leaves it again."""
     shared: SharedMemory | None = None
@@ -101,14 +104,29 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
             role.contexts[call.name] = context
         trainer = graph.trainer(name)
         if trainer is not None and trainer.name in role.by_call:
-            model = role.by_call[trainer.name]
             steps = experiment.iterations * trainer.mini_batches * trainer.epochs
-            role.trainer = Trainer(name, model.decoder, model.params, model.gathered, spec.optimizer, steps)
+            if experiment.training_backend == DEEPSPEED:
+                _train_with_deepspeed(name, role, trainer.name, spec, steps)
+            else:
+                model = role.by_call[trainer.name]
+                role.trainer = Trainer(
+                    name, model.decoder, model.params, model.gathered, spec.optimizer, steps
+                )
         flat = {call: model.params.flat for call, model in role.by_call.items()}
         state = role.trainer.state_buffers if role.trainer is not None else {}
         role.memory = role_memory(graph, plan.placements, name, flat, state)
         roles[name] = role
     return roles
+
+
+def _train_with_deepspeed(name: str, role: RankRole, call: str, spec: ModelSpec, steps: int) -> None:
+    """Gives the role's train_step a trainer, and a decoder over the parameters that DeepSpeed holds."""
+    model, context = role.by_call[call], role.contexts[call]
+    boxes = compute_boxes(role.shape, context.strategy, context.at)
+    weights = load_boxes(spec.model, role.shape, boxes, model.params.flat.dtype, context.device)
+    trainer = DeepSpeedTrainer(name, role.shape, context, model.params, weights, spec.optimizer, steps)
+    role.trainer = trainer
+    role.by_call[call] = replace(model, decoder=trainer.decoder)
 
 
 def _load(

@@ -22,7 +22,7 @@ a tied embedding) from the end of the forward to that of the head's backward pas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.distributed as dist
@@ -36,6 +36,7 @@ from runtime.decoder import Decoder, reduce_partial_gradients
 from runtime.optimizer import AdamW
 from runtime.parallel import ParallelContext
 from runtime.parameters import FlatParameters, allocate
+from runtime.pipeline import MicroBatch, run_training
 from runtime.zero import GatheredParameters, GradientSharder, Staging, exchanges, own_views
 
 
@@ -118,6 +119,17 @@ class Trainer:
     def state_buffers(self) -> Mapping[str, tuple[torch.Tensor, ...]]:
         """The flat tensors behind `gradients` and `optimizer` of `num_bytes`."""
         return {"gradients": (self._gradients.flat,), "optimizer": tuple(self.optimizer.flat.values())}
+
+    @property
+    def equal_passes(self) -> bool:
+        """Whether all replicas must run equally many micro-batches: those that communicate in each."""
+        return self._context.strategy.zero >= 2
+
+    def run(
+        self, batches: Sequence[MicroBatch], loss: Callable[[torch.Tensor, MicroBatch], torch.Tensor]
+    ) -> None:
+        """Forward and backward of a mini-batch; see `runtime.pipeline.run_training`."""
+        run_training(self._decoder, self._context, batches, loss)
 
     def zero_gradients(self) -> None:
         self._gradients.flat.zero_()
