@@ -36,12 +36,14 @@ def test_training_equals_one_rank(
 
 PLANS: Mapping[str, Mapping[str, tuple[str, str]]] = {
     "everywhere": {"*": ("node0", "d1t4p1m2+sp"), "actor_gen": ("node0", "d1t4p1")},
-    "with data and pipeline parallelism, and beside calls of the same layout without it": {
+    "with pipelines, ZeRO and recomputation, and beside calls of the same layout without it": {
         "*": ("node0", "d1t2p2m3+sp"),
         "actor_gen": ("node0", "d1t2p2"),
-        "critic_inf": ("node0", "d1t2p2m2"),
+        "critic_inf": ("node0", "d2t2p1m2"),
         "rew_inf": ("node0", "d2t2p1m2+sp"),
         "ref_inf": ("node0:gpu[0-1]", "d1t2p1+sp"),
+        "actor_train": ("node0", "d1t2p2m4+i2+sp+full"),
+        "critic_train": ("node0", "d2t2p1m2z2+sp+selective"),
     },
 }
 

@@ -101,8 +101,8 @@ def test_memory_savers_make_a_tight_call_fit():
     found = build_candidates(made, graph, cluster, costs_of(made, cluster), 32 * GIB)
     strategies = {c.placement.strategy for c in found.candidates["actor_train"]}
     assert any(s.recompute is not Recompute.NONE for s in strategies)
+    plain = Limits(degrees_only=True)
     with pytest.raises(InfeasibleError):
-        plain = Limits(degrees_only=True)
         build_candidates(made, graph, cluster, costs_of(made, cluster), 32 * GIB, plain)
 
 
