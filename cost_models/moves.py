@@ -10,10 +10,7 @@ from cost_models.profile import HardwareProfile
 from realloc.augmented import Placement
 from realloc.model_shape import ModelShape
 from realloc.params import parameters
-from realloc.reallocation import schedule_bytes
-
-# Pieces below this size travel together (runtime.reallocation).
-_COALESCE_BYTES = 64 << 10
+from realloc.reallocation import COALESCE_BYTES, schedule_bytes
 
 
 def reallocate_s(
@@ -36,7 +33,7 @@ def reallocate_s(
     # pieces are as many as the finer of both layouts cuts out of what the rank holds
     pieces = len(parameters(shape)) / max(src.strategy.pp, dst.strategy.pp)
     pieces *= max(1.0, src.strategy.tp / dst.strategy.tp, dst.strategy.tp / src.strategy.tp)
-    messages = min(pieces, element_bytes * int(total[busiest]) / _COALESCE_BYTES) + 1
+    messages = min(pieces, element_bytes * int(total[busiest]) / COALESCE_BYTES) + 1
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
     return (float(seconds[busiest]) + messages * link.latency_s) * _pair_contention(profile, ranks)
 

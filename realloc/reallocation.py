@@ -23,6 +23,7 @@ from realloc.routes import Held, Kind, Route, Scale, ScheduleError, find_routes,
 from realloc.traffic import Traffic, schedule_bytes
 
 __all__ = [
+    "COALESCE_BYTES",
     "STAGING_BYTES",
     "Copy",
     "Schedule",
@@ -37,8 +38,10 @@ __all__ = [
 
 STAGING_BYTES = 256 << 20
 """Bytes that a rank stages at most at once, unless a user sets another bound."""
-SMALL_ELEMENTS = 1 << 16
-"""Smaller pieces may travel together, and so through staging buffers."""
+COALESCE_BYTES = 512 << 10
+"""Pieces smaller than this travel in one message per pair of ranks and round (`runtime.reallocation`)."""
+_SMALL_ELEMENTS = COALESCE_BYTES // 2
+"""So many, of two bytes: pieces that may need staging wherever they lie."""
 
 
 @dataclass(frozen=True)
@@ -274,7 +277,7 @@ class _Class:
         strided = _strided(scale, self)
         for route, (_, pieces) in zip(self.routes, self.turns[scale.kind], strict=True):
             elements = route.units * unit
-            small += elements if elements // pieces < SMALL_ELEMENTS else 0
+            small += elements if elements // pieces < _SMALL_ELEMENTS else 0
             piece = elements // pieces
             if route.far:
                 share = -(-len(route.far) * pieces // len(route.holders)) * piece

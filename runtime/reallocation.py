@@ -8,6 +8,10 @@ Rounds are numbered by what all ranks know of the schedule, so sends and receive
 order on both sides even where each rank knows only its own copies. Within a round everything is
 posted at once and then waited for; rounds come in one order; so no rank can wait for another in a
 circle. Relays come after everything that they pass on.
+
+Small copies share a message: on gloo, with staging memory kept, 4 ranks on 2 busy cores and models
+of 9M and 32M parameters, a bound of 512 KiB took 0.90x the time of 64 KiB (median over 12 pairs of
+layouts, 0.71-1.08), 1 MiB 0.90x, 4 MiB 1.00x.
 """
 
 from __future__ import annotations
@@ -20,18 +24,9 @@ import torch
 import torch.distributed as dist
 
 from realloc.layout import Box
-from realloc.reallocation import STAGING_BYTES, Copy, Schedule
+from realloc.reallocation import COALESCE_BYTES, STAGING_BYTES, Copy, Schedule
 from runtime.shared_memory import SharedMemory
 from runtime.shared_transport import Ends, SharedTransport
-
-COALESCE_BYTES = 64 << 10
-"""Pieces smaller than this travel in one message per pair of ranks and round.
-
-Measured on gloo with staging memory kept, 2 and 4 ranks on 2 cores, 64 pieces per pair: packing is
-1.3-2.2x faster at 4 KiB, 1.15-1.5x at 64 KiB, 0.8-1.15x at 256 KiB. (With fresh buffers it loses from
-64 KiB on: their pages cost more than the messages.) In whole schedules of models with few pieces
-below 256 KiB, anything from 16 to 256 KiB was equal within the noise.
-"""
 
 
 @dataclass(frozen=True)
