@@ -95,6 +95,10 @@ class ComputeCosts:
         self._partial_outside = outside * hidden
         self._first = [spec for spec in specs if spec.on_first]
         self._last = [spec for spec in specs if spec.on_last]
+        # on CPUs torch composes this norm of several kernels, and keeps the input divided by its size too
+        composed = shape.norm == "rms" and profile.attention.per_sequence
+        self.norm_vectors = 2 if composed else 0
+        """Vectors of a token that a layer's two norms keep beside their inputs."""
         # norms read and write twice, residual additions touch three vectors, rotation about three
         # per head in each direction, the gated activation five
         mlp = (5 if shape.gated_mlp else 2) * self.ffn

@@ -85,12 +85,12 @@ def activation_bytes(
     residual = rows * shape.hidden * costs.element_bytes
     if recompute is Recompute.FULL:
         return residual
-    normed = 2 * tokens * shape.hidden * costs.element_bytes
+    outside = (2 + costs.norm_vectors) * residual + 2 * tokens * shape.hidden * costs.element_bytes
     if recompute is Recompute.SELECTIVE:
-        return 2 * residual + normed
+        return outside
     mlp = (4 if shape.gated_mlp else 2) * costs.ffn
     vectors = 2 * q + 2 * kv + mlp
-    return 2 * residual + normed + tokens * (vectors * costs.element_bytes + 4 * costs.heads)
+    return outside + tokens * (vectors * costs.element_bytes + 4 * costs.heads)
 
 
 def _stage_memory(
