@@ -7,6 +7,10 @@ it. TRL runs in the faster of two ways, found out first: one process with a thre
 process a core under torchrun. Then the two sides take turns, one seed a turn; the first iteration of each
 turn warms up and is left out. `ratio` is TRL's median seconds over ours, at the worst of the shapes.
 
+Beside it, `bound_s`: the seconds that the matrix products of an iteration alone take at the rate at which one
+core multiplies large fp32 matrices, measured in the same run, times the cores. Nobody with these models,
+lengths and epochs can be faster in fp32, so `best_ratio`, TRL's seconds over it, bounds `ratio`.
+
 TRL removed PPO; 1.12.0 is the last release with it. It gets a virtual environment of its own, made on
 first use (`--peer-venv`). Where it cannot be installed, `ratio` is null.
 
@@ -20,13 +24,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import pairwise
+from math import prod
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -34,213 +37,23 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-import numpy as np  # noqa: E402
-from safetensors.numpy import load_file, save_file  # noqa: E402
-
+from benchmarks.ppo_runs import (  # noqa: E402
+    MAX_PROMPT,
+    ROLES,
+    SHAPES,
+    Ours,
+    Shape,
+    Turn,
+    checked,
+    prepare_models,
+    realloc_command,
+)
 from benchmarks.provenance import provenance  # noqa: E402
-from experiments import toy  # noqa: E402
-from realloc.augmented import Placement  # noqa: E402
-from realloc.files import dump_yaml  # noqa: E402
-from realloc.mesh import parse_mesh  # noqa: E402
-from realloc.plan import ExecutionPlan, read_plan, write_plan  # noqa: E402
-from realloc.strategy import parse_strategy  # noqa: E402
-from realloc.trace import read_trace  # noqa: E402
-from tests.tiny import write_tiny_llama  # noqa: E402
+from realloc.model_shape import read_config, shape_from_config  # noqa: E402
+from realloc.params import parameters  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peer_trl_ppo.py"
-DEMO = ROOT / "experiments" / "demo"
-ROLES = ("actor", "ref", "critic", "reward")
-MAX_PROMPT = 16
-
-
-@dataclass(frozen=True)
-class Shape:
-    """One comparison. `random` are the arguments of a random Llama; None takes the demo's trained model.
-
-    With `ignore_eos` every response has `max_response` tokens, else it ends where the model ends it.
-    """
-
-    name: str
-    random: Mapping[str, int] | None
-    sequences: int
-    max_response: int
-    learning_rate: float
-    ignore_eos: bool
-    mini_batches: int = 4
-    epochs: int = 2
-    kl_coef: float = 0.05
-    beta2: float = 0.95
-    eps: float = 1e-5
-
-
-SHAPES = (
-    Shape("demo-0.3M", None, 64, 48, 5e-4, ignore_eos=False),
-    Shape(
-        "llama-4M",
-        {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 1024, "vocab": 192, "context": 128},
-        32,
-        64,
-        2e-4,
-        ignore_eos=True,
-    ),
-    Shape(
-        "llama-15M",
-        {"hidden": 288, "layers": 6, "heads": 6, "kv_heads": 6, "ffn": 768, "vocab": 32000, "context": 128},
-        16,
-        64,
-        1e-4,
-        ignore_eos=True,
-    ),
-)
-QUICK = ("demo-0.3M", "llama-4M")
-
-
-@dataclass(frozen=True)
-class Turn:
-    """What one run of one side measured: seconds and mean scores of its iterations."""
-
-    seconds: tuple[float, ...]
-    scores: tuple[float, ...]
-
-    @property
-    def steady(self) -> tuple[float, ...]:
-        return self.seconds[1:]
-
-    @property
-    def final_score(self) -> float:
-        """Mean over the last quarter of the iterations."""
-        return mean(self.scores[-max(1, len(self.scores) // 4) :])
-
-
-def prepare_models(shape: Shape, folder: Path) -> Mapping[str, Path]:
-    """Writes the folders of the four models; the reference is the actor, the others have scalar heads."""
-    paths = {role: folder / ("actor" if role == "ref" else role) for role in ROLES}
-    for seed, role in enumerate(("actor", "critic", "reward")):
-        head = "lm" if role == "actor" else "scalar"
-        if shape.random is not None:
-            tied = shape.random["vocab"] > 1000 and role == "actor"
-            write_tiny_llama(paths[role], seed=seed, head=head, tied=tied, **shape.random)
-            toy.write_tokenizer(paths[role])
-        else:
-            shutil.copytree(DEMO / "model", paths[role])
-            if head == "scalar":
-                _to_classifier(paths[role], seed)
-    shutil.copy(DEMO / "prompts.jsonl", folder / "prompts.jsonl")
-    return paths
-
-
-def _to_classifier(folder: Path, seed: int) -> None:
-    """Gives a causal model a random scalar head in place of its own."""
-    weights = load_file(folder / "model.safetensors")
-    weights.pop("lm_head.weight", None)
-    hidden = weights["model.norm.weight"].shape[0]
-    scale = 1.0 / hidden**0.5
-    weights["score.weight"] = scale * np.random.default_rng(seed).standard_normal((1, hidden), np.float32)
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-    path = folder / "config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config |= {
-        "architectures": ["LlamaForSequenceClassification"],
-        "id2label": {"0": "LABEL_0"},
-        "label2id": {"LABEL_0": 0},
-        "tie_word_embeddings": False,
-    }
-    path.write_text(json.dumps(config), encoding="utf-8")
-
-
-class Ours:
-    """realloc, through its command line."""
-
-    def __init__(
-        self, shape: Shape, folder: Path, profile: Path, iterations: int, ranks: int | None = None
-    ) -> None:
-        """Searches a plan; `ranks`: as many as there are cores where None."""
-        self._shape, self._folder, self._iterations = shape, folder, iterations
-        self._ranks = ranks or len(os.sched_getaffinity(0))
-        self._experiment()
-        realloc_command(folder, "search", "experiment.yaml", "--device", str(profile), "-o", "plan.yaml")
-
-    def place(self, placements: Mapping[str, tuple[str, str]]) -> None:
-        """Puts a hand-written plan (call -> mesh, strategy) in place of the searched one."""
-        searched = read_plan(self._folder / "plan.yaml")
-        cluster = replace(searched.cluster, device="cpu")  # the profile's file is no part of this plan
-        chosen = {
-            name: Placement(parse_mesh(mesh, cluster, name), parse_strategy(strategy, name))
-            for name, (mesh, strategy) in placements.items()
-        }
-        plan = ExecutionPlan(searched.experiment, cluster, chosen)
-        plan.check()
-        write_plan(plan, self._folder / "plan.yaml")
-
-    @property
-    def order(self) -> Sequence[str]:
-        return read_plan(self._folder / "plan.yaml").node_order
-
-    @property
-    def trace(self) -> Path:
-        """The last run's trace."""
-        return self._folder / "out" / "trace.jsonl"
-
-    @property
-    def plan(self) -> Mapping[str, str]:
-        return {name: str(p) for name, p in read_plan(self._folder / "plan.yaml").placements.items()}
-
-    @property
-    def predicted_s(self) -> float | None:
-        predictions = read_plan(self._folder / "plan.yaml").predictions
-        return None if predictions is None else predictions.iteration_s
-
-    def run(self, seed: int) -> Turn:
-        plan = self._folder / "plan.yaml"
-        text = plan.read_text(encoding="utf-8")
-        if seed:
-            plan = self._folder / f"plan-{seed}.yaml"
-            plan.write_text(text.replace("\n  seed: 0\n", f"\n  seed: {seed}\n"), encoding="utf-8")
-            if read_plan(plan).experiment.seed != seed:
-                raise AssertionError("the plan's seed was not replaced")
-        out = self._folder / "out"
-        realloc_command(self._folder, "run", str(plan), "--out", str(out), "--overwrite")
-        ends: dict[int, float] = {}
-        for record in read_trace(self.trace).records:
-            ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
-        seconds = [b - a for a, b in pairwise([0.0, *(ends[i] for i in sorted(ends))])]
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return Turn(tuple(seconds), tuple(_score(json.loads(line)) for line in lines))
-
-    def _experiment(self) -> None:
-        shape = self._shape
-        optimizer = {
-            "learning_rate": shape.learning_rate,
-            "beta1": 0.9,
-            "beta2": shape.beta2,
-            "eps": shape.eps,
-            "clip_norm": 0.0,  # TRL's PPO does not clip gradients
-        }
-        models: dict[str, Any] = {}
-        for role in ROLES:
-            path = str(self._folder / ("actor" if role == "ref" else role))
-            models[role] = {"path": path, "optimizer": optimizer} if role in ("actor", "critic") else path
-        content = {
-            "algorithm": "ppo",
-            "models": models,
-            "data": {"path": str(self._folder / "prompts.jsonl"), "prompt": "prompt"},
-            "workload": {
-                "sequences": shape.sequences,
-                "prompt_tokens": {"mean": 12, "max": MAX_PROMPT},
-                "response_tokens": shape.max_response,
-            },
-            "hyperparameters": {
-                "kl_coef": shape.kl_coef,
-                "mini_batches": shape.mini_batches,
-                "epochs": shape.epochs,
-            },
-            "sampling": {"ignore_eos": shape.ignore_eos},
-            "iterations": self._iterations,
-            "seed": 0,
-            "cluster": {"gpus_per_node": self._ranks, "device": "cpu"},
-        }
-        text = dump_yaml("experiment", content)
-        (self._folder / "experiment.yaml").write_text(text, encoding="utf-8")
+QUICK = ("demo-0.3M", "llama-4M", "llama-4M-1step")
 
 
 class Peer:
@@ -281,31 +94,10 @@ class Peer:
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-        _checked([*command, str(PEER), str(source), str(result)], folder, environment)
+        checked([*command, str(PEER), str(source), str(result)], folder, environment)
         found = json.loads(result.read_text(encoding="utf-8"))
         self.versions = found["versions"]
         return Turn(tuple(found["seconds"]), tuple(found["scores"]))
-
-
-def _score(metrics: Mapping[str, Any]) -> float:
-    """The mean score in a line of metrics.jsonl."""
-    return float(next(value for name, value in metrics.items() if name == "rew_inf/scores"))
-
-
-def realloc_command(folder: Path, *arguments: str) -> None:
-    """Runs `realloc ARGUMENTS` in a folder, to its end."""
-    _checked([sys.executable, "-m", "realloc", *arguments], folder)
-
-
-def _checked(command: Sequence[str], folder: Path, environment: Mapping[str, str] | None = None) -> None:
-    """Runs a command to its end. Exits with the tail of its output when it fails."""
-    merged = {**os.environ, "PYTHONPATH": str(ROOT), **(environment or {})}
-    if environment is not None:
-        del merged["PYTHONPATH"]  # the peer's own environment
-    result = subprocess.run(command, cwd=folder, env=merged, capture_output=True, text=True, check=False)
-    if result.returncode:
-        tail = "\n".join((result.stdout + result.stderr).splitlines()[-25:])
-        raise SystemExit(f"{' '.join(command)} ended with {result.returncode}:\n{tail}")
 
 
 def ensure_peer(folder: Path) -> tuple[Path | None, str]:
@@ -330,7 +122,7 @@ def ensure_peer(folder: Path) -> tuple[Path | None, str]:
 
 
 def compare(
-    shape: Shape, profile: Path, python: Path | None, *, seeds: int, iterations: int
+    shape: Shape, profile: Path, python: Path | None, *, seeds: int, iterations: int, flops: float
 ) -> dict[str, Any]:
     """One shape: both sides in turns."""
     with tempfile.TemporaryDirectory(prefix="realloc-iteration-") as name:
@@ -348,6 +140,7 @@ def compare(
             "ours": _side(mine),
             "plan": ours.plan,
             "predicted_s": ours.predicted_s,
+            "bound_s": bound_s(shape, folder / "actor", flops),
             "setting": {k: v for k, v in vars(shape).items() if k != "name"},
             "ratio": None,
         }
@@ -358,8 +151,40 @@ def compare(
                 "versions": peer.versions,
             }
             result["ratio"] = result["trl"]["median_s"] / result["ours"]["median_s"]
+            result["best_ratio"] = result["trl"]["median_s"] / result["bound_s"]
             result["learning"] = _learning(mine, theirs)
         return result
+
+
+def bound_s(shape: Shape, model: Path, matmul_flops: float) -> float:
+    """Seconds of one iteration's products: generation and three inferences once, training three times each.
+
+    Per token and layer parameter 2 FLOPs forward, 4 backward; attention and the small heads are left out.
+    Where responses end by themselves, they count as half their maximum.
+    """
+    model_shape = shape_from_config(read_config(model), str(model))
+    per_layer = sum(prod(spec.shape) for spec in parameters(model_shape) if spec.name.startswith("layers.0."))
+    response = shape.max_response if shape.ignore_eos else shape.max_response // 2
+    tokens = shape.sequences * (12 + response)  # mean length of the demo's prompts
+    layers = 2 * per_layer * model_shape.num_layers * tokens
+    head = 2 * model_shape.hidden * model_shape.vocab * shape.sequences * response
+    passes = 3 * shape.epochs
+    return ((4 + 2 * passes) * layers + (2 + passes) * head) / matmul_flops
+
+
+def matmul_flops() -> float:
+    """FLOP/s of large fp32 products: one core's best moment, times the cores."""
+    import torch
+
+    torch.set_num_threads(1)
+    a, weight = torch.randn(512, 1024), torch.randn(1024, 1024)
+    multiply = torch.ops.mkldnn._linear_pointwise.default  # oneDNN, the faster of torch's libraries
+    best = float("inf")
+    for _ in range(100):
+        start = time.perf_counter()
+        multiply(a, weight, None, "none", [], "")
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * 512 * 1024 * 1024 / best * len(os.sched_getaffinity(0))
 
 
 def _side(turns: Sequence[Turn]) -> dict[str, Any]:
@@ -387,22 +212,23 @@ def _learning(mine: Sequence[Turn], theirs: Sequence[Turn]) -> dict[str, Any]:
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="two shapes, one seed, few iterations")
+    parser.add_argument("--quick", action="store_true", help="no large shape, two seeds, few iterations")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], help="only these")
     default = Path.home() / ".cache" / "realloc-benchmarks" / "trl"
     parser.add_argument("--peer-venv", type=Path, default=default, help=f"TRL's (default: {default})")
     options = parser.parse_args(argv)
-    seeds, iterations = (1, 6) if options.quick else (3, 20)
+    seeds, iterations = (2, 5) if options.quick else (3, 20)
     names = options.shapes or (QUICK if options.quick else [s.name for s in SHAPES])
     python, problem = ensure_peer(options.peer_venv)
     shapes: dict[str, Any] = {}
+    flops = matmul_flops()
     with tempfile.TemporaryDirectory(prefix="realloc-profile-") as folder:
         profile, ranks = Path(folder) / "profile.yaml", str(len(os.sched_getaffinity(0)))
         realloc_command(Path(folder), "profile", "--quick", "--ranks", ranks, "-o", str(profile))
         for shape in SHAPES:
             if shape.name in names:
-                row = compare(shape, profile, python, seeds=seeds, iterations=iterations)
+                row = compare(shape, profile, python, seeds=seeds, iterations=iterations, flops=flops)
                 shapes[shape.name] = row
                 if not options.json:
                     print(_line(shape.name, row), flush=True)
@@ -414,13 +240,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         "ratio": min(ratios) if ratios else None,
         "problem": problem or None,
         "shapes": shapes,
+        "matmul_flops": flops,
         "provenance": provenance(("torch", "realloc")),
     }
     print(json.dumps(result))
 
 
 def _line(name: str, row: Mapping[str, Any]) -> str:
-    text = f"{name:10}  realloc {row['ours']['median_s']:7.3f} s"
+    text = f"{name:14}  bound {row['bound_s']:7.3f} s   realloc {row['ours']['median_s']:7.3f} s"
     if row["ratio"] is not None:
         learning = row["learning"]
         text += (

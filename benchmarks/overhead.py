@@ -41,7 +41,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.iteration import SHAPES, Ours, prepare_models, realloc_command  # noqa: E402
+from benchmarks.ppo_runs import SHAPES, Ours, prepare_models, realloc_command  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from realloc.trace import Trace, TraceRecord, read_trace  # noqa: E402
 
