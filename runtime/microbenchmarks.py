@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from runtime.collectives import all_gather, reduce_scatter
+
 Action = Callable[[], object]
 
 
@@ -217,7 +219,8 @@ def collective_rows(
     clock: Clock, device: torch.device, rank: int, ranks: int, large: int, repeats: int
 ) -> dict[str, list[dict[str, float]]]:
     """Latency and tensor bytes/s of collectives by group size; every rank calls it."""
-    tables: dict[str, list[dict[str, float]]] = {"all_reduce": [], "all_gather": []}
+    names = ("all_reduce", "all_gather", "reduce_scatter")
+    tables: dict[str, list[dict[str, float]]] = {name: [] for name in names}
     for size in group_sizes(ranks, first=2):
         group = dist.new_group(list(range(size)))
         for name, rows in tables.items():
@@ -244,8 +247,10 @@ def _collective(
         tensor = torch.zeros(elements, device=device)
         return lambda: dist.all_reduce(tensor, group=group)
     part = torch.zeros(max(1, elements // size), device=device)
-    parts = [torch.empty_like(part) for _ in range(size)]
-    return lambda: dist.all_gather(parts, part, group=group)
+    whole = torch.zeros(size * part.numel(), device=device)
+    if name == "reduce_scatter":
+        return lambda: reduce_scatter(part, whole, group)
+    return lambda: all_gather(whole, part, group)
 
 
 def _timed_together(clock: Clock, action: Action, count: int, repeats: int) -> float:

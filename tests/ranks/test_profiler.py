@@ -27,7 +27,7 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
     assert 1e7 < profile.memory.highest < 1e13
     assert 1e-8 < profile.launch_s < 1e-2
     tables = dict(profile.intra_node.collectives)
-    assert set(tables) == {"all_reduce", "all_gather"}
+    assert set(tables) == {"all_reduce", "all_gather", "reduce_scatter"}
     assert [row.ranks for row in tables["all_reduce"]] == [2]
     if profile.attention.per_sequence:  # a CPU
         assert profile.concurrency is not None
