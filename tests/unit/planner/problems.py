@@ -50,7 +50,7 @@ class TableCosts:
 
     def host_copy_s(self, call: Call, placement: Placement, causes: tuple[str, ...]) -> float:
         memory = self.call_memory(call, placement)
-        return sum(getattr(memory, cause) for cause in causes) / 1000
+        return sum(int(getattr(memory, cause)) for cause in causes) / 1000
 
     def call_s(self, call: Call, placement: Placement) -> float:
         noise = draw(self.seed, call.name, str(placement.strategy))

@@ -56,8 +56,8 @@ def test_memory_over_time_by_hand():
     assert found.call == "critic_train"
     # reallocated at once, the generation copy is there when critic_train runs, and is not when
     # actor_train does
-    early = [n for n in by_default if n not in ("reallocate:actor:actor_gen", "critic_train")]
-    early = augmented.place_copies([*early, "reallocate:actor:actor_gen", "critic_train"])
+    others = [n for n in by_default if n not in ("reallocate:actor:actor_gen", "critic_train")]
+    early = augmented.place_copies([*others, "reallocate:actor:actor_gen", "critic_train"])
     found = gpu_memory(GRAPH, placements, memory, 1, early)
     assert found.total_bytes == always + 100 + (30 + 120 + 80)
     memory["critic_train"] = TableMemory(30)
@@ -193,6 +193,8 @@ def test_what_fits_only_with_offload_is_found():
         search_plan(made, cluster, method="greedy", time_limit_s=20, limits=Limits(offload_from=inf))
     result = search_plan(made, cluster, method="greedy", time_limit_s=20)
     plan = result.plan
+    assert plan.predictions is not None
+    assert plan.order is not None
     assert any(plan.placements[n].strategy.offload for n in ("actor_train", "critic_train"))
     assert result.memory.total_bytes <= result.capacity_bytes
     loads = {n: s for n, s in plan.predictions.node_s.items() if n.startswith("load:")}
