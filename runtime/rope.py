@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from math import pi
 
 import torch
@@ -39,9 +40,20 @@ class Rotary:
         self._sin = angles.sin().to(dtype)[:, None]
         self._half = freqs.shape[0]
 
+    @cached_property
+    def _whole(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Cosines of all dimensions; their sines, negative for the first half."""
+        return torch.cat([self._cos, self._cos], -1), torch.cat([-self._sin, self._sin], -1)
+
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotates the first rotary_dim dimensions of x [T, heads, dim]."""
+        """Rotates the first rotary_dim dimensions of x [T, heads, dim].
+
+        Without gradients three operators do what seven do with them; results agree to rounding.
+        """
         half, dim = self._half, x.shape[-1]
+        if dim == 2 * half and not torch.is_grad_enabled():
+            cos, signed_sin = self._whole
+            return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
         a, b = x[..., :half], x[..., half : 2 * half]
         parts = [a * self._cos - b * self._sin, b * self._cos + a * self._sin]
         if dim > 2 * half:
