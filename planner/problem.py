@@ -7,7 +7,6 @@ same augmented graph as `realloc.augmented.augment`, but as numbers; tests hold 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from math import inf
 
@@ -16,12 +15,11 @@ from planner.costs import Costs, Memory, MoveCosts
 from planner.memory import worst_gpu
 from planner.precedence import Precedence, list_schedule, rank_arcs
 from planner.rows import Row, load, version_cycles
-from planner.simulator import period_s, precedence_of, steady_state
+from planner.simulator import precedence_of, steady_state
+from planner.structure import Schedule, Structure, best_order, steady_s
 from realloc.augmented import (
     PARAMETERS,
-    AugmentedGraph,
     Placement,
-    Residence,
     augment,
     copied_causes,
     load_name,
@@ -36,30 +34,6 @@ from realloc.experiment import Experiment
 
 Choice = tuple[int, ...]
 _COPIED_AT_MOST = 4096
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """One evaluated choice in terms of the augmented graph."""
-
-    period_s: float
-    order: tuple[str, ...]
-    node_s: Mapping[str, float]
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """The augmented graph of all choices that need the same transfers and reallocations.
-
-    `slots[i]` says what node i is: a call (its index), a transfer (edge index + number of calls), or
-    a reallocation (call index + number of calls + number of edges); loads, offloads and offloads of
-    parameters follow, each block with one slot for every call. `graph`: of a choice with offload.
-    """
-
-    slots: tuple[int, ...]
-    precedence: Precedence
-    graph: AugmentedGraph | None = None
-    absent: tuple[Residence, ...] = ()
 
 
 class Problem:
@@ -103,10 +77,10 @@ class Problem:
         )
         self.cycles = version_cycles(len(graph.calls), self._edges, self._users)
         self.call_order = self._topological()
-        self._structures: dict[tuple[int, ...], _Structure] = {}
+        self._structures: dict[tuple[int, ...], Structure] = {}
         self._transfer_s: dict[tuple[int, int, int], float] = {}
         self._reallocate_s: dict[tuple[int, int, int], float] = {}
-        self._copied: dict[tuple[int, ...], _Structure] = {}
+        self._copied: dict[tuple[int, ...], Structure] = {}
         self._copy_s: dict[tuple[int, int, tuple[str, ...]], float] = {}
 
     def _row(self, call: int, candidate: Candidate) -> Row:
@@ -218,12 +192,12 @@ class Problem:
         structure = self._structure(rows, choice)
         if hasty and limit_s < inf and self._unpriced(structure, rows):
             seconds, masks = self._priced(structure, rows, choice, free=True)
-            if _period_s(structure, seconds, masks) >= limit_s:
+            if steady_s(structure, seconds, masks) >= limit_s:
                 return inf
         seconds, masks = self._priced(structure, rows, choice)
         if structure.graph is not None:
             return self._copied_orders(structure, seconds, masks, choice, limit_s)[0]
-        return _period_s(structure, seconds, masks)
+        return steady_s(structure, seconds, masks)
 
     def schedule(self, choice: Choice) -> Schedule:
         """The order and the seconds of every node behind `evaluate`."""
@@ -263,7 +237,7 @@ class Problem:
                     return False
         return True
 
-    def _structure(self, rows: Sequence[Row], choice: Choice) -> _Structure:
+    def _structure(self, rows: Sequence[Row], choice: Choice) -> Structure:
         """The nodes and edges that the placements imply."""
         for row in rows:
             if row[10]:
@@ -284,7 +258,7 @@ class Problem:
             found = self._structures[key] = self._build(key)
         return found
 
-    def _build(self, signature: tuple[int, ...]) -> _Structure:
+    def _build(self, signature: tuple[int, ...]) -> Structure:
         moved = signature[len(self._edges) :]
         count = len(self.graph.calls)
         slots: list[int] = []
@@ -310,9 +284,9 @@ class Problem:
             if source == user:
                 edges.append((node[trainer], via, 0))
             edges += [(node[user], via, 0), (via, node[user], 1)]
-        return _Structure(tuple(slots), Precedence.of(len(slots), edges))
+        return Structure(tuple(slots), Precedence.of(len(slots), edges))
 
-    def _copied_structure(self, rows: Sequence[Row], choice: Choice) -> _Structure:
+    def _copied_structure(self, rows: Sequence[Row], choice: Choice) -> Structure:
         """With offload: from the augmented graph itself, for placements of these layouts."""
         key = tuple(value for row in rows for value in (row[4], row[5], 1 if row[10] else 0))
         found = self._copied.get(key)
@@ -322,7 +296,7 @@ class Problem:
             slots = {self._name(slot): slot for slot in range(4 * len(rows) + len(self._edges) + len(rows))}
             if len(self._copied) >= _COPIED_AT_MOST:
                 self._copied.clear()
-            found = self._copied[key] = _Structure(
+            found = self._copied[key] = Structure(
                 tuple(slots[name] for name in names),
                 precedence_of(graph, names),
                 graph,
@@ -332,35 +306,24 @@ class Problem:
 
     def _copied_orders(
         self,
-        structure: _Structure,
+        structure: Structure,
         seconds: Sequence[float],
         masks: Sequence[int],
         choice: Choice,
         limit_s: float = inf,
     ) -> tuple[float, tuple[str, ...]]:
-        """Seconds and order of a choice with offload: loads ahead of time where that fits and helps.
-
-        (inf, order) when it does not fit, or not below the limit.
-        """
-        graph = structure.graph
-        assert graph is not None
-        names = graph.default_order()
-        node_s = dict(zip(names, seconds, strict=True))
-        numbers, _ = list_schedule(structure.precedence, seconds, masks)
-        order = graph.place_copies(names[i] for i in numbers)
-        overlaps = self.costs.overlaps_host_copies
+        """Seconds and order of a choice with offload: see `best_order`."""
         placements, memory = self.placements(choice), self.memory(choice)
-        best_s, best = inf, order
-        for placed in (order, graph.place_copies(order, ahead=True)) if overlaps else (order,):
-            spent = period_s(graph, node_s, placed, overlaps_loads=overlaps)
-            if spent < min(best_s, limit_s):
-                peak = worst_gpu(self.graph, placements, memory, placed, structure.absent)
-                if peak.total_bytes <= self.capacity_bytes:
-                    best_s, best = spent, placed
-        return best_s, best
+
+        def fits(order: Sequence[str]) -> bool:
+            peak = worst_gpu(self.graph, placements, memory, order, structure.absent)
+            return peak.total_bytes <= self.capacity_bytes
+
+        overlaps = self.costs.overlaps_host_copies
+        return best_order(structure, seconds, masks, fits, limit_s, overlaps_loads=overlaps)
 
     def _priced(
-        self, structure: _Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False
+        self, structure: Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False
     ) -> tuple[list[float], list[int]]:
         """Seconds and ranks of every node. `free`: reallocations not priced yet take no time."""
         count, base = len(rows), len(rows) + len(self._edges)
@@ -403,7 +366,7 @@ class Problem:
                 masks.append(a[3] | b[3])
         return seconds, masks
 
-    def _host_copy_s(self, structure: _Structure, slot: int, call: int, candidate: int) -> float:
+    def _host_copy_s(self, structure: Structure, slot: int, call: int, candidate: int) -> float:
         """Seconds of a load or offload."""
         assert structure.graph is not None
         causes = copied_causes(self.graph, structure.graph.by_name[self._name(slot)])
@@ -414,7 +377,7 @@ class Problem:
             found = self._copy_s[key] = self.costs.host_copy_s(self.graph.calls[call], placement, causes)
         return found
 
-    def _unpriced(self, structure: _Structure, rows: Sequence[Row]) -> bool:
+    def _unpriced(self, structure: Structure, rows: Sequence[Row]) -> bool:
         """Whether a reallocation of the choice was never priced."""
         base = len(rows) + len(self._edges)
         for slot in structure.slots:
@@ -449,9 +412,3 @@ class Problem:
         if block == 1:
             return load_name(role, name)
         return offload_name(role, name, PARAMETERS if block == 3 else "")
-
-
-def _period_s(structure: _Structure, seconds: Sequence[float], masks: Sequence[int]) -> float:
-    order, ends = list_schedule(structure.precedence, seconds, masks)
-    arcs = rank_arcs(structure.precedence, order, masks)
-    return steady_state(order, arcs, seconds, ends).period_s
