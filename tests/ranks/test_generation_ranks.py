@@ -17,6 +17,7 @@ from runtime.decoder import Decoder
 from runtime.generation import generate
 from runtime.parallel import single_rank
 from runtime.tokenizer import read_tokenizer
+from tests.ranks.engine import assert_same, make_plan, ppo_content, run, write_models
 from tests.ranks.launch import run_ranks
 from tests.ranks.test_decoder_ranks import make_context, make_decoder
 from tests.tiny import write_tiny_llama
@@ -83,3 +84,23 @@ def test_equals_one_rank(strategy: Strategy, sampling: Sampling, tmp_path: Path)
         if stage == strategy.pp - 1:
             expected = np.concatenate([scores[p] for p in share])
             np.testing.assert_allclose(got_logprobs, expected, rtol=0, atol=1e-4)
+
+
+def test_ppo_with_samples_and_stop_strings_does_not_depend_on_the_plan(tmp_path: Path) -> None:
+    models = write_models(tmp_path, hidden=32, layers=2, heads=4, kv_heads=2, ffn=48)
+    workload = {
+        "sequences": 12,
+        "samples_per_prompt": SAMPLES,
+        "prompt_tokens": {"mean": 10, "max": 16},
+        "response_tokens": {"mean": 8, "max": 12},
+    }
+    sampling = {"top_p": 0.95, "min_new_tokens": 2, "stop": ["the", "o"]}
+    content = ppo_content(tmp_path, models, workload=workload, sampling=sampling, iterations=2)
+    alone = run(make_plan(tmp_path, content, 1, {"*": ("node0", "d1t1p1")}), tmp_path / "alone")
+    tokens = alone.tokens[0]
+    prefixes = [{tokens[3 * i + j][:3] for j in range(SAMPLES)} for i in range(4)]
+    assert all(len(prefix) == 1 for prefix in prefixes)
+    assert len(set(tokens.values())) > 4
+    assert len({len(sequence) for sequence in tokens.values()}) > 4
+    placements = {"*": ("node0", "d2t1p1m2"), "actor_gen": ("node0", "d1t1p2m3")}
+    assert_same(run(make_plan(tmp_path, content, 2, placements), tmp_path / "two"), alone)

@@ -264,7 +264,12 @@ def test_weights_are_packed_only_for_many_steps(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(packed_weights, "SMALL", 0)
     packed: list[int] = []
     pack_weight = packed_weights._pack
-    monkeypatch.setattr(packed_weights, "_pack", lambda w: packed.append(w.numel()) or pack_weight(w))
+
+    def counted(weight: torch.Tensor) -> list[Any]:
+        packed.append(weight.numel())
+        return pack_weight(weight)
+
+    monkeypatch.setattr(packed_weights, "_pack", counted)
     decoder = decoder_of(write_model(tmp_path, "llama"))
     run(decoder, random_tokens(decoder.shape, (4,)), (4,), max_new_tokens=2)
     assert not packed
