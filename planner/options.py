@@ -225,7 +225,7 @@ class Options:
 
     def _explore(self, one: _Explored, strategies: Iterable[Strategy]) -> Front:
         """The Pareto front of these and those before. What cannot be on it is not priced:
-        recomputation and ZeRO 2 never take less time than the same strategy without."""
+        recomputation never takes less time than the same strategy without."""
         front, seconds = one.front, one.known
         for s in strategies:
             key = (s.micro_batches, s.sequence_parallel, s.schedule)
@@ -237,10 +237,7 @@ class Options:
             if size > self._capacity:
                 self._too_large(s, size)
                 continue
-            floor = max(
-                seconds.get((*key, s.zero, Recompute.NONE), 0.0),
-                seconds.get((*key, 1, s.recompute), 0.0) if s.zero > 1 else 0.0,
-            )
+            floor = seconds.get((*key, s.zero, Recompute.NONE), 0.0)
             if floor and (better := front.better(floor, size)):
                 self._no_worse(replace(option, seconds=floor), better, "at least ")
                 continue
