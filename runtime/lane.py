@@ -166,8 +166,7 @@ class Lane:
         Keeps the last prompt when sequences that wait will need it.
         """
         cache, waiting, lengths = self._cache, self._waiting, self._prompts.lengths
-        device = self.rows.device
-        saved, is_last = waiting.saved, self._decoder.context.is_last
+        device, saved = self.rows.device, waiting.saved
         for source in dict.fromkeys(admission.sources):
             slots = [live + i for i, s in enumerate(admission.sources) if s == source]
             if source < 0:
@@ -178,19 +177,11 @@ class Lane:
                 leader, others = torch.tensor(slots, device=device).split([1, len(slots) - 1])
                 cache.move(leader, others, length)
         rows = None
-        if is_last:
-            empty = [] if hidden is not None else [torch.empty(0)]
-            num = 0 if prefill is None else prefill.packed.num_tokens
-            bank = [] if prefill is None or hidden is None else [hidden[prefill.packed.last_index]]
-            if saved is not None and saved.hidden is not None:
-                bank.insert(0, saved.hidden)
-            first = 1 if saved is not None else 0
-            starts = torch.cat(bank or empty)[[source + first for source in admission.sources]]
-            rows = starts if hidden is None else torch.cat([hidden[num:], starts])
-        waiting.saved = None
-        if admission.keeps and admission.sources[-1] < 0:
-            waiting.saved = saved
-        elif admission.keeps:
+        if self._decoder.context.is_last:
+            rows = _rows_to_sample(admission, prefill, hidden, saved)
+        if not admission.keeps:
+            waiting.saved = None
+        elif admission.sources[-1] >= 0:
             slot = torch.tensor([self.rows.shape[0] - 1], device=device)
             taken = cache.take(slot, lengths[admission.rows[-1]])
             waiting.saved = SavedPrompt(*taken, None if rows is None else rows[-1:])
@@ -257,3 +248,17 @@ class Lane:
         order[free] = movers
         self.rows, self.positions = self.rows[order], self.positions[order]
         self.counts, self.last_tokens = self.counts[order], self.last_tokens[order]
+
+
+def _rows_to_sample(
+    admission: Admission, prefill: Prefill | None, hidden: torch.Tensor | None, saved: SavedPrompt | None
+) -> torch.Tensor:
+    """The hidden rows of the sequences under way, then each new one's: its prompt's last row."""
+    ends = [] if saved is None or saved.hidden is None else [saved.hidden]
+    first, num = len(ends), 0
+    if prefill is not None:
+        assert hidden is not None
+        ends.append(hidden[prefill.packed.last_index])
+        num = prefill.packed.num_tokens
+    starts = torch.cat(ends)[[source + first for source in admission.sources]]
+    return starts if hidden is None else torch.cat([hidden[num:], starts])
