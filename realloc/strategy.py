@@ -58,7 +58,8 @@ class Strategy:
     `dp * tp * pp` is the number of GPUs. Ranks of a mesh are laid out with tp varying fastest,
     then dp, then pp, so that tensor-parallel neighbours are neighbours on the node.
     `micro_batches` is how many packed micro-batches each data-parallel rank makes of its share
-    of a mini-batch (of the batch, for `generate` and `inference`).
+    of a mini-batch (of the batch, for `inference`); `generate` has room in its cache for one m-th of
+    the share in each lane, and as many lanes as stages (at most m).
 
     `zero` (train_step): 1 splits optimizer states over dp, 2 gradients too, 3 parameters too
     (Rajbhandari et al., arXiv 1910.02054). `sequence_parallel`: norms and residuals are split over
