@@ -118,6 +118,10 @@ class Saver:
         self._world_size = plan.cluster.num_gpus
         self._store, self._options, self._write_tensors = store, options, write
         self._has_metrics = has_metrics
+        # read now: a long run may outlive the folders it began with
+        self._configs = {
+            role: read_config(plan.experiment.models[role].model) for role in trained_roles(plan)
+        }
         everything = shares(stored_of(plan))
         self._pieces: tuple[Piece, ...] = everything.get(rank, ())
         self._snapshot: dict[str, torch.Tensor] = {}
@@ -250,10 +254,10 @@ class Saver:
 
     def _manifest(self, done: int, files: Mapping[str, FileRecord], steps: Mapping[str, int]) -> Manifest:
         plan = self._plan
-        roles = {}
-        for name in trained_roles(plan):
-            config = read_config(plan.experiment.models[name].model)
-            roles[name] = RoleRecord(config, self._roles[name].shape.head, steps[name])
+        roles = {
+            name: RoleRecord(config, self._roles[name].shape.head, steps[name])
+            for name, config in self._configs.items()
+        }
         return Manifest(
             iteration=done,
             experiment=experiment_content(replace(plan.experiment, cluster=None)),
