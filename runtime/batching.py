@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 from realloc.params import split_range
 
-
 UNEVEN = 0.1
 """How much more than necessary one rank may have so that the samples of a prompt stay together."""
 

@@ -13,7 +13,6 @@ import torch
 
 from realloc.layout import Box
 
-
 Allocator = Callable[[int, torch.dtype, torch.device], torch.Tensor]
 """(elements, dtype, device) -> an uninitialised flat tensor."""
 
