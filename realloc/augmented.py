@@ -116,14 +116,15 @@ class AugmentedGraph:
             for edge in self.edges
             if edge.lag == 0 and edge.src in fixed and edge.dst in fixed
         )
+        transfers = {node.name for node in self.nodes if node.kind is NodeKind.TRANSFER}
+        place = {name: (-1 if name in transfers else i, i) for name, i in fixed.items()}
         # a copy that leaves once it is read is read at once, unless that brings another one
-        place = {name: (i, 0) for name, i in fixed.items()}
         for edge in self.edges:
             node = self.by_name[edge.src]
             if node.kind is NodeKind.REALLOCATE and self.by_name[edge.dst].kind is NodeKind.OFFLOAD:
                 before = (self.by_name[e.src].kind for e in self.predecessors(node.name))
                 if NodeKind.OFFLOAD not in before:
-                    place[node.name] = (fixed[str(node.src)], 1)
+                    place[node.name] = (fixed[str(node.src)], len(fixed))
         return self.place_copies(nx.lexicographical_topological_sort(within, key=place.__getitem__))
 
     def place_copies(self, order: Iterable[str], ahead: bool = False) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from runtime.engine import Engine, Observer
 from runtime.program import compile_program
 from runtime.roles import load_roles
 from runtime.tracing import Recorder
+from runtime.training import Trainer
 from runtime.worker import make_plan_groups
 from runtime.zero import unit_of
 from tests.ranks.engine import Outcome, assert_same, make_plan, ppo_content, run, write_models
@@ -160,7 +161,7 @@ def _train_and_report(rank: int, world_size: int, plan_path: str) -> Mapping[str
     reports = {}
     for name in ("actor", "critic"):
         trainer, model = roles[name].trainer, roles[name].home_model
-        assert trainer is not None
+        assert isinstance(trainer, Trainer)
         assert model is not None
         reports[name] = Report(
             model.decoder.context.at,
@@ -185,6 +186,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("kept")
     content = ppo_content(folder, write_models(folder, **GROUPED), dtype="bfloat16", iterations=1)
     content["hyperparameters"]["mini_batches"] = 3
+    # bf16 would carry some tokens across the clipping range, and with it their whole gradient
+    content["hyperparameters"] |= {"value_clip_range": 0.0, "clip_range": 100.0}
     result = {}
     for name in ("d1t1p1m2", *(f"d2t1p1m2z{stage}" for stage in range(4))):
         gpus = int(name[1])

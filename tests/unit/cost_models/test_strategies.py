@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -17,7 +18,7 @@ from tests.unit.cost_models.cases import FREE, cost_model, experiment, place, pr
 H100 = load_profile("h100-sxm")
 
 
-def train(strategy: str, hardware=H100, **workload: int):
+def train(strategy: str, hardware=H100, **workload: Any):
     """(memory, terms) of an actor's train_step."""
     model = cost_model(experiment(**workload), hardware)
     call = model.graph.by_name["actor_train"]
