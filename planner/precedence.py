@@ -21,10 +21,14 @@ class Precedence:
     after: tuple[tuple[int, ...], ...]
     lagged: tuple[tuple[tuple[int, int], ...], ...]
     next: tuple[tuple[int, ...], ...]
+    urgent: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, count: int, edges: Iterable[tuple[int, int, int]]) -> Precedence:
-        """From (src, dst, lag) triples; edges of lag 0 must go to higher numbers."""
+    def of(cls, count: int, edges: Iterable[tuple[int, int, int]], urgent: Iterable[int] = ()) -> Precedence:
+        """From (src, dst, lag) triples; edges of lag 0 must go to higher numbers.
+
+        `urgent` nodes go before all others that could start at the same time.
+        """
         before: list[list[int]] = [[] for _ in range(count)]
         after: list[list[int]] = [[] for _ in range(count)]
         lagged: list[list[tuple[int, int]]] = [[] for _ in range(count)]
@@ -43,6 +47,7 @@ class Precedence:
             tuple(map(tuple, after)),
             tuple(map(tuple, lagged)),
             tuple(map(tuple, following)),
+            tuple(urgent),
         )
 
 
@@ -76,6 +81,8 @@ def list_schedule(
 
     Among nodes that could start at the same time, the one with the longest way to the end of the
     next iteration goes first: what the next iteration waits for comes before what it does not.
+    Urgent nodes go before all of these: a transfer behind a long call on one of its ranks would keep
+    its other ranks waiting for as long.
     """
     count = len(seconds)
     after, following = precedence.after, precedence.next
@@ -92,6 +99,9 @@ def list_schedule(
         for j in following[i]:
             longest = max(longest, tail[j])
         priority[i] = longest + seconds[i]
+    beyond = max(priority, default=0.0) + 1.0
+    for i in precedence.urgent:
+        priority[i] += beyond
     waiting = [len(arcs) for arcs in precedence.before]
     ready = [i for i in range(count) if not waiting[i]]
     left = list(range(count))

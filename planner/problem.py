@@ -284,7 +284,8 @@ class Problem:
             if source == user:
                 edges.append((node[trainer], via, 0))
             edges += [(node[user], via, 0), (via, node[user], 1)]
-        return Structure(tuple(slots), Precedence.of(len(slots), edges))
+        transfers = [i for i, slot in enumerate(slots) if 0 <= slot - len(self.rows) < len(self._edges)]
+        return Structure(tuple(slots), Precedence.of(len(slots), edges, transfers))
 
     def _copied_structure(self, rows: Sequence[Row], choice: Choice) -> Structure:
         """With offload: from the augmented graph itself, for placements of these layouts."""

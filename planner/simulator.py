@@ -114,9 +114,9 @@ def _advance(
 def precedence_of(augmented: AugmentedGraph, order: Sequence[str]) -> Precedence:
     """The graph's edges by position in `order`, which must be topological."""
     index = {name: i for i, name in enumerate(order)}
-    return Precedence.of(
-        len(order), [(index[edge.src], index[edge.dst], edge.lag) for edge in augmented.edges]
-    )
+    edges = [(index[edge.src], index[edge.dst], edge.lag) for edge in augmented.edges]
+    transfers = [i for i, name in enumerate(order) if augmented.by_name[name].kind is NodeKind.TRANSFER]
+    return Precedence.of(len(order), edges, transfers)
 
 
 def masks_of(augmented: AugmentedGraph, order: Sequence[str]) -> list[int]:
