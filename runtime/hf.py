@@ -172,34 +172,6 @@ def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:
     return torch.randn(1, shape.hidden, generator=generator) / sqrt(shape.hidden + 1)
 
 
-def random_boxes(
-    shape: ModelShape,
-    boxes: Mapping[str, Box],
-    dtype: torch.dtype,
-    device: torch.device,
-    *,
-    seed: int = 0,
-) -> dict[str, torch.Tensor]:
-    """Random weights for a shape without a folder: normal with deviation 0.02, norms 1, biases 0.
-
-    The same under every plan. Each parameter is made whole before it is cut.
-    """
-    result = {}
-    for number, spec in enumerate(parameters(shape)):
-        if spec.name not in boxes:
-            continue
-        if spec.name == HEAD and shape.head == "scalar":
-            full = new_scalar_head(shape, seed)
-        elif len(spec.shape) == 2:
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-            full = 0.02 * torch.randn(spec.shape, generator=generator)
-        else:
-            full = torch.full(spec.shape, 0.0 if spec.name.endswith(".bias") else 1.0)
-        box = boxes[spec.name]
-        result[spec.name] = full[box.slices].to(device=device, dtype=dtype, copy=True)
-    return result
-
-
 def save_hf(
     folder: str | Path,
     shape: ModelShape,

@@ -30,11 +30,6 @@ class FlatParameters:
     flat: torch.Tensor
     views: Mapping[str, torch.Tensor]
 
-    def span(self, name: str) -> slice:
-        """Where the parameter lies in `flat`."""
-        start = self.views[name].storage_offset() - self.flat.storage_offset()
-        return slice(start, start + self.views[name].numel())
-
 
 def allocate(
     boxes: Mapping[str, Box], dtype: torch.dtype, device: torch.device, allocator: Allocator = empty

@@ -14,7 +14,7 @@ from realloc.errors import InputError
 from realloc.layout import shard_boxes
 from realloc.model_shape import ModelShape, read_config, resolve_shape
 from runtime.attention import pack
-from runtime.hf import INDEX, load_boxes, random_boxes, save_hf
+from runtime.hf import INDEX, load_boxes, save_hf
 from tests.hf_models import CONFIGS, edit_config, load_oracle, write_model
 from tests.unit.runtime.test_decoder import LENGTHS, decoder_of, oracle_logits, random_tokens
 
@@ -92,16 +92,6 @@ def test_boxes_are_slices_of_the_whole(name: str, tp: int, tmp_path: Path) -> No
             for key, piece in load(folder, shape, tp, rank).items():
                 assert torch.equal(piece, whole[key][boxes[key].slices]), key
                 assert piece.is_contiguous()
-
-
-def test_random_weights_do_not_depend_on_the_plan() -> None:
-    shape = ModelShape("llama", 16, 2, 4, 2, 4, 24, 33, 64, rotary_dim=4)
-    whole = random_boxes(shape, shard_boxes(shape, 1, 1, 0, 0), torch.float32, CPU)
-    for stage in range(2):
-        boxes = shard_boxes(shape, 2, 2, 1, stage)
-        for key, piece in random_boxes(shape, boxes, torch.float32, CPU).items():
-            assert torch.equal(piece, whole[key][boxes[key].slices])
-    assert not torch.equal(whole["layers.0.attn.q.weight"], whole["layers.1.attn.q.weight"])
 
 
 def _drop(folder: Path, key: str) -> None:
