@@ -1,0 +1,96 @@
+"""`realloc run`: a plan is run, or a run resumed."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from realloc.cli.values import Commands, count, positive, seconds
+from realloc.errors import InputError
+
+
+def add(commands: Commands) -> None:
+    run = commands.add_parser("run", help="run a plan", allow_abbrev=False)
+    run.add_argument(
+        "plan",
+        metavar="PLAN",
+        type=Path,
+        nargs="?",
+        help="the plan's YAML file (with --resume: another plan to go on with)",
+    )
+    run.add_argument(
+        "--out",
+        metavar="DIR",
+        type=Path,
+        help="where checkpoints, metrics and the trace go (default: out/ and the plan's name)",
+    )
+    run.add_argument(
+        "--iterations", type=positive, metavar="N", help="run this many iterations instead of the plan's"
+    )
+    run.add_argument("--overwrite", action="store_true", help="delete an earlier run's output in the folder")
+    run.add_argument(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="how long a rank waits for another before the run fails (default: 600 seconds)",
+    )
+    saving = run.add_argument_group("checkpoints")
+    saving.add_argument(
+        "--save-every",
+        type=count,
+        default=10,
+        metavar="N",
+        help="write one every N iterations and after the last; 0: only after the last (default: 10)",
+    )
+    saving.add_argument(
+        "--keep", type=positive, default=2, metavar="K", help="keep the last K of them (default: 2)"
+    )
+    saving.add_argument(
+        "--resume", metavar="DIR", type=Path, help="continue the run in this folder from its last checkpoint"
+    )
+    saving.add_argument(
+        "--plan", dest="other_plan", metavar="PLAN", type=Path, help="with --resume: go on under this plan"
+    )
+    saving.add_argument(
+        "--from",
+        dest="checkpoint",
+        metavar="NAME",
+        help="with --resume: this checkpoint, such as iteration-20; later ones are deleted",
+    )
+    run.set_defaults(command=_run)
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    _check_run(arguments)
+    from runtime.checkpoint import SaveOptions
+    from runtime.launch import RunOptions, resume_run, run_plan
+
+    options = RunOptions(
+        iterations=arguments.iterations,
+        overwrite=arguments.overwrite,
+        timeout_s=arguments.timeout,
+        saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
+    )
+    plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
+    if arguments.resume is not None:
+        resume_run(arguments.resume, plan, arguments.checkpoint, options)
+    elif plan is not None:
+        run_plan(plan, arguments.out if arguments.out is not None else Path("out") / plan.stem, options)
+    return 0
+
+
+def _check_run(arguments: argparse.Namespace) -> None:
+    """Raises InputError for options of `run` that contradict each other."""
+    if arguments.plan is not None and arguments.other_plan is not None:
+        raise InputError(
+            f"the plan is given twice, as {arguments.plan} and as --plan {arguments.other_plan}."
+        )
+    if arguments.resume is None:
+        if arguments.checkpoint is not None:
+            raise InputError("--from names a checkpoint to continue from; give the run's folder as --resume.")
+        if arguments.plan is None and arguments.other_plan is None:
+            raise InputError("give a plan to run, or --resume DIR to continue a run.")
+    elif arguments.out is not None or arguments.overwrite:
+        option = "--out" if arguments.out is not None else "--overwrite"
+        raise InputError(f"{option} is for a new run; --resume goes on in the folder of the old one.")

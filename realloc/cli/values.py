@@ -1,0 +1,45 @@
+"""Single values that may be typed, and which of them are refused."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeAlias
+
+from realloc.errors import InputError
+
+if TYPE_CHECKING:
+    Commands: TypeAlias = argparse._SubParsersAction[argparse.ArgumentParser]
+
+
+def seconds(text: str) -> float:
+    """A positive number of seconds."""
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number of seconds")
+    return value
+
+
+def count(text: str) -> int:
+    """A whole number from 0."""
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 0 to {2**31 - 1}")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number from 1."""
+    value = count(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("must be at least 1")
+    return value
+
+
+def check_output(output: Path, source: Path | None = None) -> None:
+    """Refuses, before the work begins, an output that could not be written or would hurt."""
+    if output.is_dir():
+        raise InputError(f"-o {output}: is a directory; name a file in it.")
+    if source is not None and output.exists() and output.samefile(source):
+        raise InputError(f"-o {output}: would overwrite the experiment; name another file.")
