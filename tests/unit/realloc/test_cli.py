@@ -243,7 +243,7 @@ def test_how_commands_end(
     def command(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_check", command)
+    monkeypatch.setattr(cli.check, "_check", command)
     assert main(["check", "x"]) == code
     assert capsys.readouterr().err == expected
 
@@ -253,7 +253,7 @@ def test_bugs_keep_their_traceback(monkeypatch: pytest.MonkeyPatch, error: Excep
     def command(arguments: object) -> int:
         raise error
 
-    monkeypatch.setattr(cli, "_check", command)
+    monkeypatch.setattr(cli.check, "_check", command)
     with pytest.raises(type(error), match=str(error)):
         main(["check", "x"])
 
