@@ -218,6 +218,7 @@ class _TargetLogprobs(torch.autograd.Function):
             torch.sum(logits, 1, out=stats[1, part])
             if keep:
                 kept.append(logits)
+            del logits  # before the next chunk's come
         largest = stats[0].clone()
         if group is not None:
             dist.all_reduce(stats[0], op=dist.ReduceOp.MAX, group=group)
@@ -239,15 +240,17 @@ class _TargetLogprobs(torch.autograd.Function):
         for i, part in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
             if kept:
                 scale = -grad[part] * torch.exp(largest[part] - log_total[part])
-                grad_logits = kept[i] * scale[:, None]
+                # in place: autograd lets nobody come here twice
+                grad_logits = kept[i].mul_(scale[:, None])
             else:
-                logits = _logits(hidden[part], weight, ctx.inv_temperature)
-                grad_logits = logits.sub_(log_total[part, None]).exp_().mul_(-grad[part, None])
+                grad_logits = _logits(hidden[part], weight, ctx.inv_temperature)
+                grad_logits.sub_(log_total[part, None]).exp_().mul_(-grad[part, None])
             target_grad = (grad[part] * inside[part])[:, None]
             grad_logits.scatter_add_(1, local[part, None], target_grad)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = linear(grad_logits, weight.t())
             grad_weight += linear(grad_logits.t(), hidden[part].t())
+            del grad_logits  # before the next chunk's come
         return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
 
 

@@ -39,6 +39,9 @@ from runtime.parameters import FlatParameters, allocate
 from runtime.pipeline import MicroBatch, run_training
 from runtime.zero import GatheredParameters, GradientSharder, Staging, exchanges, own_views
 
+NORM_ELEMENTS = 1 << 20
+"""Gradients whose norm is taken at a time."""
+
 
 class Trainer:
     """Owns the gradients and the AdamW state of one role's home layout on this rank."""
@@ -180,8 +183,9 @@ class Trainer:
         """Norm over the whole model: every element counted once, wherever it is replicated."""
         total = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for name, copies in self._copies.items():
-            norm = torch.linalg.vector_norm(self._own_gradients[name], dtype=torch.float64)
-            total += norm.square() / copies
+            # in parts, since each is copied to fp64
+            for part in self._own_gradients[name].view(-1).split(NORM_ELEMENTS):
+                total += torch.linalg.vector_norm(part, dtype=torch.float64).square() / copies
         if self._context.mesh_group is not None:
             dist.all_reduce(total, group=self._context.mesh_group)
         return total.sqrt().float()
