@@ -10,6 +10,7 @@ from typing import Any
 from realloc.algorithm import Algorithm, resolve
 from realloc.backend import OWN, TRAINING_BACKENDS
 from realloc.cluster import Cluster, cluster_content, parse_cluster
+from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content, parse_constraints
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.files import Reader, nearest, read_file, resolve_path
@@ -120,6 +121,7 @@ class Experiment:
     seed: int = 0
     cluster: Cluster | None = None
     training_backend: str = OWN
+    constraints: Constraints = NO_CONSTRAINTS
 
     @property
     def dtype_bytes(self) -> int:
@@ -181,6 +183,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     data_reader = reader.optional_child("data")
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
+    constraints_reader = reader.optional_child("constraints")
     experiment = Experiment(
         algorithm=algorithm,
         models=models,
@@ -193,6 +196,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
         cluster=None if cluster_reader is None else parse_cluster(cluster_reader, folder),
         training_backend=reader.choice("training_backend", TRAINING_BACKENDS, OWN),
+        constraints=NO_CONSTRAINTS if constraints_reader is None else parse_constraints(constraints_reader),
     )
     given = reader.raw("hyperparameters", None)
     hyper_reader = Reader({} if given is None else given, reader.at("hyperparameters"))
@@ -204,6 +208,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     graph = experiment.graph()
     for role in graph.roles:
         experiment.role_shape(graph, role)
+    experiment.constraints.check(graph, reader.at("constraints"))
     _check_lengths(experiment, reader.where)
     if experiment.training_backend != OWN and experiment.dtype != "float32":
         raise InputError(
@@ -370,4 +375,6 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
         content["training_backend"] = experiment.training_backend
     if experiment.cluster is not None:
         content["cluster"] = cluster_content(experiment.cluster)
+    if experiment.constraints != NO_CONSTRAINTS:
+        content["constraints"] = constraints_content(experiment.constraints)
     return content

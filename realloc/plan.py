@@ -10,6 +10,7 @@ from typing import Any
 
 from realloc.augmented import AugmentedGraph, Placement, augment
 from realloc.backend import untrainable
+from realloc.clauses import Clauses
 from realloc.cluster import Cluster, cluster_content, parse_cluster
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import InputError, PlanError
@@ -62,7 +63,11 @@ class ExecutionPlan:
         return self.order if self.order is not None else self.augmented.default_order()
 
     def check(self, where: str = "plan") -> None:
-        """Proves that the plan can run on its cluster, memory aside. Raises PlanError."""
+        """Proves that the plan can run on its cluster and as its experiment wants it, memory aside.
+
+        Raises PlanError, and InputError for constraints that contradict each other.
+        """
+        clauses = Clauses(self.experiment.constraints, self.graph, self.cluster, f"{where}: constraints")
         for call in self.graph.calls:
             if call.name not in self.placements:
                 raise PlanError(f"{where}: placements: the call '{call.name}' has no placement.")
@@ -83,6 +88,11 @@ class ExecutionPlan:
                 raise PlanError(
                     f"{at}: dp {placement.strategy.dp} exceeds the "
                     f"{self.experiment.workload.sequences} sequences of an iteration."
+                )
+            if (clause := clauses.refuses(call.name, placement)) is not None:
+                raise PlanError(
+                    f"{at}: {placement} is against the experiment's constraint {clause}; change the "
+                    f"placement or the constraint."
                 )
         for name in self.placements:
             if name not in self.graph.by_name:

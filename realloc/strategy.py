@@ -149,6 +149,13 @@ _FIELD_KINDS: Mapping[str, tuple[CallKind, ...]] = {
 }
 
 
+def uses(kind: CallKind, field: str) -> bool:
+    """Whether a field of a strategy can make a difference to a call of this kind."""
+    if kind is CallKind.COMPUTE:
+        return field == "dp"
+    return kind in _FIELD_KINDS.get(field, _MODEL)
+
+
 def inconsistent(strategy: Strategy) -> str | None:
     """Why the fields contradict each other, whatever the model; None when they do not."""
     pp, virtual = strategy.pp, strategy.virtual_stages
