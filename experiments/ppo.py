@@ -9,8 +9,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common import (
+    ROLLOUT_KEYS,
+    check_mini_batches,
+    generate_call,
+    given_hyperparameters,
+    passes,
+    ref_call,
+    score_call,
+)
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
-from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -42,28 +50,21 @@ class PPO:
             "value_clip_range": reader.number("value_clip_range", 0.2, minimum=0.0),
             "reward_clip": reader.number("reward_clip", 0.0, minimum=0.0),
             "whiten_advantages": reader.get("whiten_advantages", bool, True),
-            "mini_batches": reader.integer("mini_batches", 4, minimum=1, maximum=100_000),
-            "epochs": reader.integer("epochs", 1, minimum=1, maximum=1000),
+            **passes(reader, mini_batches=4),
         }
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """The six calls of one iteration. Raises InputError without exactly one source of scores."""
-        given = experiment.hyperparameters
-        if given is None:
-            given = self.hyperparameters(Reader({}, "experiment: hyperparameters"))
+        given = given_hyperparameters(self, experiment)
+        check_mini_batches(given, experiment)
         mini_batches, epochs = given["mini_batches"], given["epochs"]
-        if mini_batches > experiment.workload.sequences:
-            raise InputError(
-                f"experiment: hyperparameters.mini_batches: {mini_batches} mini-batches cannot be made of "
-                f"the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
-                f"workload.sequences."
-            )
-        inference = CallKind.INFERENCE
         calls = (
-            Call("actor_gen", CallKind.GENERATE, ("prompts",), ("tokens", "logprobs"), "actor", "prompts"),
-            _score_call(experiment),
-            Call("ref_inf", inference, ("tokens",), ("ref_logprobs",), "ref", "tokens", Output.LOGPROBS),
-            Call("critic_inf", inference, ("tokens",), ("values",), "critic", "tokens", Output.VALUES),
+            generate_call(),
+            score_call("PPO", experiment),
+            ref_call(),
+            Call(
+                "critic_inf", CallKind.INFERENCE, ("tokens",), ("values",), "critic", "tokens", Output.VALUES
+            ),
             Call(
                 name="actor_train",
                 kind=CallKind.TRAIN_STEP,
@@ -97,37 +98,5 @@ class PPO:
 
 
 def _keys() -> tuple[DataKey, ...]:
-    return (
-        DataKey("prompts", Per.PROMPT_TOKEN, "int64"),
-        DataKey("tokens", Per.TOKEN, "int64"),
-        DataKey("logprobs", Per.RESPONSE_TOKEN),
-        DataKey("ref_logprobs", Per.RESPONSE_TOKEN),
-        DataKey("values", Per.RESPONSE_TOKEN),
-        DataKey("scores", Per.SEQUENCE),
-        DataKey("advantages", Per.RESPONSE_TOKEN),
-        DataKey("returns", Per.RESPONSE_TOKEN),
-    )
-
-
-def _score_call(experiment: Experiment) -> Call:
-    """`rew_inf`: inference with a reward model, or a reward function where one is named."""
-    has_model = "reward" in experiment.models
-    if has_model == (experiment.reward is not None):
-        found = "has both" if has_model else "has neither"
-        raise InputError(
-            f"experiment: PPO takes its scores from a model (models: reward: PATH) or from a function "
-            f"(reward: module:function); this one {found}; give exactly one."
-        )
-    if has_model:
-        return Call(
-            "rew_inf", CallKind.INFERENCE, ("tokens",), ("scores",), "reward", "tokens", Output.SCORES
-        )
-    module, colon, function = str(experiment.reward).partition(":")
-    if not (module and colon and function):
-        raise InputError(
-            f"experiment: reward: '{experiment.reward}' is not of the form module:function, such as "
-            f"experiments.rewards:sentiment."
-        )
-    return Call(
-        "rew_inf", CallKind.COMPUTE, ("tokens",), ("scores",), sequence="tokens", function=experiment.reward
-    )
+    per_token = (DataKey(name, Per.RESPONSE_TOKEN) for name in ("values", "advantages", "returns"))
+    return (*ROLLOUT_KEYS, *per_token)

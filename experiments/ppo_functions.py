@@ -12,16 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from experiments.shared_functions import add_at_ends, discounted_suffix_sums, remaining, whiten
 from realloc.functions import Batch
-
-VARIANCE_FLOOR = 1e-8
 
 
 def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """`advantages`, one per response token, whitened over the whole batch if so asked."""
     advantages = _advantages(batch, hyperparameters)
     if hyperparameters["whiten_advantages"]:
-        advantages = _whiten(advantages, batch)
+        advantages = whiten(advantages, batch)
     return {"advantages": advantages}
 
 
@@ -85,10 +84,7 @@ def _rewards(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
     scores, limit = batch["scores"], hyperparameters["reward_clip"]
     if limit > 0:
         scores = scores.clamp(-limit, limit)
-    lengths = batch.lengths("logprobs")
-    has_tokens = lengths > 0
-    last = lengths.cumsum(0) - 1
-    return rewards.index_add(0, last[has_tokens], scores[has_tokens].to(rewards.dtype))
+    return add_at_ends(rewards, scores, batch.lengths("logprobs"))
 
 
 def _advantages(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
@@ -98,39 +94,7 @@ def _advantages(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
     """
     gamma, decay = hyperparameters["gamma"], hyperparameters["gamma"] * hyperparameters["gae_lambda"]
     values = batch["values"]
-    remaining = _remaining(batch.lengths("values"), values.numel())
-    next_values = torch.where(remaining >= 1, values.roll(-1), 0.0)
+    following = remaining(batch.lengths("values"), values.numel())
+    next_values = torch.where(following >= 1, values.roll(-1), 0.0)
     delta = _rewards(batch, hyperparameters) + gamma * next_values - values
-    return _discounted_suffix_sums(delta, remaining, decay)
-
-
-def _remaining(lengths: Tensor, total: int) -> Tensor:
-    """How many elements of the same sequence follow each element; int64 [total]."""
-    ends = lengths.cumsum(0).repeat_interleave(lengths, output_size=total)
-    return ends - 1 - torch.arange(total, device=lengths.device)
-
-
-def _discounted_suffix_sums(terms: Tensor, remaining: Tensor, decay: float) -> Tensor:
-    """Within each sequence, sum over k >= 0 of decay^k * terms[t + k].
-
-    By doubling: after step j an element holds its first 2^j terms. So about log2(longest) passes over the
-    packed tensor, and no padding.
-    """
-    longest = int(remaining.max()) + 1 if remaining.numel() else 0
-    total, span = terms, 1
-    while span < longest:
-        following = torch.where(remaining >= span, total.roll(-span), 0.0)
-        total = total + decay**span * following
-        span *= 2
-    return total
-
-
-def _whiten(values: Tensor, batch: Batch) -> Tensor:
-    """Shifted and scaled to mean 0 and variance 1 over all ranks; sums in float64, whatever the split."""
-    wide = values.double()
-    count = torch.full_like(wide.sum(), wide.numel())
-    count, total = batch.sum(torch.stack([count, wide.sum()]))
-    mean = total / count
-    variance = batch.sum((wide - mean).square().sum()) / count
-    whitened: Tensor = (wide - mean) * (variance + VARIANCE_FLOOR).rsqrt()
-    return whitened.to(values.dtype)
+    return discounted_suffix_sums(delta, following, decay)

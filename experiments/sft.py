@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.common import check_mini_batches, given_hyperparameters, passes
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.errors import InputError
 from realloc.experiment import Experiment
@@ -22,26 +23,16 @@ class SFT:
 
     def hyperparameters(self, reader: Reader) -> Mapping[str, Any]:
         """`mini_batches` (optimizer steps per pass) and `epochs` (passes). Raises InputError."""
-        return {
-            "mini_batches": reader.integer("mini_batches", 1, minimum=1, maximum=100_000),
-            "epochs": reader.integer("epochs", 1, minimum=1, maximum=1000),
-        }
+        return passes(reader)
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """Raises InputError when the data name no response column, or mini-batches would be empty."""
-        given = experiment.hyperparameters
-        if given is None:
-            given = self.hyperparameters(Reader({}, "experiment: hyperparameters"))
+        given = given_hyperparameters(self, experiment)
         if experiment.data is not None and experiment.data.response is None:
             raise InputError(
                 "experiment: data: SFT trains on responses; name their column with the key 'response'."
             )
-        if given["mini_batches"] > experiment.workload.sequences:
-            raise InputError(
-                f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be "
-                f"made of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
-                f"workload.sequences."
-            )
+        check_mini_batches(given, experiment)
         train = Call(
             name="actor_train",
             kind=CallKind.TRAIN_STEP,

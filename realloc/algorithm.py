@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 BUILT_IN: Mapping[str, str] = {
     "ppo": "experiments.ppo:PPO",
+    "grpo": "experiments.grpo:GRPO",
     "sft": "experiments.sft:SFT",
 }
 

@@ -50,6 +50,18 @@ class Batch(Protocol):
     def global_elements(self) -> int:
         """Elements of the model's output over all data-parallel ranks (of the mini-batch)."""
 
+    @property
+    def prompts(self) -> Any:
+        """int64 tensor [num_sequences]: which of the iteration's prompts each sequence continues."""
+
+    @property
+    def num_prompts(self) -> int:
+        """Distinct prompts of the iteration; `workload.samples_per_prompt` sequences continue each."""
+
+    @property
+    def max_response_tokens(self) -> int:
+        """The longest response that the workload allows."""
+
     def __getitem__(self, key: str) -> Any: ...
 
     def lengths(self, key: str) -> Any: ...

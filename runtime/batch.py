@@ -21,10 +21,20 @@ class PackedBatch:
     global_elements: int
     device: torch.device
     dp_group: dist.ProcessGroup | None = None
+    max_response_tokens: int = 0
 
     @property
     def num_sequences(self) -> int:
         return len(self.positions)
+
+    @property
+    def prompts(self) -> torch.Tensor:
+        each = self.data.samples_per_prompt
+        return torch.tensor([p // each for p in self.positions], dtype=torch.int64, device=self.device)
+
+    @property
+    def num_prompts(self) -> int:
+        return self.data.num_sequences // self.data.samples_per_prompt
 
     def __getitem__(self, key: str) -> torch.Tensor:
         return self.data.packed(key, self.positions).to(self.device)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,13 +31,17 @@ from runtime.generation import generate
 from runtime.metrics import Metrics
 from runtime.parallel import ParallelContext
 from runtime.pipeline import MicroBatch, run_forward
+from runtime.stopwatch import Stopwatch
 from runtime.training import Trainer
 from runtime.transfer import assignment_of
 
 
 @dataclass(frozen=True)
 class CallExecutor:
-    """One call on this rank. `decoder` is None for compute, `trainer` but for train_step."""
+    """One call on this rank. `decoder` is None for compute, `trainer` but for train_step.
+
+    `watch` times what a train_step spends on the optimizer.
+    """
 
     call: Call
     context: ParallelContext
@@ -46,6 +50,7 @@ class CallExecutor:
     dataset: Dataset
     decoder: Decoder | None = None
     trainer: Trainer | DeepSpeedTrainer | None = None
+    watch: Stopwatch = field(default_factory=Stopwatch)
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
         """Runs this rank's share; returns its contribution to the call's metrics.
@@ -174,9 +179,7 @@ class CallExecutor:
             if not batch.positions:
                 return self._zero_loss(hidden, batch)
             output = self._output(hidden, batch, data)
-            view = PackedBatch(
-                data, batch.positions, len(positions), elements, self.context.device, self.context.dp_group
-            )
+            view = self._view(data, batch.positions, len(positions), elements)
             value, extra = function(output, view, self.experiment.hyperparameters or {})
             metrics.add_contribution("loss", value.detach().double().item())
             for name, contribution in extra.items():
@@ -184,13 +187,15 @@ class CallExecutor:
             result: torch.Tensor = value
             return result
 
-        self.trainer.zero_gradients()
+        with self.watch.timed("optimizer"):
+            self.trainer.zero_gradients()
         batches = self._micro_batches(data, shares[self.context.at.dp])
         if self.trainer.equal_passes:
             passes = num_passes(shares, self.context.strategy.micro_batches)
             batches += [self._empty_pass()] * (passes - len(batches))
         self.trainer.run(batches, loss)
-        step = self.trainer.step()
+        with self.watch.timed("optimizer"):
+            step = self.trainer.step()
         if batches and batches[0].positions:  # a replica without sequences has no loss to report
             for name, value in step.items():
                 metrics.add_contribution(name, value / reporters)
@@ -215,18 +220,19 @@ class CallExecutor:
             return
         share = assignment.of(self.context.at.dp)
         everyone = range(data.num_sequences)
-        batch = PackedBatch(
-            data,
-            share,
-            data.num_sequences,
-            self._num_elements(data, everyone),
-            self.context.device,
-            self.context.dp_group,
-        )
+        batch = self._view(data, share, data.num_sequences, self._num_elements(data, everyone))
         function = self.functions.prepare(self.call.prepare)
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
             data.put(key, share, prepared[key].detach().cpu())
+
+    def _view(
+        self, data: IterationData, positions: Sequence[int], sequences: int, elements: int
+    ) -> PackedBatch:
+        """Some of this replica's sequences as the algorithm's functions see them."""
+        longest = self.experiment.workload.response.maximum
+        context = self.context
+        return PackedBatch(data, positions, sequences, elements, context.device, context.dp_group, longest)
 
     # compute --------------------------------------------------------------------------------
 

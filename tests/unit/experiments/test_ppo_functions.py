@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import math
-import random
-import threading
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -15,6 +11,13 @@ import torch
 
 from experiments import ppo_functions as ppo
 from experiments.sft_functions import sft_loss
+from tests.unit.experiments.fake_batch import (
+    FakeBatch,
+    Sequence_,
+    make_sequences,
+    prepare_on_ranks,
+    whole_batch,
+)
 
 HYPERPARAMETERS: Mapping[str, Any] = {
     "kl_coef": 0.1,
@@ -25,87 +28,6 @@ HYPERPARAMETERS: Mapping[str, Any] = {
     "reward_clip": 1.5,
     "whiten_advantages": True,
 }
-PER_TOKEN = ("logprobs", "ref_logprobs", "values", "advantages", "returns", "output")
-Sequence_ = Mapping[str, Any]
-"""One sequence: a list for each per-token key, a number for `scores`."""
-
-
-class Ranks:
-    """Adds up what as many threads hand in, and gives each the sum."""
-
-    def __init__(self, count: int) -> None:
-        self._parts: list[torch.Tensor] = []
-        self._total = torch.zeros(0)
-        self._barrier = threading.Barrier(count, action=self._add)
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        self._parts.append(value)
-        self._barrier.wait(timeout=20)
-        return self._total
-
-    def _add(self) -> None:
-        self._total = torch.stack(self._parts).sum(0)
-        self._parts.clear()
-
-
-@dataclass
-class FakeBatch:
-    """Some sequences as one rank's packed batch; alone, or one of several `ranks`."""
-
-    sequences: Sequence[Sequence_]
-    global_sequences: int
-    global_elements: int
-    ranks: Ranks | None = None
-    num_sums: int = 0
-
-    @property
-    def num_sequences(self) -> int:
-        return len(self.sequences)
-
-    def __getitem__(self, key: str) -> torch.Tensor:
-        if key == "scores":
-            return torch.tensor([s["scores"] for s in self.sequences], dtype=torch.float32)
-        return torch.tensor([x for s in self.sequences for x in s[key]], dtype=torch.float32)
-
-    def lengths(self, key: str) -> torch.Tensor:
-        if key == "scores":
-            return torch.ones(self.num_sequences, dtype=torch.int64)
-        return torch.tensor([len(s[key]) for s in self.sequences], dtype=torch.int64)
-
-    def sum(self, value: torch.Tensor) -> torch.Tensor:
-        self.num_sums += 1
-        return value if self.ranks is None else self.ranks.sum(value)
-
-
-def whole_batch(sequences: Sequence[Sequence_]) -> FakeBatch:
-    return FakeBatch(sequences, len(sequences), sum(len(s["values"]) for s in sequences))
-
-
-def prepare_on_ranks(
-    prepare: Callable[..., Mapping[str, torch.Tensor]], shares: Sequence[Sequence[Sequence_]]
-) -> list[Mapping[str, torch.Tensor]]:
-    """Runs `prepare` on every share at once, as ranks that sum with each other."""
-    everyone, ranks = whole_batch([s for share in shares for s in share]), Ranks(len(shares))
-    with ThreadPoolExecutor(len(shares)) as pool:
-        futures = [
-            pool.submit(
-                prepare,
-                FakeBatch(share, everyone.global_sequences, everyone.global_elements, ranks),
-                HYPERPARAMETERS,
-            )
-            for share in shares
-        ]
-        return [future.result() for future in futures]
-
-
-def make_sequences(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
-    rng = random.Random(seed)
-    return [
-        {key: [rng.gauss(0, 1) for _ in range(n)] for key in PER_TOKEN} | {"scores": rng.gauss(0, 3)}
-        for n in lengths
-    ]
-
-
 LENGTHS = (5, 1, 33, 8, 2, 64, 7, 1, 17)
 
 
@@ -175,7 +97,7 @@ def test_prepared_values_do_not_depend_on_the_split_over_ranks(cuts: Sequence[in
     shares = [sequences[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
     for prepare, key in ((ppo.prepare_actor, "advantages"), (ppo.prepare_critic, "returns")):
         whole = prepare(whole_batch(sequences), HYPERPARAMETERS)[key]
-        split = torch.cat([result[key] for result in prepare_on_ranks(prepare, shares)])
+        split = torch.cat([result[key] for result in prepare_on_ranks(prepare, shares, HYPERPARAMETERS)])
         torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6)
 
 

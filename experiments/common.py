@@ -1,0 +1,99 @@
+"""What several algorithms share: keys, the calls that score and compare, checks of hyperparameters.
+
+Knows graphs, not tensors: the shared tensor functions are in `experiments.shared_functions`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from realloc.algorithm import Algorithm
+from realloc.dataflow import Call, CallKind, DataKey, Output, Per
+from realloc.errors import InputError
+from realloc.experiment import Experiment
+from realloc.files import Reader
+
+ROLLOUT_KEYS = (
+    DataKey("prompts", Per.PROMPT_TOKEN, "int64"),
+    DataKey("tokens", Per.TOKEN, "int64"),
+    DataKey("logprobs", Per.RESPONSE_TOKEN),
+    DataKey("ref_logprobs", Per.RESPONSE_TOKEN),
+    DataKey("scores", Per.SEQUENCE),
+)
+
+
+def given_hyperparameters(algorithm: Algorithm, experiment: Experiment) -> Mapping[str, Any]:
+    """The experiment's, or the defaults where it was made without any."""
+    if experiment.hyperparameters is not None:
+        return experiment.hyperparameters
+    return algorithm.hyperparameters(Reader({}, "experiment: hyperparameters"))
+
+
+def passes(reader: Reader, mini_batches: int = 1) -> Mapping[str, int]:
+    """`mini_batches`: optimizer steps in one pass over the batch; `epochs`: passes."""
+    return {
+        "mini_batches": reader.integer("mini_batches", mini_batches, minimum=1, maximum=100_000),
+        "epochs": reader.integer("epochs", 1, minimum=1, maximum=1000),
+    }
+
+
+def check_mini_batches(given: Mapping[str, Any], experiment: Experiment) -> None:
+    """Raises InputError when a mini-batch would be empty."""
+    if given["mini_batches"] > experiment.workload.sequences:
+        raise InputError(
+            f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be made "
+            f"of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
+            f"workload.sequences."
+        )
+
+
+def check_samples(algorithm: str, least: int, experiment: Experiment) -> None:
+    """Raises InputError for fewer samples of a prompt than the algorithm compares."""
+    found = experiment.workload.samples_per_prompt
+    if found < least:
+        raise InputError(
+            f"experiment: workload.samples_per_prompt: {algorithm} compares the responses to one prompt and "
+            f"needs at least {least} of them, found {found}."
+        )
+
+
+def generate_call() -> Call:
+    """`actor_gen`: tokens and the log-probabilities with which they were drawn."""
+    return Call("actor_gen", CallKind.GENERATE, ("prompts",), ("tokens", "logprobs"), "actor", "prompts")
+
+
+def ref_call() -> Call:
+    """`ref_inf`: log-probabilities under the reference model."""
+    return Call(
+        "ref_inf", CallKind.INFERENCE, ("tokens",), ("ref_logprobs",), "ref", "tokens", Output.LOGPROBS
+    )
+
+
+def score_call(
+    algorithm: str,
+    experiment: Experiment,
+    name: str = "rew_inf",
+    tokens: str = "tokens",
+    scores: str = "scores",
+) -> Call:
+    """Inference with a reward model, or a reward function where one is named.
+
+    Raises InputError without exactly one source of scores.
+    """
+    has_model = "reward" in experiment.models
+    if has_model == (experiment.reward is not None):
+        found = "has both" if has_model else "has neither"
+        raise InputError(
+            f"experiment: {algorithm} takes its scores from a model (models: reward: PATH) or from a "
+            f"function (reward: module:function); this one {found}; give exactly one."
+        )
+    if has_model:
+        return Call(name, CallKind.INFERENCE, (tokens,), (scores,), "reward", tokens, Output.SCORES)
+    module, colon, function = str(experiment.reward).partition(":")
+    if not (module and colon and function):
+        raise InputError(
+            f"experiment: reward: '{experiment.reward}' is not of the form module:function, such as "
+            f"experiments.rewards:sentiment."
+        )
+    return Call(name, CallKind.COMPUTE, (tokens,), (scores,), sequence=tokens, function=experiment.reward)

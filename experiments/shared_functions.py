@@ -1,0 +1,87 @@
+"""Tensor functions that several algorithms share, on packed sequences of one data-parallel rank.
+
+Everything that spans the batch goes through `batch.sum` in float64, so that results do not depend
+on how the batch is split.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from realloc.functions import Batch
+
+VARIANCE_FLOOR = 1e-8
+
+
+def whiten(values: Tensor, batch: Batch) -> Tensor:
+    """Shifted and scaled to mean 0 and variance 1 over all ranks; [elements] -> [elements]."""
+    wide = values.double()
+    count = torch.full_like(wide.sum(), wide.numel())
+    count, total = batch.sum(torch.stack([count, wide.sum()]))
+    mean = total / count
+    variance = batch.sum((wide - mean).square().sum()) / count
+    whitened: Tensor = (wide - mean) * (variance + VARIANCE_FLOOR).rsqrt()
+    return whitened.to(values.dtype)
+
+
+def group_sums(values: Tensor, batch: Batch) -> Tensor:
+    """For each sequence the sum of `values` ([num_sequences]) over all samples of its prompt, float64."""
+    wide = values.double()
+    totals = batch.sum(wide.new_zeros(batch.num_prompts).index_add(0, batch.prompts, wide))
+    result: Tensor = totals[batch.prompts]
+    return result
+
+
+def group_size(batch: Batch) -> Tensor:
+    """Samples of each sequence's prompt; float64 [num_sequences]."""
+    return group_sums(torch.ones_like(batch.prompts, dtype=torch.float64), batch)
+
+
+def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums of packed values over each sequence; [elements], [sequences] -> [sequences]."""
+    index = torch.arange(lengths.numel(), device=lengths.device)
+    index = index.repeat_interleave(lengths, output_size=values.numel())
+    return values.new_zeros(lengths.numel()).index_add(0, index, values)
+
+
+def per_token(values: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """One value a sequence -> the same value at each of its `total` packed elements."""
+    return values.repeat_interleave(lengths, output_size=total)
+
+
+def remaining(lengths: Tensor, total: int) -> Tensor:
+    """How many elements of the same sequence follow each element; int64 [total]."""
+    ends = lengths.cumsum(0).repeat_interleave(lengths, output_size=total)
+    return ends - 1 - torch.arange(total, device=lengths.device)
+
+
+def discounted_suffix_sums(terms: Tensor, following: Tensor, decay: float) -> Tensor:
+    """Within each sequence, sum over k >= 0 of decay^k * terms[t + k]; `following` as of `remaining`.
+
+    By doubling: after step j an element holds its first 2^j terms. So about log2(longest) passes over the
+    packed tensor, and no padding.
+    """
+    longest = int(following.max()) + 1 if following.numel() else 0
+    total, span = terms, 1
+    while span < longest:
+        later = torch.where(following >= span, total.roll(-span), 0.0)
+        total = total + decay**span * later
+        span *= 2
+    return total
+
+
+def add_at_ends(per_element: Tensor, scores: Tensor, lengths: Tensor) -> Tensor:
+    """Each sequence's score added at its last element; sequences without elements have nowhere to put it."""
+    filled = lengths > 0
+    last = lengths.cumsum(0) - 1
+    return per_element.index_add(0, last[filled], scores[filled].to(per_element.dtype))
+
+
+def inverse_ratio_kl(output: Tensor, reference: Tensor) -> Tensor:
+    """An unbiased, non-negative estimate of each token's KL(policy || reference) from samples of the policy.
+
+    ratio - 1 - log ratio, with ratio = reference / policy (Schulman 2020, "Approximating KL divergence").
+    """
+    log_ratio = reference - output
+    return log_ratio.exp() - 1.0 - log_ratio
