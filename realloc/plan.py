@@ -24,9 +24,9 @@ from realloc.strategy import parse_strategy, strategy_content
 class Predictions:
     """What the planner expects of a plan.
 
-    `node_s`: seconds of every node of the augmented graph. `peak_bytes`: of the GPU that needs
-    most, by cause. `costs`: where the costs came from ('measured' or 'analytic', with the
-    profile's name).
+    `node_s`: seconds of every node of the augmented graph; `terms`: of every call by cause, which
+    sum to the call's. `peak_bytes`: of the GPU that needs most, by cause. `costs`: where the costs
+    came from ('measured' or 'analytic', with the profile's name).
     """
 
     iteration_s: float
@@ -35,6 +35,7 @@ class Predictions:
     peak_bytes: Mapping[str, int] = field(default_factory=dict)
     costs: str = ""
     lower_bound_s: float | None = None
+    terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,19 @@ def _parse_predictions(reader: Reader) -> Predictions:
         peak_bytes={name: peak.integer(name) for name in peak.keys()},
         costs=reader.get("costs", str, ""),
         lower_bound_s=reader.number("lower_bound_s", None, minimum=0.0),
+        terms=_parse_terms(reader.optional_child("terms")),
     )
     reader.done()
     return predictions
+
+
+def _parse_terms(reader: Reader | None) -> Mapping[str, Mapping[str, float]]:
+    if reader is None:
+        return {}
+    calls = {name: reader.child(name) for name in reader.keys()}
+    return {
+        name: {term: call.number(term, minimum=0.0) for term in call.keys()} for name, call in calls.items()
+    }
 
 
 def plan_text(plan: ExecutionPlan) -> str:
@@ -172,6 +183,11 @@ def plan_text(plan: ExecutionPlan) -> str:
         }
         if p.lower_bound_s is not None:
             predictions["lower_bound_s"] = _rounded(p.lower_bound_s)
+        if p.terms:
+            predictions["terms"] = {
+                name: {term: _rounded(seconds) for term, seconds in terms.items() if seconds}
+                for name, terms in p.terms.items()
+            }
         content["predictions"] = predictions
     return dump_yaml("plan", content)
 

@@ -1,13 +1,15 @@
 """Traces: what every instruction of every rank took, beside what was predicted.
 
-A trace is JSON lines: a header `{"realloc": "trace/1", ...}`, then one record a line.
+A trace is JSON lines: a header `{"realloc": "trace/1", ...}`, then one record a line: what an
+instruction took on a rank, or how long the sequences of an iteration were.
 """
 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,8 @@ class TraceRecord:
     Times are seconds since the start of the run's first iteration. `wait_s` is the part spent
     waiting for other ranks to arrive, before the instruction's own work began. `predicted_s` is
     None when the plan has no predictions. `sent_bytes` are bytes this rank sent to other ranks.
+    `terms`: seconds of a call that were timed apart, waiting for peers included (see `realloc.comparison`);
+    the rest of the call is compute. Empty where nothing is timed apart.
     """
 
     iteration: int
@@ -35,12 +39,48 @@ class TraceRecord:
     predicted_s: float | None = None
     sent_bytes: int = 0
     tokens: int = 0
+    terms: Mapping[str, float] = field(default_factory=dict)
+
+
+Counts = tuple[tuple[int, int], ...]
+"""(tokens, how many sequences have so many), shortest first."""
+
+
+@dataclass(frozen=True)
+class BatchLengths:
+    """How long the sequences of one iteration were."""
+
+    iteration: int
+    prompt: Counts
+    response: Counts
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a run ran on: the name that profiles have for the device, and the cores that ranks share.
+
+    `pinned`: every rank had a core of its own.
+    """
+
+    device: str
+    cores: int
+    pinned: bool = False
 
 
 @dataclass(frozen=True)
 class Trace:
     world_size: int
     records: tuple[TraceRecord, ...]
+    lengths: tuple[BatchLengths, ...] = ()
+    machine: Machine | None = None
+
+    def steady(self, *, skip_iterations: int = 1) -> Sequence[TraceRecord]:
+        """The records without those of the first iterations, unless there are no others."""
+        first = min((r.iteration for r in self.records), default=0)
+        last = max((r.iteration for r in self.records), default=0)
+        if skip_iterations > last - first:
+            return self.records
+        return [r for r in self.records if r.iteration - first >= skip_iterations]
 
     def node_seconds(self, *, skip_iterations: int = 1) -> Mapping[str, float]:
         """Median over iterations of each node's longest time over ranks, waiting excluded.
@@ -49,14 +89,9 @@ class Trace:
         iteration is not 0.)
         """
         longest: dict[tuple[str, int], float] = {}
-        first = min((r.iteration for r in self.records), default=0)
-        last = max((r.iteration for r in self.records), default=0)
-        for record in self.records:
-            if record.iteration - first < skip_iterations <= last - first:
-                continue
+        for record in self.steady(skip_iterations=skip_iterations):
             key = (record.node, record.iteration)
-            spent = record.end_s - record.start_s - record.wait_s
-            longest[key] = max(longest.get(key, 0.0), spent)
+            longest[key] = max(longest.get(key, 0.0), own_seconds(record))
         times: dict[str, list[float]] = {}
         for (node, _), seconds in longest.items():
             times.setdefault(node, []).append(seconds)
@@ -82,11 +117,34 @@ def median(values: Sequence[float]) -> float:
     return (ordered[middle - 1] + ordered[middle]) / 2
 
 
-def trace_lines(world_size: int, records: Iterable[TraceRecord]) -> Iterable[str]:
+def own_seconds(record: TraceRecord) -> float:
+    """Seconds of a record, without those before its last rank arrived."""
+    return record.end_s - record.start_s - record.wait_s
+
+
+def counted(lengths: Iterable[int]) -> Counts:
+    """Lengths as a trace keeps them."""
+    return tuple(sorted(Counter(lengths).items()))
+
+
+def trace_lines(
+    world_size: int,
+    records: Iterable[TraceRecord],
+    lengths: Iterable[BatchLengths] = (),
+    machine: Machine | None = None,
+) -> Iterable[str]:
     """The lines of a trace file, header first."""
-    yield json.dumps({"realloc": f"trace/{VERSIONS['trace']}", "world_size": world_size})
+    header: dict[str, Any] = {"realloc": f"trace/{VERSIONS['trace']}", "world_size": world_size}
+    if machine is not None:
+        header["machine"] = asdict(machine)
+    yield json.dumps(header)
+    for item in lengths:
+        yield json.dumps({"lengths": asdict(item)})
     for record in records:
-        yield json.dumps(asdict(record))
+        content = asdict(record)
+        if not record.terms:
+            del content["terms"]
+        yield json.dumps(content)
 
 
 def read_trace(path: str | Path) -> Trace:
@@ -105,9 +163,20 @@ def read_trace(path: str | Path) -> Trace:
     if found != f"trace/{VERSIONS['trace']}":
         raise InputError(f"{path}, line 1: is '{found}', expected trace/{VERSIONS['trace']}.")
     world_size = header.integer("world_size", minimum=1)
+    machine = header.optional_child("machine")
     header.done()
-    records = [_parse(_json_line(path, i, line), world_size) for i, line in enumerate(lines[1:], 2) if line]
-    return Trace(world_size, tuple(records))
+    records: list[TraceRecord] = []
+    lengths: list[BatchLengths] = []
+    for number, line in enumerate(lines[1:], 2):
+        if line:
+            reader = _json_line(path, number, line)
+            if reader.has("lengths"):
+                lengths.append(_parse_lengths(reader.child("lengths")))
+                reader.done()
+            else:
+                records.append(_parse(reader, world_size))
+    found_machine = None if machine is None else _parse_machine(machine)
+    return Trace(world_size, tuple(records), tuple(lengths), found_machine)
 
 
 def _json_line(path: Path, number: int, line: str) -> Reader:
@@ -131,9 +200,47 @@ def _parse(reader: Reader, world_size: int) -> TraceRecord:
         predicted_s=reader.number("predicted_s", minimum=0.0) if reader.has("predicted_s") else None,
         sent_bytes=reader.integer("sent_bytes", 0),
         tokens=reader.integer("tokens", 0),
+        terms=_parse_terms(reader.optional_child("terms")),
     )
     reader.raw("predicted_s", None)
     reader.done()
     if record.end_s < record.start_s:
         raise InputError(f"{reader.where}: ends at {record.end_s} s, before its start at {record.start_s} s.")
     return record
+
+
+def _parse_terms(reader: Reader | None) -> Mapping[str, float]:
+    if reader is None:
+        return {}
+    terms = {name: reader.number(name, minimum=0.0) for name in reader.keys()}
+    reader.done()
+    return terms
+
+
+def _parse_machine(reader: Reader) -> Machine:
+    machine = Machine(
+        reader.get("device", str), reader.integer("cores", minimum=1), reader.get("pinned", bool, False)
+    )
+    reader.done()
+    return machine
+
+
+def _parse_lengths(reader: Reader) -> BatchLengths:
+    found = BatchLengths(
+        reader.integer("iteration", minimum=0),
+        _parse_counts(reader, "prompt"),
+        _parse_counts(reader, "response"),
+    )
+    reader.done()
+    return found
+
+
+def _parse_counts(reader: Reader, key: str) -> Counts:
+    rows = reader.get(key, list)
+    for row in rows:
+        is_pair = isinstance(row, list) and len(row) == 2
+        if not is_pair or not all(type(n) is int and n >= 0 for n in row):
+            raise InputError(
+                f"{reader.at(key)}: expected pairs of whole numbers [tokens, count], found {row!r}."
+            )
+    return tuple((tokens, count) for tokens, count in rows)

@@ -25,6 +25,7 @@ from runtime.parallel import Groups
 from runtime.program import Instruction, Program
 from runtime.reallocation import Holding, Reallocator
 from runtime.roles import DTYPES, RankRole
+from runtime.stopwatch import Stopwatch
 from runtime.tracing import Recorder
 from runtime.transfer import TransferExecutor
 
@@ -58,6 +59,7 @@ class Engine:
         self._groups, self._device = groups, device
         self._functions = FunctionTable(plan.experiment.resolve_algorithm().functions)
         self._instructions = program.of(rank)
+        self._watch = Stopwatch()
         self._calls: dict[str, CallExecutor] = {}
         self._transfers: dict[str, TransferExecutor] = {}
         self._reallocators: dict[str, Reallocator] = {}
@@ -85,11 +87,13 @@ class Engine:
         node = instruction.node
         start = recorder.now()
         sent, tokens = 0, 0
+        terms: Mapping[str, float] = {}
         if node.kind is NodeKind.CALL:
             executor = self._calls[node.name]
             if node.role is not None:
                 self._roles[node.role].memory.wait()
-            metrics = executor.run(data, iteration)
+            with self._watch.during(executor.context) as terms:
+                metrics = executor.run(data, iteration)
             tokens = int(metrics.sums["tokens"][0])
             if executor.reports:
                 sums.update({f"{node.name}/{k}": v for k, v in metrics.sums.items()})
@@ -112,6 +116,7 @@ class Engine:
             predicted_s=instruction.predicted_s,
             sent_bytes=sent,
             tokens=tokens,
+            terms=terms,
         )
 
     def _source(self, iteration: int) -> IterationData:
@@ -157,6 +162,7 @@ class Engine:
             dataset=self._dataset,
             decoder=None if role is None else role.by_call[node.name].decoder,
             trainer=role.trainer if role is not None and trains else None,
+            watch=self._watch,
         )
 
     def _reallocator(self, node: Node) -> Reallocator:

@@ -25,6 +25,7 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from realloc.backend import DEEPSPEED
+from realloc.comparison import compare, comparison_text
 from realloc.errors import InputError, RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
@@ -41,8 +42,9 @@ from runtime.dataset import open_dataset
 from runtime.deepspeed_backend import NO_RESUME
 from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
+from runtime.machine import check_pinnable, this_machine
 from runtime.metrics import MetricsChannel
-from runtime.monitor import Monitor, comparison
+from runtime.monitor import Monitor
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
@@ -54,12 +56,13 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """`timeout_s`: how long a rank waits for another before it gives up."""
+    """`timeout_s`: how long a rank waits for another before it gives up. `pin`: a core for each rank."""
 
     iterations: int | None = None
     overwrite: bool = False
     timeout_s: float = 600.0
     saving: SaveOptions = field(default_factory=SaveOptions)
+    pin: bool = False
 
 
 def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
@@ -72,6 +75,8 @@ def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
     plan = _with_iterations(read_plan(plan_path), options.iterations)
     program = compile_program(plan)
     _check_runnable(plan)
+    if options.pin:
+        check_pinnable(plan.cluster.num_gpus)
     prepare_folder(out, overwrite=options.overwrite)
     with run_lock(out):
         return _execute(plan, program, out, options, None)
@@ -92,6 +97,8 @@ def resume_run(out: Path, plan_path: Path | None, checkpoint: str | None, option
     check_resumable(chosen, manifest, plan)
     program = compile_program(plan)
     _check_runnable(plan)
+    if options.pin:
+        check_pinnable(plan.cluster.num_gpus)
     differing = changes(manifest, plan)
     if differing:
         print(f"note: differs from the experiment that {chosen.name} is of: {', '.join(differing)}")
@@ -115,6 +122,7 @@ def _execute(
         launcher_pid=os.getpid(),
         saving=options.saving,
         checkpoint=None if checkpoint is None else str(checkpoint),
+        pin=options.pin,
     )
     reserve_errors(out, plan.cluster.num_gpus)
     first = 0 if checkpoint is None else iteration_of(checkpoint)
@@ -127,8 +135,8 @@ def _execute(
     finally:
         remove_partial(checkpoints_folder(out))  # the ranks are gone by now
     traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
-    trace = merge_traces(traces, out / "trace.jsonl")
-    print(comparison(plan, trace))
+    trace = merge_traces(traces, out / "trace.jsonl", this_machine(options.pin))
+    print(comparison_text(compare(plan, trace)))
     print(monitor.change())
     print(
         f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"

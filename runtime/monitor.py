@@ -1,4 +1,4 @@
-"""Watching a run: collects metrics, writes them down, shows progress, compares with the plan."""
+"""Watching a run: collects metrics, writes them down, shows progress."""
 
 from __future__ import annotations
 
@@ -13,12 +13,10 @@ from typing import Protocol
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
 
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import RunError
 from realloc.plan import ExecutionPlan
-from realloc.trace import Trace
 from runtime.metrics import MetricsChannel
 
 POLL_S = 0.05
@@ -143,38 +141,6 @@ def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:
             if (name := f"{call.name}/loss") in metrics:
                 parts.append(f"{call.role} loss {metrics[name]:.4f}")
     return "  ".join(parts)
-
-
-def comparison(plan: ExecutionPlan, trace: Trace) -> str:
-    """A table of predicted against measured seconds, node by node."""
-    predicted = {} if plan.predictions is None else plan.predictions.node_s
-    measured = trace.node_seconds()
-    table = Table(title="seconds per iteration, predicted and measured", title_justify="left")
-    for name in ("node", "where", "predicted", "measured", "ratio"):
-        table.add_column(name, justify="left" if name in ("node", "where") else "right")
-    for name in plan.node_order:
-        node = plan.augmented.by_name[name]
-        where = str(plan.placements[name]) if name in plan.placements else _span(node.ranks)
-        table.add_row(name, where, *_numbers(predicted.get(name), measured.get(name)))
-    table.add_section()
-    total = None if plan.predictions is None else plan.predictions.iteration_s
-    table.add_row("iteration", "", *_numbers(total, trace.iteration_seconds()))
-    console = Console(width=110, highlight=False)
-    with console.capture() as capture:
-        console.print(table)
-    return capture.get().rstrip()
-
-
-def _numbers(predicted: float | None, measured: float | None) -> tuple[str, str, str]:
-    def text(value: float | None) -> str:
-        return "-" if value is None else f"{value:.4f}"
-
-    ratio = f"{measured / predicted:.2f}" if predicted and measured else "-"
-    return text(predicted), text(measured), ratio
-
-
-def _span(ranks: tuple[int, ...]) -> str:
-    return f"ranks {ranks[0]}-{ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
 
 
 def _progress(iterations: int, first: int) -> Progress:

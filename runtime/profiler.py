@@ -28,6 +28,7 @@ from realloc import __version__
 from realloc.errors import InputError, RunError
 from realloc.files import dump_yaml, write_text
 from runtime import microbenchmarks as bench
+from runtime.machine import device_name
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # What no micro-benchmark shows: Python around one call, and a reward function on one sequence.
@@ -179,7 +180,7 @@ def _alone(clock: bench.Clock, budget: bench.Effort, device: torch.device, ranks
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     flops_per_s, tiny = bench.attention_costs(clock, device, dtype)
     return {
-        "device": _device_name(device),
+        "device": device_name(device),
         "device_type": device.type,
         "memory_bytes": _memory_bytes(device, ranks),
         "samples": budget.repeats,
@@ -202,13 +203,6 @@ def _alone(clock: bench.Clock, budget: bench.Effort, device: torch.device, ranks
         "optimizer_bytes_per_s": bench.optimizer_bytes_per_s(clock, device, budget.optimizer_elements),
         "host_bytes_per_s": bench.host_bytes_per_s(clock, device),
     }
-
-
-def _device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cores = psutil.cpu_count(logical=True) or 1
-    return f"{platform.processor() or platform.machine()} host with {cores} cores"
 
 
 def _memory_bytes(device: torch.device, ranks: int) -> int:

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import struct
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from realloc.trace import Trace, TraceRecord, read_trace, trace_lines
+from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, counted, read_trace, trace_lines
 
 CHECKPOINT = "checkpoint"
 """The record of the time in which a rank copies its state for a checkpoint."""
@@ -23,6 +23,7 @@ class Recorder:
         self._rank = rank
         self._offset = epoch_s - (time.time() - time.perf_counter())
         self.records: list[TraceRecord] = []
+        self.lengths: list[BatchLengths] = []
 
     def now(self) -> float:
         return time.perf_counter() - self._offset
@@ -37,12 +38,27 @@ class Recorder:
         predicted_s: float | None,
         sent_bytes: int = 0,
         tokens: int = 0,
+        terms: Mapping[str, float] | None = None,
     ) -> None:
         self.records.append(
             TraceRecord(
-                iteration, self._rank, node, kind, start_s, self.now(), 0.0, predicted_s, sent_bytes, tokens
+                iteration=iteration,
+                rank=self._rank,
+                node=node,
+                kind=kind,
+                start_s=start_s,
+                end_s=self.now(),
+                predicted_s=predicted_s,
+                sent_bytes=sent_bytes,
+                tokens=tokens,
+                terms=terms or {},
             )
         )
+
+    def add_lengths(self, iteration: int, prompts: Sequence[int], totals: Sequence[int]) -> None:
+        """How long the iteration's prompts were, and its sequences as a whole."""
+        responses = (total - prompt for prompt, total in zip(prompts, totals, strict=True))
+        self.lengths.append(BatchLengths(iteration, counted(prompts), counted(responses)))
 
 
 class Status:
@@ -88,16 +104,20 @@ def with_waits(records: Iterable[TraceRecord]) -> list[TraceRecord]:
     ]
 
 
-def write_trace(path: Path, world_size: int, records: Sequence[TraceRecord]) -> None:
+def write_trace(path: Path, trace: Trace) -> None:
     with path.open("w", encoding="utf-8") as stream:
-        for line in trace_lines(world_size, records):
+        for line in trace_lines(trace.world_size, trace.records, trace.lengths, trace.machine):
             stream.write(line + "\n")
 
 
-def merge_traces(paths: Iterable[Path], output: Path) -> Trace:
+def merge_traces(paths: Iterable[Path], output: Path, machine: Machine) -> Trace:
     """Joins the ranks' traces into one file, waits filled in."""
     traces = [read_trace(path) for path in paths]
-    records = with_waits(record for trace in traces for record in trace.records)
-    world_size = max((trace.world_size for trace in traces), default=1)
-    write_trace(output, world_size, records)
-    return Trace(world_size, tuple(records))
+    merged = Trace(
+        world_size=max((trace.world_size for trace in traces), default=1),
+        records=tuple(with_waits(record for trace in traces for record in trace.records)),
+        lengths=tuple(item for trace in traces for item in trace.lengths),
+        machine=machine,
+    )
+    write_trace(output, merged)
+    return merged

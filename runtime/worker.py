@@ -17,8 +17,10 @@ import torch
 import torch.distributed as dist
 
 from realloc.augmented import home_call
+from realloc.dataflow import CallKind
 from realloc.errors import ReallocError
 from realloc.plan import ExecutionPlan, read_plan
+from realloc.trace import Trace
 from runtime.checkpoint import SaveOptions, Saver
 from runtime.checkpoint_files import iteration_of
 from runtime.checkpoint_shares import trained_roles
@@ -26,6 +28,7 @@ from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
 from runtime.export import export_role
+from runtime.machine import pin
 from runtime.metrics import MetricsChannel
 from runtime.parallel import Groups, make_groups
 from runtime.program import compile_program
@@ -51,6 +54,7 @@ class WorkerSpec:
     launcher_pid: int
     saving: SaveOptions
     checkpoint: str | None = None
+    pin: bool = False
 
 
 @dataclass(frozen=True)
@@ -79,6 +83,8 @@ def run_worker(spec: WorkerSpec) -> None:
 
 def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     torch.set_num_threads(1)
+    if spec.pin:
+        pin(int(os.environ["LOCAL_RANK"]), os.sched_getaffinity(0))
     out = Path(spec.out)
     timeout = timedelta(seconds=spec.timeout_s)
     device = pick_device()
@@ -115,9 +121,13 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         status.set(iteration, index)
         saver.check()
 
-    def report(iteration: int, sums: Sums, _: IterationData) -> None:
+    teller, sequences = sequence_teller(plan)
+
+    def report(iteration: int, sums: Sums, data: IterationData) -> None:
         if rank in channel.reporters:
             channel.report(iteration, rank, sums)
+        if rank == teller:
+            recorder.add_lengths(iteration, data.prompt_lengths, data.key_lengths(sequences))
         if saver.is_due(iteration):
             start = recorder.now()
             saver.save(iteration)
@@ -125,7 +135,8 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
 
     with saver:
         engine.run(range(first, plan.experiment.iterations), recorder, Observer(entering, report))
-        write_trace(out / "trace" / f"rank-{rank}.jsonl", world_size, recorder.records)
+        trace = Trace(world_size, tuple(recorder.records), tuple(recorder.lengths))
+        write_trace(out / "trace" / f"rank-{rank}.jsonl", trace)
         export_models(plan, roles, out / "models", rank)
     dist.barrier()
     status.close()
@@ -159,6 +170,13 @@ def reporting_ranks(plan: ExecutionPlan) -> tuple[int, ...]:
             if at.pp == placement.strategy.pp - 1 and at.tp == 0:
                 ranks.add(rank)
     return tuple(sorted(ranks))
+
+
+def sequence_teller(plan: ExecutionPlan) -> tuple[int, str]:
+    """A rank that knows how long an iteration's whole sequences are, and the key that says it."""
+    call = plan.graph.calls[0]
+    key = call.writes[0] if call.kind is CallKind.GENERATE else str(call.sequence)
+    return plan.placements[call.name].mesh.first, key
 
 
 def export_models(plan: ExecutionPlan, roles: dict[str, RankRole], folder: Path, rank: int) -> None:

@@ -35,6 +35,9 @@ def add(commands: Commands) -> None:
         metavar="S",
         help="how long a rank waits for another before the run fails (default: 600 seconds)",
     )
+    run.add_argument(
+        "--pin", action="store_true", help="keep every rank on a core of its own (hosts without GPUs)"
+    )
     saving = run.add_argument_group("checkpoints")
     saving.add_argument(
         "--save-every",
@@ -71,6 +74,7 @@ def _run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         timeout_s=arguments.timeout,
         saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
+        pin=arguments.pin,
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
     if arguments.resume is not None:

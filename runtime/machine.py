@@ -1,0 +1,41 @@
+"""What this machine is called, in profiles and traces alike, and which cores its ranks may use."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Collection
+
+import psutil
+import torch
+
+from realloc.errors import InputError
+from realloc.trace import Machine
+
+
+def device_name(device: torch.device) -> str:
+    """The name by which a profile is recognized as that of this device."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    cores = psutil.cpu_count(logical=True) or 1
+    return f"{platform.processor() or platform.machine()} host with {cores} cores"
+
+
+def this_machine(pinned: bool) -> Machine:
+    """What traces say of the machine a run is on."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Machine(device_name(device), len(os.sched_getaffinity(0)), pinned)
+
+
+def check_pinnable(ranks: int) -> None:
+    """Raises InputError when there are fewer cores than ranks."""
+    cores = len(os.sched_getaffinity(0))
+    if ranks > cores:
+        raise InputError(
+            f"--pin: {ranks} ranks need {ranks} cores, this process may use {cores}; run without --pin."
+        )
+
+
+def pin(local_rank: int, cores: Collection[int]) -> None:
+    """Keeps this process, and threads that it starts from now on, on one of the cores."""
+    os.sched_setaffinity(0, {sorted(cores)[local_rank]})
