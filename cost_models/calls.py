@@ -13,12 +13,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from cost_models.communication import Communication, group_shape
-from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack
+from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack, Pass
+from cost_models.decoding import decode_steps
 from cost_models.pipeline import bubble_s, messages_on_path
 from cost_models.profile import HardwareProfile
 from cost_models.zero import gradients_s, resident_elements
 from realloc.dataflow import Call, CallKind, Output
-from realloc.experiment import Lengths, Workload
+from realloc.experiment import Workload
+from realloc.lengths import Lengths
 from realloc.mesh import DeviceMesh
 from realloc.strategy import Recompute, Strategy
 
@@ -81,7 +83,7 @@ def share(sequences: int, parts: int) -> int:
 
 def _runs(sequences: float, lengths: Lengths) -> float:
     """Attention kernels for a packed micro-batch: sequences of equal length share one."""
-    return 1.0 if lengths.mean == lengths.maximum else max(1.0, sequences)
+    return 1.0 if lengths.is_fixed else max(1.0, sequences)
 
 
 class CallPricer:
@@ -132,11 +134,9 @@ class CallPricer:
     def _generate(self, terms: dict[str, float]) -> None:
         """As many lanes as there are stages take a step in turn, each with one group's slots.
 
-        With fewer lanes than stages, a round still takes a step of every stage. A sequence that is
-        done makes room for the next: until none waits, all slots are busy, for as long as their
-        number of mean responses takes. From then on the lanes run to the longest response, and
-        shrink to `mean / maximum` of themselves on average. Half a response is the mean context
-        beyond the prompt. A prompt is computed once for all its samples.
+        With fewer lanes than stages, a round still takes a step of every stage. How many steps there
+        are, and with how many sequences, is told by `cost_models.decoding`. A prompt is computed once
+        for all its samples.
         """
         work, pp = self._workload, self._strategy.pp
         sequences = share(work.sequences, self._strategy.dp)
@@ -144,20 +144,17 @@ class CallPricer:
         lanes = min(groups, pp)
         waves = groups / lanes
         size = sequences / groups
-        prompt, response = work.prompt.mean, work.response.mean
         prompts = max(size / work.samples_per_prompt, 1 / groups)
-        pack = Pack(prompts * prompt, prompts * prompt**2, _runs(prompts, work.prompt), size)
+        squares = prompts * work.prompt.mean_square
+        pack = Pack(prompts * work.prompt.mean, squares, _runs(prompts, work.prompt), size)
         hidden_bytes = self._costs.shape.hidden * self._costs.element_bytes
-        active = size * response / work.response.maximum
-        context = prompt + response / 2
-        prefill = [self._forward(stage, pack, sample=True) for stage in self._stages]
-        busy = [self._decode(stage, size, context) for stage in self._stages]
-        last = [self._decode(stage, active, context) for stage in self._stages]
-        for stages, count, rows in (
-            (prefill, waves, pack.tokens),
-            (busy, (waves - 1) * (response - 1), size),
-            (last, work.response.maximum - 1, active),
-        ):
+        passes = [([self._forward(stage, pack, Pass.PREFILL) for stage in self._stages], waves, pack.tokens)]
+        peers = min(work.sequences, lanes * size * self._strategy.dp)
+        for steps in decode_steps(work.response, size, waves, peers):
+            context = work.prompt.mean + steps.tokens
+            stages = [self._decode(stage, steps.rows, context) for stage in self._stages]
+            passes.append((stages, steps.count, steps.rows))
+        for stages, count, rows in passes:
             slowest = max(stages, key=lambda seconds: seconds.total)
             terms["compute"] += count * lanes * slowest.compute
             terms["tp_communication"] += count * lanes * slowest.tp
@@ -165,13 +162,15 @@ class CallPricer:
                 terms["bubble"] += count * (pp - lanes) * slowest.total
                 message_s = self._communication.stage_message_s(rows * hidden_bytes)
                 terms["pp_communication"] += count * pp * message_s
+        begun = max(self._costs.generate_s(stage.layers) for stage in self._stages)
+        terms["overhead"] += begun * self._slowdown
         # every replica learns the response lengths of the others
         terms["dp_communication"] += self._communication.all_reduce_s(self._dp_group, 8 * work.sequences)
 
     def _inference(self, terms: dict[str, float], call: Call) -> None:
         sequences = share(self._workload.sequences, self._strategy.dp)
         pack, micro_batches = self._pack(call, sequences)
-        forward = [self._forward(stage, pack) for stage in self._stages]
+        forward = [self._forward(stage, pack, Pass.INFERENCE) for stage in self._stages]
         self._pipeline(terms, forward, micro_batches, self._message_bytes(pack))
 
     def _train(self, terms: dict[str, float], call: Call) -> None:
@@ -179,7 +178,7 @@ class CallPricer:
         mini = share(self._workload.sequences, call.mini_batches)
         pack, micro_batches = self._pack(call, share(mini, self._strategy.dp))
         both = [
-            self._forward(stage, pack) + self._again(stage, pack) + self._backward(stage, pack)
+            self._forward(stage, pack, Pass.TRAIN) + self._again(stage, pack) + self._backward(stage, pack)
             for stage in self._stages
         ]
         one = dict.fromkeys(TERMS, 0.0)
@@ -213,10 +212,13 @@ class CallPricer:
         """The mean micro-batch of a rank's share, and how many there are."""
         micro_batches = min(self._strategy.micro_batches, sequences)
         size = sequences / micro_batches
-        length = self._workload.prompt.mean + self._workload.response.mean
-        rows = 1.0 if call.output is Output.SCORES else self._workload.response.mean
-        runs = max(_runs(size, self._workload.prompt), _runs(size, self._workload.response))
-        return Pack(size * length, size * length**2, runs, size * rows), micro_batches
+        prompt, response = self._workload.prompt, self._workload.response
+        length = prompt.mean + response.mean
+        # prompts and responses are taken to be of independent lengths
+        square = prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
+        rows = 1.0 if call.output is Output.SCORES else response.mean
+        runs = max(_runs(size, prompt), _runs(size, response))
+        return Pack(size * length, size * square, runs, size * rows), micro_batches
 
     def _message_bytes(self, pack: Pack) -> float:
         """Hidden states that a rank passes to the next stage: with sequence parallelism, its rows."""
@@ -286,22 +288,22 @@ class CallPricer:
         size_bytes = tokens * self._costs.shape.hidden * self._costs.element_bytes
         return self._communication.collective_s(collective, self._tp_group, size_bytes)
 
-    def _forward(self, stage: Stage, pack: Pack, *, sample: bool = False) -> Seconds:
+    def _forward(self, stage: Stage, pack: Pack, use: Pass) -> Seconds:
         costs = self._costs
-        compute = stage.layers * costs.forward_layer_s(pack, self._strategy.sequence_parallel)
+        compute = stage.layers * costs.forward_layer_s(pack, self._strategy.sequence_parallel, use)
         tp = 0.0
         if self._strategy.tp > 1:
             tp += stage.layers * self._layer_forward_tp_s(pack.tokens)
         if stage.first:
-            compute += costs.embedding_s(pack.tokens)
+            compute += costs.embedding_s(pack.tokens, use)
             tp += self._leave_s(pack.tokens)  # each rank holds a part of the vocabulary
         if stage.last:
             tp += self._enter_s(pack.tokens)
-        if stage.last and sample:
+        if stage.last and use is Pass.PREFILL:
             compute += costs.sample_s(pack.head_tokens)
             tp += self._choose_s(pack.head_tokens)
         elif stage.last:
-            compute += costs.head_s(pack.head_tokens)
+            compute += costs.head_s(pack.head_tokens, use)
             if costs.shape.head == "lm":
                 # the largest logit; then the sum of exponentials and the target's logit
                 tp += self._communication.all_reduce_s(self._tp_group, 4 * pack.head_tokens)
@@ -328,7 +330,7 @@ class CallPricer:
         if self._strategy.tp > 1:
             tp += stage.layers * self._layer_backward_tp_s(pack.tokens)
         if stage.first:
-            compute += costs.embedding_backward_s()
+            compute += costs.embedding_backward_s(pack.tokens)
             tp += self._enter_s(pack.tokens)
         if stage.last:
             compute += costs.head_backward_s(pack.head_tokens)
@@ -339,11 +341,13 @@ class CallPricer:
     def _decode(self, stage: Stage, batch: float, context: float) -> Seconds:
         costs = self._costs
         weights = costs.stage_elements(self._strategy.pp, stage.index) * costs.element_bytes
-        compute = stage.layers * costs.decode_layer_s(batch, context, weights)
+        compute = stage.layers * costs.decode_layer_s(
+            batch, context, weights, not self._workload.response.is_fixed
+        )
         reductions = self._layer_reductions * stage.layers
         tp = 0.0
         if stage.first:
-            compute += costs.embedding_s(batch)
+            compute += costs.embedding_s(batch, Pass.PREFILL)
             reductions += 1
         if stage.last:
             compute += costs.sample_s(batch)

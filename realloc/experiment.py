@@ -14,6 +14,7 @@ from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.files import Reader, nearest, read_file, resolve_path
+from realloc.lengths import Lengths, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 
@@ -48,14 +49,6 @@ class ModelSpec:
     @property
     def has_weights(self) -> bool:
         return self.model not in named_shapes()
-
-
-@dataclass(frozen=True)
-class Lengths:
-    """Lengths of prompts or responses in tokens; `mean == maximum` when all are equal."""
-
-    mean: float
-    maximum: int
 
 
 @dataclass(frozen=True)
@@ -255,8 +248,8 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
 def _parse_workload(reader: Reader) -> Workload:
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
-        prompt=_parse_lengths(reader, "prompt_tokens"),
-        response=_parse_lengths(reader, "response_tokens"),
+        prompt=parse_lengths(reader, "prompt_tokens"),
+        response=parse_lengths(reader, "response_tokens"),
         samples_per_prompt=reader.integer("samples_per_prompt", 1, minimum=1, maximum=100_000_000),
     )
     reader.done()
@@ -266,18 +259,6 @@ def _parse_workload(reader: Reader) -> Workload:
             f"divide the {workload.sequences} sequences; make sequences a multiple of it."
         )
     return workload
-
-
-def _parse_lengths(reader: Reader, key: str) -> Lengths:
-    value = reader.raw(key)
-    if isinstance(value, dict):
-        child = Reader(value, reader.at(key))
-        maximum = child.integer("max", minimum=1, maximum=100_000_000)
-        mean = child.number("mean", float(maximum), minimum=1.0, maximum=maximum)
-        child.done()
-        return Lengths(mean, maximum)
-    count = reader.integer(key, minimum=1, maximum=100_000_000)
-    return Lengths(float(count), count)
 
 
 def _parse_data(reader: Reader, folder: Path) -> DataSpec:
@@ -357,8 +338,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     workload = experiment.workload
     content["workload"] = {
         "sequences": workload.sequences,
-        "prompt_tokens": {"mean": workload.prompt.mean, "max": workload.prompt.maximum},
-        "response_tokens": {"mean": workload.response.mean, "max": workload.response.maximum},
+        "prompt_tokens": lengths_content(workload.prompt),
+        "response_tokens": lengths_content(workload.response),
     }
     if workload.samples_per_prompt > 1:
         content["workload"]["samples_per_prompt"] = workload.samples_per_prompt

@@ -10,8 +10,9 @@ from cost_models.model import CostModel
 from cost_models.profile import Attention, HardwareProfile, Provenance
 from realloc.augmented import Placement
 from realloc.cluster import Cluster
-from realloc.experiment import Experiment, Lengths, ModelSpec, OptimizerSpec, Workload
+from realloc.experiment import Experiment, ModelSpec, OptimizerSpec, Workload
 from realloc.files import Reader
+from realloc.lengths import Lengths
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.model_zoo import named_shapes

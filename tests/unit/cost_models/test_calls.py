@@ -13,7 +13,8 @@ from cost_models.curve import Curve
 from cost_models.link import Link
 from cost_models.profile import load_profile
 from realloc.dataflow import Call, CallKind, Output
-from realloc.experiment import Lengths, Workload
+from realloc.experiment import Workload
+from realloc.lengths import Lengths
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from tests.unit.cost_models.cases import FREE, cost_model, experiment, place, profile

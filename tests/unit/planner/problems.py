@@ -12,7 +12,8 @@ from planner.problem import Problem
 from realloc.augmented import Placement
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
-from realloc.experiment import Experiment, Lengths, ModelSpec, OptimizerSpec, Workload
+from realloc.experiment import Experiment, ModelSpec, OptimizerSpec, Workload
+from realloc.lengths import Lengths
 from realloc.model_shape import ModelShape
 
 SHAPE = ModelShape(
