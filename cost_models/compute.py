@@ -8,6 +8,7 @@ plus the launch of one kernel. Counts of flops and bytes follow from the model's
 from __future__ import annotations
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from cost_models.profile import HardwareProfile
 from realloc.model_shape import DTYPE_BYTES, ModelShape
@@ -35,6 +36,7 @@ _ATTENTION_BACKWARD = 2.5
 # What the runtime packs for decoding (runtime.packed_weights): more steps, larger matrices than this.
 PACK_STEPS = 8
 PACK_ELEMENTS = 1 << 14
+PACK_BLOCK = 64
 GRADIENT_BYTES = 4
 """Of one element's gradient: a flat fp32 buffer, whatever the parameters' dtype."""
 
@@ -51,6 +53,14 @@ class Pack:
     sum_squares: float
     runs: float
     head_tokens: float
+
+
+class Pass(StrEnum):
+    """What a forward pass is for: it keeps what a backward pass needs, or fills a cache, or neither."""
+
+    TRAIN = "train"
+    INFERENCE = "inference"
+    PREFILL = "prefill"
 
 
 def local_elements(spec: ParamSpec, tp: int) -> int:
@@ -96,7 +106,9 @@ class ComputeCosts:
         self._first = [spec for spec in specs if spec.on_first]
         self._last = [spec for spec in specs if spec.on_last]
         # on CPUs torch composes this norm of several kernels, and keeps the input divided by its size too
-        composed = shape.norm == "rms" and profile.attention.per_sequence
+        self.is_cpu = profile.attention.per_sequence
+        """Whether the device is a CPU: profiles of CPUs are those with an attention kernel per sequence."""
+        composed = shape.norm == "rms" and self.is_cpu
         self.norm_vectors = 2 if composed else 0
         """Vectors of a token that a layer's two norms keep beside their inputs."""
         # norms read and write twice, residual additions touch three vectors, rotation about three
@@ -157,8 +169,8 @@ class ComputeCosts:
         arithmetic = flops / self._rates.at(flops)
         return max(arithmetic, self.memory_s(moved, working_set)) + self._profile.launch_s
 
-    def forward_layer_s(self, pack: Pack, sequence_parallel: bool = False) -> float:
-        """Seconds of one layer's forward pass over packed tokens."""
+    def forward_layer_s(self, pack: Pack, sequence_parallel: bool = False, use: Pass = Pass.TRAIN) -> float:
+        """Seconds of one layer's forward pass over packed tokens, the same by this model for any use."""
         key = ("forward", pack, sequence_parallel)
         if key not in self._layers:
             products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
@@ -224,8 +236,11 @@ class ComputeCosts:
         moved = outside * self._outside + tokens * self._inside
         return factor * (self.memory_s(moved) + _LAYER_OPS * self._profile.launch_s)
 
-    def decode_layer_s(self, batch: float, context: float, working_set: float) -> float:
-        """Seconds of one layer for one new token of each of `batch` sequences of `context` tokens."""
+    def decode_layer_s(self, batch: float, context: float, working_set: float, ragged: bool = False) -> float:
+        """Seconds of one layer for one new token of each of `batch` sequences of `context` tokens.
+
+        `ragged`: they differ in length. By this model that makes no difference.
+        """
         seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._decode_products)
         kv_bytes = 2.0 * batch * context * self.kv_heads * self.shape.head_dim * self.element_bytes
         seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers)
@@ -237,25 +252,31 @@ class ComputeCosts:
         """Bytes of the second copy of its matrices that a rank holds while it generates on a CPU.
 
         It is made in float32, of all but the smallest, when there are many steps to save time in
-        (runtime.packed_weights). Profiles of CPUs are those with an attention kernel per sequence.
+        (runtime.packed_weights). oneDNN rounds outputs up to blocks of 64.
         """
-        if not self._profile.attention.per_sequence or self.element_bytes != 4 or steps <= PACK_STEPS:
+        if not self.is_cpu or self.element_bytes != 4 or steps <= PACK_STEPS:
             return 0
         products = len(stage_layers(self.shape, pp, stage)) * self._decode_products
         if stage == pp - 1:
             products = [*products, (self.vocab, self.shape.hidden)]
-        return 4 * sum(n * k for n, k in products if n * k > PACK_ELEMENTS)
+        return 4 * sum(-(-n // PACK_BLOCK) * PACK_BLOCK * k for n, k in products if n * k > PACK_ELEMENTS)
 
-    def embedding_s(self, tokens: float) -> float:
+    def generate_s(self, layers: int) -> float:
+        """Seconds of a generate call beside its steps: what is packed is read once and written once."""
+        packed = self.packed_bytes(1, 0, PACK_STEPS + 1)
+        return self.memory_s(2.0 * packed * layers / self.shape.num_layers) if packed else 0.0
+
+    def embedding_s(self, tokens: float, use: Pass = Pass.TRAIN) -> float:
+        """Seconds of a forward pass outside of layers and head."""
         moved = 2.0 * tokens * self.shape.hidden * self.element_bytes
         return self.memory_s(moved) + _PASS_OPS * self._profile.launch_s
 
-    def embedding_backward_s(self) -> float:
-        """A dense gradient of the whole table is filled and added to."""
-        moved = 3.0 * self.vocab * self.shape.hidden * self.element_bytes
+    def embedding_backward_s(self, tokens: float = 0.0) -> float:
+        """A dense gradient of the whole table is filled and added to, from that of `tokens` rows."""
+        moved = 3.0 * (self.vocab + tokens) * self.shape.hidden * self.element_bytes
         return self.memory_s(moved) + 2 * self._profile.launch_s
 
-    def head_s(self, tokens: float) -> float:
+    def head_s(self, tokens: float, use: Pass = Pass.TRAIN) -> float:
         """Seconds of the head and, for a language model, of the log-probabilities of `tokens` rows."""
         launches = _HEAD_OPS * self._profile.launch_s
         if self.shape.head == "scalar":

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from cost_models.calls import CallPricer
 from cost_models.communication import Communication
 from cost_models.compute import ComputeCosts
+from cost_models.measured import compute_costs
 from cost_models.memory import CallMemory, call_memory
 from cost_models.moves import reallocate_s, transfer_s
 from cost_models.profile import HardwareProfile
@@ -129,7 +130,7 @@ class CostModel:
         assert node.dst is not None
         src, dst = placements[node.src], placements[node.dst]
         if node.kind is NodeKind.TRANSFER:
-            return self.transfer_s(node.keys, src, dst)
+            return self.transfer_s(self.graph.values_read(node.dst, node.keys), src, dst)
         assert node.role is not None
         return self.reallocate_s(node.role, src, dst)
 
@@ -169,7 +170,7 @@ class CostModel:
         if key not in self._compute:
             # a compute call has no model: any shape will do, none of its numbers are used
             shape = self._shapes[role] if role is not None else next(iter(self._shapes.values()))
-            self._compute[key] = ComputeCosts(self.profile, shape, self.experiment.dtype, tp)
+            self._compute[key] = compute_costs(self.profile, shape, self.experiment.dtype, tp)
         return self._compute[key]
 
 

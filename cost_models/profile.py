@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cost_models.curve import Curve, curve_content, read_curve
 from cost_models.link import Link, link_content, read_link
+from cost_models.tables import Table, read_tables, tables_content
 from realloc.errors import InputError
 from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
 from realloc.model_shape import DTYPE_BYTES
@@ -58,7 +60,8 @@ class HardwareProfile:
     what a fused optimizer step reaches. `call_s`: fixed overhead of one call. `sequence_s`: a
     Python reward function on one sequence. `concurrency`: slowdown over the number of ranks of
     one node that compute at once (hosts with fewer cores than ranks); 1 when absent.
-    `overlaps_host_copies`: the device computes while it copies from host memory.
+    `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
+    runtime's own code took, of the models that were measured.
     """
 
     name: str
@@ -76,6 +79,18 @@ class HardwareProfile:
     inter_node: Link
     concurrency: Curve | None = None
     overlaps_host_copies: bool = False
+    tables: tuple[Table, ...] = ()
+
+    def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
+        """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
+        return self._tables.get(dtype, {})
+
+    @cached_property
+    def _tables(self) -> Mapping[str, Mapping[tuple[str, str, bool], Table]]:
+        found: dict[str, dict[tuple[str, str, bool], Table]] = {}
+        for table in self.tables:
+            found.setdefault(table.dtype, {})[table.of, table.quantity, table.ragged] = table
+        return found
 
     def matmul_curve(self, dtype: str) -> Curve:
         """Raises InputError when the profile has no products of that dtype."""
@@ -147,6 +162,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         inter_node=read_link(reader.child("inter_node")),
         concurrency=None if concurrency is None else read_curve(reader, "concurrency"),
         overlaps_host_copies=reader.get("overlaps_host_copies", bool, False),
+        tables=read_tables(reader.raw("tables", []), reader.at("tables")),
     )
     reader.done()
     return profile
@@ -185,6 +201,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
     }
     if profile.concurrency is not None:
         content["concurrency"] = curve_content(profile.concurrency)
+    if profile.tables:
+        content["tables"] = tables_content(profile.tables)
     return content
 
 
