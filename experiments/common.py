@@ -70,6 +70,33 @@ def ref_call() -> Call:
     )
 
 
+def ref_calls(given: Mapping[str, Any]) -> tuple[Call, ...]:
+    """`ref_call` where something is made of its result: with a `kl_coef` that is not 0."""
+    return (ref_call(),) if given["kl_coef"] > 0 else ()
+
+
+def policy_train_call(given: Mapping[str, Any], reads: tuple[str, ...]) -> Call:
+    """`actor_train` on `prepare_actor`'s advantages and `actor_loss`, of algorithms without a critic.
+
+    `reads` are keys besides tokens and log-probabilities.
+    """
+    compared = ("ref_logprobs",) if given["kl_coef"] > 0 else ()
+    return Call(
+        name="actor_train",
+        kind=CallKind.TRAIN_STEP,
+        reads=("tokens", "logprobs", *compared, *reads),
+        writes=(),
+        role="actor",
+        sequence="tokens",
+        output=Output.LOGPROBS,
+        prepare="prepare_actor",
+        prepared=("advantages",),
+        loss="actor_loss",
+        mini_batches=given["mini_batches"],
+        epochs=given["epochs"],
+    )
+
+
 def score_call(
     algorithm: str,
     experiment: Experiment,
@@ -79,6 +106,7 @@ def score_call(
 ) -> Call:
     """Inference with a reward model, or a reward function where one is named.
 
+    Who trains splits its batch by `tokens`, so scores of others need to know their lengths too.
     Raises InputError without exactly one source of scores.
     """
     has_model = "reward" in experiment.models
@@ -88,12 +116,13 @@ def score_call(
             f"experiment: {algorithm} takes its scores from a model (models: reward: PATH) or from a "
             f"function (reward: module:function); this one {found}; give exactly one."
         )
+    reads = tuple(dict.fromkeys((tokens, "tokens")))
     if has_model:
-        return Call(name, CallKind.INFERENCE, (tokens,), (scores,), "reward", tokens, Output.SCORES)
+        return Call(name, CallKind.INFERENCE, reads, (scores,), "reward", tokens, Output.SCORES)
     module, colon, function = str(experiment.reward).partition(":")
     if not (module and colon and function):
         raise InputError(
             f"experiment: reward: '{experiment.reward}' is not of the form module:function, such as "
             f"experiments.rewards:sentiment."
         )
-    return Call(name, CallKind.COMPUTE, (tokens,), (scores,), sequence=tokens, function=experiment.reward)
+    return Call(name, CallKind.COMPUTE, reads, (scores,), sequence=tokens, function=experiment.reward)

@@ -17,10 +17,11 @@ from experiments.common import (
     generate_call,
     given_hyperparameters,
     passes,
-    ref_call,
+    policy_train_call,
+    ref_calls,
     score_call,
 )
-from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.dataflow import DataflowGraph, DataKey, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -61,20 +62,10 @@ class GRPO:
         given = given_hyperparameters(self, experiment)
         check_mini_batches(given, experiment)
         check_samples("GRPO", 2, experiment)
-        compared = given["kl_coef"] > 0
-        train = Call(
-            name="actor_train",
-            kind=CallKind.TRAIN_STEP,
-            reads=("tokens", "logprobs", *(["ref_logprobs"] if compared else []), "scores"),
-            writes=(),
-            role="actor",
-            sequence="tokens",
-            output=Output.LOGPROBS,
-            prepare="prepare_actor",
-            prepared=("advantages",),
-            loss="actor_loss",
-            mini_batches=given["mini_batches"],
-            epochs=given["epochs"],
+        calls = (
+            generate_call(),
+            score_call("GRPO", experiment),
+            *ref_calls(given),
+            policy_train_call(given, ("scores",)),
         )
-        calls = (generate_call(), score_call("GRPO", experiment), *([ref_call()] if compared else []), train)
         return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("advantages", Per.SEQUENCE)), ("prompts",))

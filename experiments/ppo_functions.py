@@ -12,7 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.shared_functions import add_at_ends, discounted_suffix_sums, remaining, whiten
+from experiments.shared_functions import (
+    add_at_ends,
+    clipped_policy_loss,
+    discounted_suffix_sums,
+    remaining,
+    whiten,
+)
 from realloc.functions import Batch
 
 
@@ -34,24 +40,10 @@ def actor_loss(
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over tokens.
 
-    `output`: log-probabilities of the response tokens now. `approx_kl` estimates the divergence from the
-    policy that generated, by the mean of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
-    divergence"); `ref_kl` that from the reference model, by the mean log ratio at generation.
+    `output`: log-probabilities of the response tokens now.
     """
-    tokens, clip = batch.global_elements, hyperparameters["clip_range"]
-    advantages, behaviour = batch["advantages"], batch["logprobs"]
-    log_ratio = output - behaviour
-    ratio = log_ratio.exp()
-    unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
-    loss = torch.maximum(unclipped, clipped).sum() / tokens
-    with torch.no_grad():
-        metrics = {
-            "clip_fraction": (clipped > unclipped).sum() / tokens,
-            "approx_kl": (ratio - 1.0 - log_ratio).sum() / tokens,
-            "ref_kl": (behaviour - batch["ref_logprobs"]).sum() / tokens,
-            "advantage": advantages.sum() / tokens,
-        }
+    loss, metrics = clipped_policy_loss(output, batch, hyperparameters)
+    metrics["advantage"] = batch["advantages"].sum() / batch.global_elements
     return loss, metrics
 
 

@@ -6,6 +6,9 @@ on how the batch is split.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,3 +88,49 @@ def inverse_ratio_kl(output: Tensor, reference: Tensor) -> Tensor:
     """
     log_ratio = reference - output
     return log_ratio.exp() - 1.0 - log_ratio
+
+
+def returns(batch: Batch, scores: Tensor, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """Discounted (`gamma`) sums of the rewards from each response token on; [elements].
+
+    A token's reward is the penalty for leaving the reference model (`kl_coef`, if not 0), at the last token
+    plus the score; `scores`: [num_sequences].
+    """
+    behaviour, lengths = batch["logprobs"], batch.lengths("logprobs")
+    rewards = torch.zeros_like(behaviour)
+    if hyperparameters["kl_coef"] > 0:
+        rewards = -hyperparameters["kl_coef"] * (behaviour - batch["ref_logprobs"])
+    rewards = add_at_ends(rewards, scores, lengths)
+    return discounted_suffix_sums(rewards, remaining(lengths, rewards.numel()), hyperparameters["gamma"])
+
+
+def clipped_policy_loss(
+    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over tokens.
+
+    `output`: log-probabilities of the response tokens now; `batch` has `logprobs` and `advantages`, one
+    per token.
+    """
+    tokens, clip, advantages = batch.global_elements, hyperparameters["clip_range"], batch["advantages"]
+    ratio = (output - batch["logprobs"]).exp()
+    unclipped = -advantages * ratio
+    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    metrics = policy_metrics(output, batch, hyperparameters)
+    metrics["clip_fraction"] = (clipped > unclipped).sum().detach() / tokens
+    return torch.maximum(unclipped, clipped).sum() / tokens, metrics
+
+
+def policy_metrics(output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]) -> dict[str, Tensor]:
+    """`approx_kl`, from the policy that generated, and `ref_kl`, from the reference where there is one.
+
+    `approx_kl` is the mean over tokens of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
+    divergence"), `ref_kl` the mean log ratio at generation.
+    """
+    tokens, behaviour = batch.global_elements, batch["logprobs"]
+    with torch.no_grad():
+        log_ratio = output - behaviour
+        metrics = {"approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum() / tokens}
+        if hyperparameters["kl_coef"] > 0:
+            metrics["ref_kl"] = (behaviour - batch["ref_logprobs"]).sum() / tokens
+    return metrics

@@ -13,10 +13,10 @@ from math import inf
 from planner.candidates import Candidate, CandidateSet
 from planner.costs import Costs, Memory, MoveCosts
 from planner.memory import worst_gpu
-from planner.precedence import Precedence, list_schedule, rank_arcs
+from planner.precedence import Precedence
 from planner.rows import Row, load, version_cycles
-from planner.simulator import precedence_of, steady_state
-from planner.structure import Schedule, Structure, best_order, steady_s
+from planner.simulator import precedence_of
+from planner.structure import Schedule, Structure, best_order, steady_order
 from realloc.augmented import (
     PARAMETERS,
     Placement,
@@ -58,7 +58,8 @@ class Problem:
         self._moves = MoveCosts(costs)
         self._index = {call.name: i for i, call in enumerate(graph.calls)}
         self._edges = [
-            (self._index[src], self._index[dst], keys) for (src, dst), keys in graph.data_edges().items()
+            (self._index[src], self._index[dst], graph.values_read(dst, keys))
+            for (src, dst), keys in graph.data_edges().items()
         ]
         # every (call, trainer) of a trained role, the trainer itself left out
         self._users: list[tuple[int, int]] = []
@@ -192,12 +193,12 @@ class Problem:
         structure = self._structure(rows, choice)
         if hasty and limit_s < inf and self._unpriced(structure, rows):
             seconds, masks = self._priced(structure, rows, choice, free=True)
-            if steady_s(structure, seconds, masks) >= limit_s:
+            if steady_order(structure, seconds, masks)[0] >= limit_s:
                 return inf
         seconds, masks = self._priced(structure, rows, choice)
         if structure.graph is not None:
             return self._copied_orders(structure, seconds, masks, choice, limit_s)[0]
-        return steady_s(structure, seconds, masks)
+        return steady_order(structure, seconds, masks)[0]
 
     def schedule(self, choice: Choice) -> Schedule:
         """The order and the seconds of every node behind `evaluate`."""
@@ -208,13 +209,8 @@ class Problem:
         if structure.graph is not None:
             spent, placed = self._copied_orders(structure, seconds, masks, choice)
             return Schedule(spent, placed, dict(zip(names, seconds, strict=True)))
-        order, ends = list_schedule(structure.precedence, seconds, masks)
-        arcs = rank_arcs(structure.precedence, order, masks)
-        return Schedule(
-            steady_state(order, arcs, seconds, ends).period_s,
-            tuple(names[i] for i in order),
-            dict(zip(names, seconds, strict=True)),
-        )
+        spent, order = steady_order(structure, seconds, masks)
+        return Schedule(spent, tuple(names[i] for i in order), dict(zip(names, seconds, strict=True)))
 
     def _possible(self, rows: Sequence[Row], limit_s: float) -> bool:
         """Whether the choice fits in memory and its calls alone may take less than `limit_s`.

@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 BUILT_IN: Mapping[str, str] = {
     "ppo": "experiments.ppo:PPO",
     "grpo": "experiments.grpo:GRPO",
+    "rloo": "experiments.rloo:RLOO",
+    "remax": "experiments.remax:ReMax",
+    "reinforce_pp": "experiments.reinforce_pp:ReinforcePP",
     "sft": "experiments.sft:SFT",
 }
 

@@ -71,7 +71,8 @@ class Call:
     `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
     algorithm's functions module, or `module:function`; `runtime` loads them, nothing else does
     (contracts: `realloc.functions`). `prepared` are the keys that `prepare` adds for the loss.
-    `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes.
+    `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes. A
+    `greedy` generate call takes the most likely token, whatever the experiment's sampling.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Call:
     function: str | None = None
     mini_batches: int = 1
     epochs: int = 1
+    greedy: bool = False
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,17 @@ class DataflowGraph:
                     edge = (self.producer[key], call.name)
                     edges[edge] = (*edges.get(edge, ()), key)
         return edges
+
+    def values_read(self, call: str, keys: tuple[str, ...]) -> tuple[str, ...]:
+        """Those of `keys` of which a call needs the values; of the others it knows the lengths.
+
+        A call without loss works on its `sequence` alone. What else it reads says by which lengths
+        those who read its results split their batch.
+        """
+        reader = self.by_name[call]
+        if reader.kind is CallKind.TRAIN_STEP:
+            return keys
+        return tuple(key for key in keys if key == reader.sequence)
 
     def as_networkx(self) -> nx.DiGraph[str]:
         """Calls as nodes; data edges have `keys`, parameter-version edges have `lag` 1."""

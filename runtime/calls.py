@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -102,6 +102,7 @@ class CallExecutor:
         key = self._sequence
         share = assignment.of(self.context.at.dp)
         prompts = data.packed(key, share) if self.context.is_first else None
+        sampling = self.experiment.sampling
         result = generate(
             self._model,
             prompts=prompts,
@@ -109,7 +110,7 @@ class CallExecutor:
             sequence_ids=[iteration * data.num_sequences + p for p in share],
             max_new_tokens=self.experiment.workload.response.maximum,
             eos_ids=self.dataset.eos_ids,
-            sampling=self.experiment.sampling,
+            sampling=replace(sampling, temperature=0.0) if self.call.greedy else sampling,
             seed=self.experiment.seed,
             iteration=iteration,
             micro_batches=self.context.strategy.micro_batches,

@@ -80,7 +80,8 @@ def messages(
     result = []
     for index, rank in enumerate(dst.mesh.ranks):
         at = dst.strategy.coordinates(index)
-        keys = tuple(k for k in node.keys if at.pp in stages_reading(consumer, k, dst.strategy.pp))
+        wanted = graph.values_read(consumer.name, node.keys)
+        keys = tuple(k for k in wanted if at.pp in stages_reading(consumer, k, dst.strategy.pp))
         if not keys:
             continue
         by_sender: dict[int, list[int]] = {}
@@ -106,6 +107,8 @@ class TransferExecutor:
     def run(self, data: IterationData) -> int:
         """Moves the data; returns the bytes that this rank sent."""
         sent = self._tell_lengths(data)
+        if not self._graph.values_read(self._consumer.name, self._node.keys):
+            return sent
         sources = assignment_of(self._producer, self._src, data)
         sinks = assignment_of(self._consumer, self._dst, data)
         plan = messages(self._graph, self._node, self._src, self._dst, sources, sinks)
@@ -173,10 +176,14 @@ class TransferExecutor:
 
 
 def header_keys(graph: DataflowGraph, node: Node) -> tuple[str, ...]:
-    """Keys whose lengths both ends of a transfer need and the data set does not tell."""
+    """Keys whose lengths both ends of a transfer need and the data set does not tell.
+
+    Where values move, also those by which both ends split their batch.
+    """
     if node.src is None or node.dst is None:
         raise AssertionError(f"{node.name} lacks an end")
-    ends = (graph.by_name[node.src], graph.by_name[node.dst])
+    moved = graph.values_read(node.dst, node.keys)
+    ends = (graph.by_name[node.src], graph.by_name[node.dst]) if moved else ()
     wanted = dict.fromkeys([*(sequence_key(call) for call in ends), *node.keys])
     return tuple(
         key

@@ -30,6 +30,9 @@ ALGORITHMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
         ("actor", "reward"),
         {"kl_coef": 0, "scale": "batch", "aggregation": "token", "overlong_buffer": 4},
     ),
+    "rloo": (("actor", "ref", "reward"), {"mini_batches": 2}),
+    "remax": (("actor", "ref", "reward"), {"mini_batches": 2}),
+    "reinforce_pp": (("actor", "ref", "reward"), {"epochs": 2, "group_baseline": True}),
 }
 
 
