@@ -50,7 +50,10 @@ class CallTime:
 
 
 class Assessment:
-    """One priced plan. Raises InputError for an unknown device, PlanError for an illegal order."""
+    """One priced plan, in the order in which it runs: its own, else the one derived from its graph.
+
+    Raises InputError for an unknown device, PlanError for an illegal order.
+    """
 
     def __init__(self, plan: ExecutionPlan, costs: CostModel | None = None) -> None:
         graph = plan.graph
@@ -59,7 +62,7 @@ class Assessment:
         self.costs = costs
         self.capacity_bytes = costs.memory_bytes
         self.node_s = {node.name: costs.node_s(node, plan.placements) for node in plan.augmented.nodes}
-        self.order = plan.order if plan.order is not None else list_order(plan.augmented, self.node_s)
+        self.order = plan.node_order
         self.plan = replace(plan, order=self.order)
         self.overlaps_loads = costs.overlaps_host_copies
         self.simulation: Simulation = simulate(
@@ -157,6 +160,17 @@ class Assessment:
             middle = (low + high) / 2
             low, high = (low, middle) if is_longer(middle) else (middle, high)
         return low if low > 1e-6 * self.iteration_s else 0.0
+
+
+def ordered(plan: ExecutionPlan, costs: CostModel) -> ExecutionPlan:
+    """The plan in the order that a search gives its placements: loads ahead where that fits and helps."""
+    node_s = {node.name: costs.node_s(node, plan.placements) for node in plan.augmented.nodes}
+    order = list_order(plan.augmented, node_s)
+    orders = [order]
+    if costs.overlaps_host_copies:
+        orders.append(plan.augmented.place_copies(order, ahead=True))
+    found = [Assessment(replace(plan, order=order), costs) for order in dict.fromkeys(orders)]
+    return min(found, key=lambda a: (not a.fits, a.iteration_s)).plan
 
 
 def kind_of(term: str) -> str:

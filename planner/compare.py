@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
-from planner.assess import Assessment
+from planner.assess import Assessment, ordered
 from planner.baselines import BASELINES, Baseline
 from planner.budget import reasons
 from planner.infeasible import describe_bytes, remedy
@@ -71,7 +71,7 @@ def _contender(baseline: Baseline, plan: ExecutionPlan, costs: CostModel, best: 
         made.check(name)
     except ReallocError as error:
         return Contender(name, description, None, False, (str(error),))
-    found = Assessment(made, costs)
+    found = Assessment(ordered(made, costs), costs)
     if not found.fits:
         memory = found.memory
         why = (

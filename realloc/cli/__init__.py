@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from realloc import __version__
-from realloc.cli import check, compare, export, profile, run, search
+from realloc.cli import check, compare, diff, explain, export, profile, run, search, simulate
 from realloc.errors import ReallocError
 
 INTERRUPTED = 130
@@ -34,7 +34,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"realloc {__version__}")
     added = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (search, compare, run, export, profile, check):
+    for command in (search, explain, compare, simulate, run, diff, export, profile, check):
         command.add(added)
     return parser
 

@@ -56,4 +56,8 @@ def _search(arguments: argparse.Namespace) -> int:
         print("The plan was not written; give -o plan.yaml to keep it.")
     else:
         print(f"Wrote {output}; run it with: realloc run {output}")
+        print(
+            f"Why it is so: realloc explain {output}, realloc report {output} -o report.html, "
+            f"realloc compare {arguments.experiment}"
+        )
     return 0

@@ -1,0 +1,108 @@
+"""Explanations: next best placements are worse, gains are real, and what memory forced is found."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from planner.api import search_plan
+from planner.assess import Assessment, ordered
+from planner.explain import Explanation, explain
+from planner.explain_text import explanation_json, explanation_text
+from realloc.cluster import GIB, Cluster
+from realloc.experiment import read_experiment
+from realloc.plan import ExecutionPlan
+from realloc.strategy import Recompute
+
+RECIPE = Path(__file__).parents[3] / "experiments" / "recipes" / "ppo_llama7b_16xh100.yaml"
+
+
+def searched(memory_gib: int) -> ExecutionPlan:
+    cluster = Cluster(1, 8, "h100-sxm", memory_gib * GIB)
+    return search_plan(read_experiment(RECIPE), cluster, time_limit_s=0.5).plan
+
+
+@pytest.fixture(scope="module")
+def tight() -> Explanation:
+    """As little memory as lets the plan fit: recomputation or offload is forced."""
+    return explain(searched(40), 3.0)
+
+
+def seconds_with(found: Explanation, name: str, placement) -> float:
+    plan = found.assessment.plan
+    changed = replace(plan, placements={**plan.placements, name: placement}, order=None)
+    return Assessment(ordered(changed, found.assessment.costs)).iteration_s
+
+
+def test_next_best_and_gains_are_what_they_say(tight: Explanation) -> None:
+    base = tight.assessment.iteration_s
+    assert {call.name for call in tight.calls} == set(tight.assessment.plan.placements)
+    for call in tight.calls:
+        other = call.next_best
+        assert other is not None
+        if other.iteration_s is not None:
+            assert seconds_with(tight, call.name, other.placements[call.name]) == pytest.approx(
+                other.iteration_s, rel=1e-6
+            )
+        if call.with_memory is not None:
+            assert call.with_memory.peak_bytes > tight.assessment.capacity_bytes
+            assert call.with_memory.iteration_s < base
+            assert seconds_with(tight, call.name, call.with_memory.placement) == pytest.approx(
+                call.with_memory.iteration_s, rel=1e-6
+            )
+
+
+def test_what_memory_forced(tight: Explanation) -> None:
+    strategies = [p.strategy for p in tight.assessment.plan.placements.values()]
+    assert any(s.offload or s.recompute is not Recompute.NONE or s.micro_batches > 1 for s in strategies)
+    assert any(call.with_memory is not None for call in tight.calls)
+    assert tight.without_memory_s is not None
+    assert tight.without_memory_s < tight.assessment.iteration_s * 0.999
+    text = explanation_text(tight)
+    assert "Memory forced this" in text
+    assert "what memory costs" in text
+
+
+@pytest.fixture(scope="module")
+def roomy() -> ExecutionPlan:
+    return searched(100_000)
+
+
+def test_plenty_of_memory_forces_nothing(roomy: ExecutionPlan) -> None:
+    found = explain(roomy, 1.0)
+    assert all(call.with_memory is None for call in found.calls)
+    assert "Memory forces nothing" in explanation_text(found)
+
+
+def test_a_poor_plan_is_told_what_it_overlooked(roomy: ExecutionPlan) -> None:
+    poor = dict(roomy.placements)
+    strategy = poor["ref_inf"].strategy
+    poor["ref_inf"] = replace(poor["ref_inf"], strategy=replace(strategy, dp=1, tp=1, pp=8, micro_batches=1))
+    found = explain(replace(roomy, placements=poor, order=None), 2.0)
+    call = next(call for call in found.calls if call.name == "ref_inf")
+    assert call.overlooked is not None
+    assert call.overlooked.iteration_s < 0.99 * found.assessment.iteration_s
+    assert "Better, and it fits" in explanation_text(found)
+
+
+def test_a_plan_that_fits_nowhere_is_still_explained(tight: Explanation) -> None:
+    plan = replace(tight.assessment.plan, cluster=Cluster(1, 8, "h100-sxm", 4 * GIB))
+    text = explanation_text(explain(plan, 0.5))
+    assert "It does not fit" in text
+    assert "No other plan can be looked for" in text
+
+
+def test_text_and_json(tight: Explanation) -> None:
+    text = explanation_text(tight)
+    assert max(map(len, text.splitlines())) <= 100
+    for call in tight.calls:
+        assert f"\n{call.name}: 8 of 8 GPUs" in text
+    assert "Costs are analytic (h100-sxm)" in text
+    content = json.loads(explanation_json(tight))
+    assert content["calls"].keys() == tight.assessment.plan.placements.keys()
+    assert sum(content["split_s"].values()) == pytest.approx(content["iteration_s"])
+    for call in content["calls"].values():
+        assert sum(call["terms_s"].values()) == pytest.approx(call["seconds"])
