@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.candidates import Limits, build_candidates
 from planner.costs import Costs
+from planner.predict import call_terms
 from planner.problem import Problem
 from planner.result import SearchResult
 from planner.search import methods
@@ -37,7 +40,16 @@ def search_plan(
         raise InputError(f"search: method '{method}' is not known.{nearest(method, known)}")
     problem = make_problem(experiment, cluster, limits)
     limit_s = DEFAULT_TIME_LIMIT_S if time_limit_s is None else time_limit_s
-    return known[method](problem, limit_s, seed)
+    return _with_terms(known[method](problem, limit_s, seed))
+
+
+def _with_terms(result: SearchResult) -> SearchResult:
+    """The result with seconds by term in its plan's predictions, which a run is compared with."""
+    plan = result.plan
+    assert plan.predictions is not None
+    costs = CostModel(plan.experiment, plan.graph, plan.cluster, load_profile(plan.cluster.device))
+    predictions = replace(plan.predictions, terms=call_terms(plan, costs))
+    return replace(result, plan=replace(plan, predictions=predictions))
 
 
 def make_problem(experiment: Experiment, cluster: Cluster, limits: Limits | None = None) -> Problem:

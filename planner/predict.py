@@ -1,0 +1,42 @@
+"""Predictions of a given plan, searched or written by hand: what a search would have written into it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from cost_models.model import CostModel
+from planner.assess import Assessment
+from realloc.plan import ExecutionPlan, Predictions
+
+
+def assess(plan: ExecutionPlan, device: str | None = None) -> Assessment:
+    """The plan in the order in which a run executes it, priced for its device (or `device`).
+
+    Raises InputError for an unknown device.
+    """
+    if device is not None:
+        plan = replace(plan, cluster=replace(plan.cluster, device=device))
+    return Assessment(replace(plan, order=plan.node_order))
+
+
+def predict(plan: ExecutionPlan, device: str | None = None) -> ExecutionPlan:
+    """The plan with new predictions. Raises InputError for an unknown device."""
+    assessment = assess(plan, device)
+    predictions = Predictions(
+        iteration_s=assessment.iteration_s,
+        tokens_per_s=assessment.tokens_per_s,
+        node_s=assessment.node_s,
+        peak_bytes={cause: size for cause, size in assessment.memory.by_cause.items() if size},
+        costs=assessment.costs.provenance,
+        terms=call_terms(plan, assessment.costs),
+    )
+    return replace(plan, cluster=assessment.plan.cluster, predictions=predictions)
+
+
+def call_terms(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, Mapping[str, float]]:
+    """Call -> term -> seconds; terms that are nothing are left out."""
+    return {
+        call.name: {t: s for t, s in costs.call_terms(call, plan.placements[call.name]).items() if s > 0}
+        for call in plan.graph.calls
+    }
