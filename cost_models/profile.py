@@ -7,13 +7,14 @@ measured. This module reads, checks and interpolates; it knows no models and no 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from cost_models.curve import Curve, curve_content, read_curve
+from cost_models.fabrics import fabric
 from cost_models.link import Link, link_content, read_link
 from cost_models.tables import Table, read_tables, tables_content
 from realloc.errors import InputError
@@ -128,10 +129,15 @@ def built_in_profiles() -> tuple[str, ...]:
 def load_profile(device: str) -> HardwareProfile:
     """The profile of a cluster's `device`: a built-in name or the path of a profile file.
 
+    `NAME@FABRIC` is a built-in one with another network between nodes (`cost_models/fabrics.yaml`).
     Raises InputError.
     """
     if device.endswith((".yaml", ".yml")) or "/" in device:
         return read_profile(device)
+    name, mark, network = device.partition("@")
+    if mark:
+        link, profile = fabric(network, device), load_profile(name)
+        return replace(profile, name=device, inter_node=link)
     known = built_in_profiles()
     if device not in known:
         raise InputError(

@@ -169,3 +169,12 @@ def test_a_measured_profile_says_so():
     measured = profile()
     measured = replace(measured, provenance=replace(measured.provenance, source="measured"))
     assert str(measured) == "measured (round, 2026-01-01)"
+
+
+def test_a_built_in_profile_takes_another_fabric():
+    usual, slower = load_profile("h100-sxm"), load_profile("h100-sxm@200gb")
+    assert slower.inter_node.bytes_per_s == usual.inter_node.bytes_per_s / 2
+    assert slower.intra_node == usual.intra_node
+    assert str(slower) == "analytic (h100-sxm@200gb)"
+    with pytest.raises(InputError, match=r"no such fabric '20gb'.*Did you mean '200gb'"):
+        load_profile("h100-sxm@20gb")
