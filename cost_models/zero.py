@@ -1,4 +1,4 @@
-"""What ZeRO costs a rank: seconds on the data-parallel group, and bytes that stay and come and go.
+"""What ZeRO costs a rank: seconds on the data-parallel group, and what stays of its elements.
 
 Unit by unit, as `runtime.zero` does it: a reduce-scatter of fp32 gradients for each mini-batch (stage 1)
 or micro-batch (2, 3); an all-gather of parameters after the step (1, 2) or before a unit's forward
@@ -33,22 +33,6 @@ def resident_elements(elements: int, strategy: Strategy) -> Resident:
         gradients=own if strategy.zero >= 2 else elements,
         optimizer=own if strategy.zero >= 1 else elements,
     )
-
-
-def staging_bytes(units: Sequence[int], strategy: Strategy, element_bytes: int) -> int:
-    """Largest bytes that gradients and parameters on their way need beside what stays.
-
-    A unit's gradients as autograd makes them, where they are not made in the fp32 buffer itself. ZeRO's
-    collectives: a buffer for one unit with room for this rank's part, in fp32; stage 3 has two units'
-    parameters, the one that computes and the head, which stays until the loss has its gradient.
-    """
-    largest = max(units)
-    total = element_bytes * largest if strategy.zero >= 2 or element_bytes < GRADIENT_BYTES else 0
-    if strategy.zero:
-        total += GRADIENT_BYTES * (largest + -(-largest // strategy.dp))
-    if strategy.zero == 3:
-        total += element_bytes * sum(sorted(units)[-2:])
-    return total
 
 
 def gradients_s(

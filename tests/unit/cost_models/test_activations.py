@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
+from cost_models.activations import activation_bytes
 from cost_models.compute import ComputeCosts
-from cost_models.memory import activation_bytes
 from cost_models.profile import Attention
 from realloc.model_shape import ModelShape
 from realloc.strategy import Recompute, Strategy

@@ -6,7 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from cost_models.memory import activation_bytes, optimizer_bytes
+from cost_models.activations import IN_FLIGHT, activation_bytes
+from cost_models.memory import optimizer_bytes
 from cost_models.profile import Attention, load_profile
 from tests.unit.cost_models.cases import cost_model, experiment, place, profile
 
@@ -90,9 +91,45 @@ def test_activations_by_hand():
     tokens = 4 // call.mini_batches * 256
     memory = model.call_memory(call, place("d1t1p1"))
     kept = 32 * tokens * activation_bytes(costs, 1)
-    staging = 2 * 32000 * 4096  # the largest unit: the gradient of the embedding, in bf16
+    # within the last layer: gradients of two MLP widths and of its output, and of all its parameters
+    at_work = 2 * tokens * (2 * 11008 + 4096)
     layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
-    assert memory.working == {"activations": kept, "logits": 0, "staging": max(staging, 2 * layer)}
+    assert memory.working == {"activations": kept + at_work, IN_FLIGHT: 2 * layer}
+
+
+def test_logits_and_the_gradient_of_the_head_by_hand():
+    """Rows of a micro-batch times the vocabulary in fp32, kept; a chunk is narrowed for its products."""
+    model = cost_model(experiment(sequences=4, prompt=8, response=128), profile())
+    call = model.graph.by_name["actor_train"]
+    working = model.call_memory(call, place("d1t1p1")).working
+    rows = 4 // call.mini_batches * 128
+    chunk = min(rows, (1 << 22) // 32000)
+    assert working["logits"] == 4 * rows * 32000 + 2 * chunk * 32000
+    # a sum in fp32 and a product in bf16
+    assert working[IN_FLIGHT] == 6 * 32000 * 4096
+    inference = model.call_memory(model.graph.by_name["ref_inf"], place("d1t1p1m4")).working
+    assert inference["logits"] == (2 + 4) * 128 * 32000
+
+
+def test_gpipe_keeps_the_logits_of_all_micro_batches():
+    model = cost_model(experiment(sequences=64, prompt=8, response=16), profile())
+    call = model.graph.by_name["actor_train"]
+    kept, one = (
+        model.call_memory(call, place(f"d1t1p2m4{schedule}")).working["logits"] for schedule in ("+gpipe", "")
+    )
+    rows = 64 // call.mini_batches // 4 * 16
+    assert kept - one == 3 * 4 * rows * 32000
+
+
+def test_zero_3_holds_the_unit_at_work_and_a_buffer_for_its_exchange():
+    model = cost_model(experiment(sequences=4, prompt=8, response=8), profile())
+    working = model.call_memory(model.graph.by_name["critic_train"], place("d2t1p1z3")).working
+    table = 32000 * 4096
+    layer = 4 * 4096**2 + 3 * 4096 * 11008 + 2 * 4096
+    # in a layer's backward pass: its parameters, its gradients, and the buffer (as large as the largest unit)
+    assert layer > table
+    assert working["staging"] == 4 * (layer + layer // 2) + 2 * layer
+    assert working[IN_FLIGHT] == 2 * layer
 
 
 def test_early_stages_keep_more_micro_batches():
@@ -102,8 +139,9 @@ def test_early_stages_keep_more_micro_batches():
     one = model.call_memory(call, place("d1t1p4m1")).working["activations"]
     four = model.call_memory(call, place("d1t1p4m4")).working["activations"]
     many = model.call_memory(call, place("d1t1p4m32")).working["activations"]
-    assert four == pytest.approx(one, rel=0.01)  # four in flight of a quarter each
-    assert many == pytest.approx(one / 8, rel=0.01)
+    # what a layer's backward pass needs at work is that of one micro-batch
+    assert four == pytest.approx(one, rel=0.05)  # four in flight of a quarter each
+    assert many == pytest.approx(one / 8, rel=0.05)
 
 
 def test_causes_sum_to_the_total():

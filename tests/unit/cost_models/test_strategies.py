@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from cost_models.activations import activation_bytes
 from cost_models.compute import Pack
-from cost_models.memory import activation_bytes
 from cost_models.pipeline import bubble_s, messages_on_path, most_in_flight
 from cost_models.profile import load_profile
 from realloc.pipeline_schedule import Pipeline, makespan, max_in_flight
@@ -157,5 +157,5 @@ def test_schedules_trade_the_bubble_for_memory():
     assert zb[1]["bubble"] < plain[1]["bubble"]
     assert gpipe[1]["bubble"] == pytest.approx(plain[1]["bubble"])
     for one in (zb, interleaved, gpipe):
-        assert one[0].working["activations"] >= plain[0].working["activations"]
+        assert one[0].total >= plain[0].total
     assert gpipe[0].working["activations"] > 1.5 * plain[0].working["activations"]
