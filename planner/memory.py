@@ -74,6 +74,40 @@ def gpu_memory(
     return _gpu_memory(graph, placements, memory, gpu, absent, order or ())
 
 
+def held_at(
+    graph: DataflowGraph,
+    placements: Mapping[str, Placement],
+    memory: Mapping[str, Memory],
+    gpu: int,
+    order: Sequence[str],
+    node: str,
+) -> Mapping[str, int]:
+    """Bytes by cause on one GPU while `node` of the order runs there."""
+    absent = residences(graph, placements)
+    here = [call.name for call in graph.calls if gpu in placements[call.name].mesh]
+    passing = [item for item in absent if gpu in placements[item.call].mesh]
+    position = {name: i for i, name in enumerate(order)}
+    return _held(_always(graph, placements, memory, here, absent), passing, position, memory, node)
+
+
+def _held(
+    always: Mapping[str, int],
+    passing: Sequence[Residence],
+    position: Mapping[str, int],
+    memory: Mapping[str, Memory],
+    moment: str,
+) -> dict[str, int]:
+    """Bytes by cause while one node runs: what stays, what is there just then, what a call works with."""
+    held = dict(always)
+    for item in passing:
+        if _is_present(position[item.first], position[item.last], position[moment]):
+            for cause in item.causes:
+                held[cause] += getattr(memory[item.call], cause)
+    for cause, needed in memory[moment].working.items() if moment in memory else ():
+        held[cause] = held.get(cause, 0) + needed
+    return held
+
+
 def _gpu_memory(
     graph: DataflowGraph,
     placements: Mapping[str, Placement],
@@ -91,13 +125,7 @@ def _gpu_memory(
     moments += dict.fromkeys(item.first for item in passing if item.first not in moments)
     size, name, largest = -1, "", causes
     for moment in moments:
-        held = dict(causes)
-        for item in passing:
-            if _is_present(position[item.first], position[item.last], position[moment]):
-                for cause in item.causes:
-                    held[cause] += getattr(memory[item.call], cause)
-        for cause, needed in memory[moment].working.items() if moment in memory else ():
-            held[cause] = held.get(cause, 0) + needed
+        held = _held(causes, passing, position, memory, moment)
         if sum(held.values()) > size:
             size, name, largest = sum(held.values()), moment, held
     return GpuMemory(gpu, sum(largest.values()), largest, name)
