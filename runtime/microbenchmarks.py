@@ -167,7 +167,7 @@ def host_bytes_per_s(clock: Clock, device: torch.device) -> float:
 
 
 def concurrency_points(clock: Clock, device: torch.device, rank: int, ranks: int) -> list[list[float]]:
-    """[ranks that compute at once, slowdown against one alone]; every rank calls it.
+    """[ranks that compute at once, slowdown against one alone], of the first `ranks`; every rank calls it.
 
     The load is half products, half streaming, as training and decoding are.
     """
@@ -197,37 +197,55 @@ def concurrency_points(clock: Clock, device: torch.device, rank: int, ranks: int
 
 
 def message_costs(
-    clock: Clock, device: torch.device, rank: int, large: int, repeats: int
+    clock: Clock,
+    device: torch.device,
+    rank: int,
+    pairs: Sequence[tuple[int, int]],
+    large: int,
+    repeats: int,
 ) -> dict[str, float]:
-    """Latency and bytes/s of messages between ranks 0 and 1; every rank calls it."""
+    """Latency and bytes/s of messages between pairs of ranks, all at once; every rank calls it."""
+    sends_first = dict(pairs)
+    answers = {b: a for a, b in pairs}
     seconds = []
     for size in (256, large):
         buffer = torch.zeros(size, dtype=torch.uint8, device=device)
 
         def there_and_back(buffer: torch.Tensor = buffer) -> None:
-            if rank == 0:
-                dist.send(buffer, 1)
-                dist.recv(buffer, 1)
-            elif rank == 1:
-                dist.recv(buffer, 0)
-                dist.send(buffer, 0)
+            if rank in sends_first:
+                dist.send(buffer, sends_first[rank])
+                dist.recv(buffer, sends_first[rank])
+            elif rank in answers:
+                dist.recv(buffer, answers[rank])
+                dist.send(buffer, answers[rank])
 
         seconds.append(_timed_together(clock, there_and_back, 20 if size == 256 else 3, repeats) / 2)
     return _latency_and_rate(seconds[0], seconds[1], large)
 
 
 def collective_rows(
-    clock: Clock, device: torch.device, rank: int, ranks: int, large: int, repeats: int
+    clock: Clock,
+    device: torch.device,
+    rank: int,
+    groups: Sequence[Sequence[int]],
+    large: int,
+    repeats: int,
 ) -> dict[str, list[dict[str, float]]]:
-    """Latency and tensor bytes/s of collectives by group size; every rank calls it."""
+    """Latency and tensor bytes/s of collectives by group size; every rank calls it.
+
+    `groups` are disjoint, of equal size, and work at once: for each group size, their first ranks.
+    """
     names = ("all_reduce", "all_gather", "reduce_scatter")
     tables: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for size in group_sizes(ranks, first=2):
-        group = dist.new_group(list(range(size)))
+    for size in group_sizes(len(groups[0]), first=2):
+        mine = None
+        for members in groups:  # every rank makes every group
+            group = dist.new_group(list(members[:size]))
+            mine = group if rank in members[:size] else mine
         for name, rows in tables.items():
             seconds = []
             for num_bytes in (256, large):
-                action = _collective(name, device, num_bytes // 4, size, group if rank < size else None)
+                action = _collective(name, device, num_bytes // 4, size, mine)
                 seconds.append(_timed_together(clock, action, 10 if num_bytes == 256 else 3, repeats))
             rows.append({"ranks": size, **_latency_and_rate(seconds[0], seconds[1], large)})
     return tables

@@ -1,116 +1,166 @@
 """Measures the machine and writes a hardware profile: the measuring side of `realloc profile`.
 
-Starts one process per rank on this machine, runs the micro-benchmarks, and writes a `profile/1`
-file. Decides what of the profile is measured; what cannot be measured on one node is said in the
-file's notes. Knows nothing of how the numbers are used.
+Starts one process per rank on this machine, or is one of those that a launcher has started on a
+whole cluster; runs the micro-benchmarks, then the runtime's own code for the models asked for, and
+writes a `profile/1` file. Decides in what order, what is kept of a measurement that is interrupted,
+and what is said about it. Knows nothing of how the numbers are used.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-import torch.distributed as dist
 
-from realloc import __version__
 from realloc.errors import InputError, RunError
 from realloc.files import dump_yaml, write_text
-from runtime import microbenchmarks as bench
 from runtime.machine import device_name
+from runtime.profile_content import profile_content
+from runtime.profile_progress import Progress
+from runtime.profile_rank import fingerprint, measure_joined
+from runtime.table_profiler import TableSpec, wanted
 
-DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# What no micro-benchmark shows: Python around one call, and a reward function on one sequence.
-_CALL_S = {"cpu": 2e-3, "cuda": 5e-3}
-_SEQUENCE_S = 1e-4
-# A node's network cannot be seen from one node: 200 Gb/s at the share of line rate that nccl-tests
-# issue 160 reports (20 GB/s).
-_GPU_INTER_NODE: Mapping[str, Any] = {"latency_s": 2e-5, "bytes_per_s": 2e10}
+# What a launcher (torchrun, srun with the same variables) tells each rank.
+_LAUNCHED = ("RANK", "WORLD_SIZE", "MASTER_ADDR")
+_CPU_DTYPES, _GPU_DTYPES = ("float32",), ("bfloat16",)
 
 
-def run_profile(output: Path, ranks: int, quick: bool, timeout_s: float = 600.0) -> None:
-    """Measures this machine with `ranks` processes and writes the profile to `output`.
+@dataclass(frozen=True)
+class ProfileOptions:
+    """What `realloc profile` is asked for.
 
-    Raises InputError when there are fewer GPUs than ranks, RunError when a process fails.
+    `ranks`: processes that measure links. `models` (folders or names of shapes) and `experiments`
+    (files): whose code is timed, in `dtypes` (empty: the device's usual one; experiments have their
+    own). `tp`: highest tensor-parallel degree of a shard (0: `ranks`, or 8 on GPUs). `timeout_s`
+    bounds the micro-benchmarks.
     """
-    if ranks < 1:
-        raise InputError(f"realloc profile: --ranks is {ranks}, must be at least 1.")
+
+    ranks: int = 2
+    quick: bool = False
+    models: tuple[str, ...] = ()
+    experiments: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    tp: int = 0
+    timeout_s: float = 600.0
+
+
+def run_profile(output: Path, options: ProfileOptions) -> bool:
+    """Measures and writes the profile to `output`; returns whether this process wrote it.
+
+    What was measured before an interruption is found again beside `output`, by the same command.
+    Under a launcher, rank 0 alone writes. Raises InputError for what cannot be measured, RunError
+    when a process fails.
+    """
     gpus = torch.cuda.device_count()
-    if gpus and ranks > gpus:
-        raise InputError(f"realloc profile: --ranks is {ranks}, but there are {gpus} GPUs.")
+    if options.ranks < 1:
+        raise InputError(f"realloc profile: --ranks is {options.ranks}, must be at least 1.")
+    launched = all(name in os.environ for name in _LAUNCHED)
+    if gpus and options.ranks > gpus and not launched:
+        raise InputError(f"realloc profile: --ranks is {options.ranks}, but there are {gpus} GPUs.")
+    spec = _table_spec(output, options, gpus)
+    wanted(spec, gpu=gpus > 0)  # what cannot be read is said before the measuring begins
+    if launched:
+        return _run_launched(output, options, spec)
+    with Progress() as progress:
+        measured = _measured(output, options, progress)
+        tables = _tables(spec, progress)
+    _write(output, measured, tables, spec)
+    return True
+
+
+def _table_spec(output: Path, options: ProfileOptions, gpus: int) -> TableSpec:
+    dtypes = options.dtypes or (_GPU_DTYPES if gpus else _CPU_DTYPES)
+    kept = _beside(output, "tables")
+    tp = options.tp or (8 if gpus else options.ranks)
+    return TableSpec(options.models, options.experiments, dtypes, tp, options.quick, str(kept))
+
+
+def _beside(output: Path, what: str) -> Path:
+    """Where a part of the measurement is kept until the profile is whole."""
+    return output.absolute().parent / f".{output.name}.{what}.json"
+
+
+def _write(
+    output: Path, measured: Mapping[str, Any], tables: Mapping[str, Any] | None, spec: TableSpec
+) -> None:
+    content = profile_content(measured, output.stem, tables)
+    write_text(output, dump_yaml("profile", content))
+    for part in (Path(spec.kept), _beside(output, "device")):
+        part.unlink(missing_ok=True)
+
+
+def _measured(output: Path, options: ProfileOptions, progress: Progress) -> Mapping[str, Any]:
+    """What the micro-benchmarks measure, or measured before an interruption."""
+    kept = _beside(output, "device")
+    mark = f"{fingerprint(options.quick)}, {options.ranks} ranks"
+    try:
+        content = json.loads(kept.read_text(encoding="utf-8"))
+        if content["fingerprint"] == mark:
+            found: Mapping[str, Any] = content["measured"]
+            return found
+    except (FileNotFoundError, ValueError, KeyError, TypeError):
+        pass  # nothing that could be used
+    progress.say(f"device and links, {options.ranks} ranks")
     with tempfile.TemporaryDirectory(prefix="realloc-profile-") as folder:
-        _run_ranks(Path(folder), ranks, quick, timeout_s)
-        measured = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
-    write_text(output, dump_yaml("profile", profile_content(measured, output.stem, ranks)))
+        _run_ranks(Path(folder), options.ranks, options.quick, options.timeout_s)
+        measured: Mapping[str, Any] = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
+    write_text(kept, json.dumps({"fingerprint": mark, "measured": measured}))
+    return measured
 
 
-def profile_content(measured: Mapping[str, Any], name: str, ranks: int) -> Mapping[str, Any]:
-    """The `profile/1` mapping for what rank 0 measured."""
-    is_cpu = measured["device_type"] == "cpu"
-    intra = measured.get("link", {"latency_s": 1e-4, "bytes_per_s": 1e9})
-    notes = [f"call_s and sequence_s are estimates; measured with {ranks} ranks on one node"]
-    if "link" not in measured:
-        notes.append("links: one rank has none; the numbers are placeholders")
-    if is_cpu:
-        inter = intra
-        notes.append("inter_node: taken as intra_node, both are this machine's loopback")
-    else:
-        inter = _GPU_INTER_NODE
-        notes.append("inter_node: an estimate for one 200 Gb/s NIC per GPU; one node cannot measure it")
-    best = {dtype: max(y for _, y in points) for dtype, points in measured["matmul"].items()}
-    attention = measured["attention"]
-    content: dict[str, Any] = {
-        "name": name,
-        "provenance": {
-            "source": "measured",
-            "device": measured["device"],
-            "date": datetime.now(UTC).date().isoformat(),
-            "samples": measured["samples"],
-            "versions": measured["versions"],
-            "notes": notes,
-        },
-        "memory_bytes": measured["memory_bytes"],
-        "matmul": measured["matmul"],
-        "memory": measured["memory"],
-        "launch_s": measured["launch_s"],
-        "attention": {
-            "efficiency": attention["flops_per_s"] / best[attention["dtype"]],
-            "launch_s": attention["launch_s"],
-            "per_sequence": is_cpu,
-        },
-        "optimizer_bytes_per_s": measured["optimizer_bytes_per_s"],
-        "host_bytes_per_s": measured["host_bytes_per_s"],
-        "overlaps_host_copies": not is_cpu,
-        "call_s": _CALL_S[measured["device_type"]],
-        "sequence_s": _SEQUENCE_S,
-        "intra_node": intra,
-        "inter_node": inter,
-    }
-    if is_cpu and ranks > 1:
-        content["concurrency"] = measured["concurrency"]
-    return _rounded(content)  # type: ignore[no-any-return]
+def _run_launched(output: Path, options: ProfileOptions, spec: TableSpec) -> bool:
+    """One rank of those that a launcher has started: all measure links, rank 0 also the tables."""
+
+    def finish(measured: Mapping[str, Any]) -> None:
+        tp = options.tp or max(spec.tp, int(measured["ranks"]))
+        with Progress() as progress:
+            tables = _tables(replace(spec, tp=tp), progress)
+        _write(output, measured, tables, spec)
+
+    measure_joined(options.quick, finish)
+    return os.environ["RANK"] == "0"
 
 
-def _rounded(value: Any) -> Any:
-    """Four significant digits: what a measurement is worth."""
-    if isinstance(value, float):
-        return float(f"{value:.4g}")
-    if isinstance(value, Mapping):
-        return {key: _rounded(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_rounded(item) for item in value]
-    return value
+def _tables(spec: TableSpec, progress: Progress) -> Mapping[str, Any] | None:
+    """Runs the process that measures tables; None where no model was asked for."""
+    if not spec.models and not spec.experiments:
+        return None
+    with tempfile.TemporaryDirectory(prefix="realloc-profile-") as name:
+        folder = Path(name)
+        content = {**asdict(spec), "fingerprint": fingerprint(spec.quick)}
+        (folder / "spec.json").write_text(json.dumps(content), encoding="utf-8")
+        command = [sys.executable, "-m", "runtime.table_profiler"]
+        command += [str(folder / "spec.json"), str(folder / "result.json")]
+        with (folder / "log").open("wb") as log:
+            process = subprocess.Popen(
+                command, env=_environment(), stdout=subprocess.PIPE, stderr=log, text=True
+            )
+        try:
+            failure = progress.follow(process)
+            if process.wait():
+                raise RunError(f"realloc profile: {failure or _last_line(folder / 'log')}")
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+        result: Mapping[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return result
+
+
+def _environment() -> Mapping[str, str]:
+    """That of a process which measures alone, whatever launched this one."""
+    kept = {key: value for key, value in os.environ.items() if key not in (*_LAUNCHED, "LOCAL_RANK")}
+    return {**kept, "OMP_NUM_THREADS": "1"}
 
 
 def _run_ranks(folder: Path, ranks: int, quick: bool, timeout_s: float) -> None:
@@ -120,7 +170,7 @@ def _run_ranks(folder: Path, ranks: int, quick: bool, timeout_s: float) -> None:
     logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
     try:
         for rank in range(ranks):
-            command = [sys.executable, "-m", "runtime.profiler", "--rank", str(rank)]
+            command = [sys.executable, "-m", "runtime.profile_rank", "--rank", str(rank)]
             command += ["--ranks", str(ranks), "--folder", str(folder)] + (["--quick"] if quick else [])
             with logs[rank].open("wb") as log:
                 processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
@@ -155,92 +205,6 @@ def _last_line(log: Path) -> str:
     return lines[-1] if lines else "it said nothing"
 
 
-def measure(rank: int, ranks: int, quick: bool, device: torch.device) -> Mapping[str, Any]:
-    """Runs every micro-benchmark; all ranks call it, rank 0's result counts."""
-    budget = bench.effort(device, quick)
-    clock = bench.Clock(device, budget)
-    result: dict[str, Any] = {}
-    if ranks > 1:
-        dist.barrier()
-    if rank == 0:
-        result = _alone(clock, budget, device, ranks)
-    if ranks > 1:
-        dist.barrier()
-        result["concurrency"] = bench.concurrency_points(clock, device, rank, ranks)
-        large, repeats = budget.message_bytes, budget.repeats
-        link: dict[str, Any] = dict(bench.message_costs(clock, device, rank, large, repeats))
-        link["collectives"] = bench.collective_rows(clock, device, rank, ranks, large, repeats)
-        result["link"] = link
-    return result
-
-
-def _alone(clock: bench.Clock, budget: bench.Effort, device: torch.device, ranks: int) -> dict[str, Any]:
-    """What one rank measures while the others wait."""
-    overhead = bench.launch_s(clock, device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    flops_per_s, tiny = bench.attention_costs(clock, device, dtype)
-    return {
-        "device": device_name(device),
-        "device_type": device.type,
-        "memory_bytes": _memory_bytes(device, ranks),
-        "samples": budget.repeats,
-        "versions": {
-            "realloc": __version__,
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-        "launch_s": overhead,
-        "matmul": {
-            name: bench.matmul_points(clock, device, kind, budget.sides, overhead)
-            for name, kind in DTYPES.items()
-        },
-        "memory": bench.memory_points(clock, device, budget.working_sets, overhead),
-        "attention": {
-            "dtype": str(dtype).removeprefix("torch."),
-            "flops_per_s": flops_per_s,
-            "launch_s": tiny,
-        },
-        "optimizer_bytes_per_s": bench.optimizer_bytes_per_s(clock, device, budget.optimizer_elements),
-        "host_bytes_per_s": bench.host_bytes_per_s(clock, device),
-    }
-
-
-def _memory_bytes(device: torch.device, ranks: int) -> int:
-    """Memory of one rank: the GPU's, or an equal part of the host's."""
-    if device.type == "cuda":
-        total: int = torch.cuda.get_device_properties(device).total_memory
-        return total
-    return psutil.virtual_memory().total // ranks
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """One rank of the measurement."""
-    parser = argparse.ArgumentParser(prog="runtime.profiler")
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--ranks", type=int, required=True)
-    parser.add_argument("--folder", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true")
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", options.rank)
-        torch.cuda.set_device(device)
-    if options.ranks > 1:
-        dist.init_process_group(
-            "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{options.folder}/store",
-            rank=options.rank,
-            world_size=options.ranks,
-            timeout=timedelta(seconds=600),
-        )
-    result = measure(options.rank, options.ranks, options.quick, device)
-    if options.rank == 0:
-        (options.folder / "measured.json").write_text(json.dumps(result), encoding="utf-8")
-    if options.ranks > 1:
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main()
+def found_device() -> str:
+    """The name of the device that a run on this machine would use."""
+    return device_name(torch.device("cuda" if torch.cuda.is_available() else "cpu"))

@@ -1,4 +1,4 @@
-"""`realloc profile`: measures this machine."""
+"""`realloc profile`: measures this machine, or the cluster whose launcher started it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,12 @@ from realloc.cli.values import Commands, check_output, positive
 
 def add(commands: Commands) -> None:
     profile = commands.add_parser(
-        "profile", help="measure this machine and write its hardware profile", allow_abbrev=False
+        "profile",
+        help="measure this machine and write its hardware profile",
+        description="Measures the device, its links and, for the models given, the runtime's own code. "
+        "Under torchrun or srun every rank runs the same command and rank 0 writes. After an "
+        "interruption the same command goes on.",
+        allow_abbrev=False,
     )
     profile.add_argument(
         "-o",
@@ -21,6 +26,35 @@ def add(commands: Commands) -> None:
         help="the profile's file (default: profile.yaml)",
     )
     profile.add_argument(
+        "--experiment",
+        metavar="FILE",
+        type=Path,
+        action="append",
+        default=[],
+        help="time the models of this experiment at its sizes (may be repeated)",
+    )
+    profile.add_argument(
+        "--model",
+        metavar="MODEL",
+        action="append",
+        default=[],
+        help="time this model, a folder or a named shape, at common sizes (may be repeated)",
+    )
+    profile.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16"),
+        action="append",
+        default=[],
+        help="with --model: in this type (default: float32 on CPUs, bfloat16 on GPUs)",
+    )
+    profile.add_argument(
+        "--tp",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="time tensor-parallel shards up to this degree (default: --ranks, 8 on GPUs)",
+    )
+    profile.add_argument(
         "--ranks", type=positive, default=2, metavar="N", help="processes that measure links (default: 2)"
     )
     profile.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
@@ -28,9 +62,19 @@ def add(commands: Commands) -> None:
 
 
 def _profile(arguments: argparse.Namespace) -> int:
-    from runtime.profiler import run_profile
-
     check_output(arguments.output)
-    run_profile(arguments.output, arguments.ranks, arguments.quick)
-    print(f"Wrote {arguments.output}; plan with it: realloc search EXPERIMENT --device {arguments.output}")
+    from runtime.profiler import ProfileOptions, run_profile
+
+    options = ProfileOptions(
+        ranks=arguments.ranks,
+        quick=arguments.quick,
+        models=tuple(arguments.model),
+        experiments=tuple(str(path) for path in arguments.experiment),
+        dtypes=tuple(dict.fromkeys(arguments.dtype)),
+        tp=arguments.tp,
+    )
+    if run_profile(arguments.output, options):
+        print(
+            f"Wrote {arguments.output}; plan with it: realloc search EXPERIMENT --device {arguments.output}"
+        )
     return 0

@@ -9,13 +9,13 @@ import pytest
 from cost_models.profile import read_profile
 from realloc.errors import InputError, RunError
 from runtime import microbenchmarks as bench
-from runtime.profiler import run_profile
+from runtime.profiler import ProfileOptions, run_profile
 
 
 @pytest.mark.slow
 def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
     path = tmp_path / "here.yaml"
-    run_profile(path, ranks=2, quick=True)
+    run_profile(path, ProfileOptions(ranks=2, quick=True))
     profile = read_profile(path)
     assert profile.name == "here"
     assert profile.provenance.source == "measured"
@@ -36,7 +36,7 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
 
 def test_one_rank_needs_no_links(tmp_path: Path):
     path = tmp_path / "alone.yaml"
-    run_profile(path, ranks=1, quick=True)
+    run_profile(path, ProfileOptions(ranks=1, quick=True))
     profile = read_profile(path)
     assert profile.concurrency is None
     assert any("placeholders" in note for note in profile.provenance.notes)
@@ -44,12 +44,12 @@ def test_one_rank_needs_no_links(tmp_path: Path):
 
 def test_ranks_are_checked(tmp_path: Path):
     with pytest.raises(InputError, match="--ranks is 0"):
-        run_profile(tmp_path / "p.yaml", ranks=0, quick=True)
+        run_profile(tmp_path / "p.yaml", ProfileOptions(ranks=0, quick=True))
 
 
 def test_a_late_measurement_ends_with_a_message(tmp_path: Path):
     with pytest.raises(RunError, match="not done after 0 s"):
-        run_profile(tmp_path / "p.yaml", ranks=2, quick=True, timeout_s=0.1)
+        run_profile(tmp_path / "p.yaml", ProfileOptions(ranks=2, quick=True, timeout_s=0.1))
     assert not (tmp_path / "p.yaml").exists()
 
 

@@ -1,0 +1,276 @@
+"""Times the runtime's own code on one device: passes, decode steps, optimizer steps of one model shard.
+
+A shard of a tensor-parallel model is run as the shard that it is, in a group whose collectives do
+nothing, so that everything but communication is what a run does. Decides how a size is run; which
+sizes, and what becomes of the seconds, is decided elsewhere (`runtime.measuring_plan`,
+`runtime.table_profiler`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from time import perf_counter
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from realloc.experiment import OptimizerSpec, Sampling
+from realloc.layout import compute_boxes
+from realloc.mesh import DeviceMesh
+from realloc.model_shape import ModelShape
+from realloc.strategy import Coordinates, Recompute, Schedule, Strategy
+from runtime.attention import PackedSequences
+from runtime.decode_graph import DecodeGraphs
+from runtime.decoder import DTYPES
+from runtime.generation import generate
+from runtime.kv_cache import DecodeStep
+from runtime.parallel import ParallelContext
+from runtime.parameters import allocate
+from runtime.pipeline import MicroBatch, run_forward, run_training
+from runtime.rollout_decoder import Prefill, RolloutDecoder
+from runtime.training import Trainer
+from runtime.unit_timer import PassSeconds, TimedDecoder, UnitTimer
+
+_T = TypeVar("_T")
+
+MANY_STEPS = 1 << 20
+"""Of decoding: enough that whatever pays in the long run is done."""
+
+
+@dataclass(frozen=True)
+class Effort:
+    """At least `samples` of each size after a first that does not count, for `seconds` if they are short."""
+
+    samples: int
+    seconds: float
+    most: int = 50
+
+
+def pack_lengths(sequences: int, tokens_each: int, ragged: bool) -> tuple[int, ...]:
+    """Lengths of a pack with this mean; ragged ones lie evenly between a half and one and a half of it."""
+    if not ragged:
+        return (tokens_each,) * sequences
+    ends = [tokens_each * i // 2 + tokens_each * i * i // (2 * sequences) for i in range(sequences + 1)]
+    lengths = [max(1, stop - start) for start, stop in pairwise(ends)]
+    # neighbours differ by half the range, as in a batch that nobody has sorted
+    return (*lengths[::2], *lengths[1::2])
+
+
+class ShardBenchmarks:
+    """One shard of one model on one device, with random weights."""
+
+    def __init__(
+        self, shape: ModelShape, dtype: str, tp: int, group: dist.ProcessGroup | None, device: torch.device
+    ) -> None:
+        """`group` has `tp` ranks, None for one."""
+        self.shape, self.device = shape, device
+        self._dtype, self._group = DTYPES[dtype], group
+        self._strategy = Strategy(tp=tp)
+        self.timer = UnitTimer(device)
+        # the last shard: where shards are uneven, it has most
+        self._at = Coordinates(0, 0, tp - 1)
+        self._generator = torch.Generator().manual_seed(0)
+        boxes = compute_boxes(shape, self._strategy, self._at)
+        self._params = allocate(boxes, self._dtype, device)
+        with torch.no_grad():
+            for name, view in self._params.views.items():
+                view.normal_(0.0, 0.02)
+                if name.endswith("norm.weight"):
+                    view.fill_(1.0)
+        self._trainer: Trainer | None = None
+
+    @property
+    def num_elements(self) -> int:
+        return self._params.flat.numel()
+
+    def context(self, **changes: object) -> ParallelContext:
+        """This rank's context under the shard's strategy with some fields changed."""
+        strategy = replace(self._strategy, **changes)  # type: ignore[arg-type]
+        tp = strategy.tp
+        return ParallelContext(
+            DeviceMesh(0, tp, tp), strategy, 0, self._at, self.device, self._group, None, self._group
+        )
+
+    def decoder(self, **changes: object) -> TimedDecoder:
+        params = dict(self._params.views)
+        return TimedDecoder(self.shape, self.context(**changes), self._dtype, params, self.timer)
+
+    @property
+    def trainer(self) -> Trainer:
+        if self._trainer is None:
+            spec = OptimizerSpec(learning_rate=1e-9)
+            self._trainer = Trainer("model", self.decoder(), self._params, None, spec, 1 << 30)
+        return self._trainer
+
+    def batch(self, lengths: Sequence[int]) -> MicroBatch:
+        tokens = self._tokens(sum(lengths))
+        return MicroBatch(tuple(range(len(lengths))), PackedSequences(tuple(lengths), self.device), tokens)
+
+    def _tokens(self, count: int) -> torch.Tensor:
+        tokens = torch.randint(self.shape.vocab, (count,), generator=self._generator)
+        return tokens.to(self.device)
+
+    def _rows(self, total: int, rows: int) -> torch.Tensor:
+        """Which tokens the head looks at: spread evenly, never the last."""
+        places = torch.arange(rows, dtype=torch.int64) * max(1, total - 1) // max(1, rows)
+        return places.to(self.device)
+
+    def _output(
+        self, decoder: TimedDecoder, hidden: torch.Tensor, batch: MicroBatch, rows: int
+    ) -> torch.Tensor:
+        chosen = self._rows(hidden.shape[0], rows)
+        if self.shape.head == "scalar":
+            return decoder.scalar(hidden[chosen])
+        assert batch.tokens is not None
+        return decoder.logprobs(hidden[chosen], batch.tokens[chosen])
+
+    def inference(
+        self, lengths: Sequence[int], rows: int, effort: Effort, *, split: bool = False
+    ) -> list[PassSeconds]:
+        """Forward passes without gradients, `rows` rows of the head."""
+        decoder = self.decoder(sequence_parallel=split)
+
+        def once() -> PassSeconds:
+            self.timer.start()
+            batch = self.batch(lengths)
+            run_forward(
+                decoder, decoder.context, [batch], lambda hidden, b: self._drop(decoder, hidden, b, rows)
+            )
+            return self.timer.passes()[0]
+
+        return self._samples(once, effort)
+
+    def _drop(self, decoder: TimedDecoder, hidden: torch.Tensor, batch: MicroBatch, rows: int) -> None:
+        self._output(decoder, hidden, batch, rows)
+
+    def training(
+        self,
+        lengths: Sequence[int],
+        rows: int,
+        effort: Effort,
+        *,
+        split: bool = False,
+        recompute: Recompute = Recompute.NONE,
+    ) -> list[PassSeconds]:
+        """Forward and backward passes that add to gradients which are there, as a run's do."""
+        self.trainer.zero_gradients()
+        decoder = self.decoder(sequence_parallel=split, recompute=recompute)
+
+        def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            return self._output(decoder, hidden, batch, rows).sum()
+
+        def once() -> PassSeconds:
+            self.timer.start()
+            run_training(decoder, decoder.context, [self.batch(lengths)], loss)
+            return self.timer.passes()[0]
+
+        return self._samples(once, effort)
+
+    def weight_gradients(self, lengths: Sequence[int], rows: int, effort: Effort) -> list[float]:
+        """Seconds, a layer, of the gradients that the zero-bubble schedule puts off."""
+        self.trainer.zero_gradients()
+        decoder = self.decoder(schedule=Schedule.ZERO_BUBBLE)
+        put_off = decoder.weight_gradients
+        assert put_off is not None
+
+        def once() -> float:
+            batch = self.batch(lengths)
+            assert batch.tokens is not None
+            self._output(decoder, decoder.forward(batch.tokens, batch.packed), batch, rows).sum().backward()
+            put_off.close()
+            return self._timed(put_off.run) / len(decoder.layers)
+
+        return self._samples(once, effort)
+
+    def optimizer(self, effort: Effort) -> list[float]:
+        """Seconds of one optimizer step with its clearing, norm and clipping."""
+        trainer = self.trainer
+
+        def step() -> None:
+            trainer.zero_gradients()
+            trainer.step()
+
+        return self._samples(lambda: self._timed(step), effort)
+
+    @torch.no_grad()
+    def prefill(self, lengths: Sequence[int], effort: Effort) -> list[float]:
+        """Seconds of prompts into the cache, all layers with what is around them."""
+        rollout = RolloutDecoder(self.decoder(), MANY_STEPS, max(lengths))
+        cache = rollout.new_cache(len(lengths))
+        slots = torch.arange(len(lengths), device=self.device)
+        tokens = self._tokens(sum(lengths))
+
+        def run() -> None:
+            rollout.step(tokens, Prefill(PackedSequences(tuple(lengths), self.device), slots), None, cache)
+
+        return self._samples(lambda: self._timed(run), effort)
+
+    @torch.no_grad()
+    def decode(self, batch: int, context: int, ragged: bool, effort: Effort) -> list[float]:
+        """Seconds of a step of `batch` sequences, of which the longest then has `context` tokens."""
+        rollout = RolloutDecoder(self.decoder(), MANY_STEPS, context)
+        cache = rollout.new_cache(batch)
+        graphs = DecodeGraphs(rollout, cache) if DecodeGraphs.suit(rollout) else None
+        tokens = self._tokens(batch)
+        positions = torch.full((batch,), context - 1, dtype=torch.int64, device=self.device)
+        if ragged:
+            positions -= torch.arange(batch, device=self.device) % min(context, 8)
+
+        def step() -> None:
+            decode = DecodeStep(cache, positions, context)
+            if graphs is None:
+                rollout.decode(tokens, decode)
+            else:
+                graphs.decode(tokens, decode)
+
+        return self._samples(lambda: self._timed(step), effort)
+
+    def generate(
+        self, batch: int, prompt: int, new_tokens: Sequence[int], sampling: Sampling, effort: Effort
+    ) -> list[list[float]]:
+        """Seconds of whole calls, in rounds: one for each number of new tokens, all sequences full."""
+        decoder = self.decoder()
+        prompts = self._tokens(batch * prompt)
+
+        def call(count: int) -> float:
+            def run() -> None:
+                generate(
+                    decoder,
+                    prompts=prompts,
+                    prompt_lengths=[prompt] * batch,
+                    sequence_ids=list(range(batch)),
+                    max_new_tokens=count,
+                    eos_ids=(),
+                    sampling=replace(sampling, ignore_eos=True, stop=()),
+                    seed=0,
+                    iteration=0,
+                )
+
+            return self._timed(run)
+
+        return self._samples(lambda: [call(count) for count in new_tokens], effort)
+
+    def _timed(self, action: Callable[[], object]) -> float:
+        """Seconds of one action, until the device is done with it."""
+        self._wait()
+        start = perf_counter()
+        action()
+        self._wait()
+        return perf_counter() - start
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
+        once()
+        samples: list[_T] = []
+        start = perf_counter()
+        while len(samples) < effort.samples or (
+            perf_counter() - start < effort.seconds and len(samples) < effort.most
+        ):
+            samples.append(once())
+        return samples

@@ -1,0 +1,365 @@
+"""The process that measures the tables of a profile: point after point, each kept as soon as it is done.
+
+It runs alone on one device and writes what it has measured to a file beside the profile, keyed by
+what was measured, so that a measurement which was interrupted goes on where it stopped. Rows are
+put together here; which points there are is `runtime.measuring_plan`'s affair.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from realloc.errors import InputError
+from realloc.experiment import read_experiment
+from realloc.files import write_text
+from realloc.model_shape import ModelShape, resolve_shape
+from realloc.signature import ends_signature, layer_signature
+from realloc.strategy import Recompute
+from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
+from runtime.measuring_plan import (
+    Point,
+    Sizes,
+    Subject,
+    Work,
+    default_sizes,
+    experiment_sizes,
+    subjects,
+)
+from runtime.unit_timer import PassSeconds
+
+# New tokens of two generate calls: the second's further steps are all alike.
+_FEW, _MANY = 10, 26
+_LEAST_S = 1e-8
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Samples of one row of one table."""
+
+    of: str
+    quantity: str
+    ragged: bool
+    x: float
+    y: float
+    samples: list[float]
+
+
+@dataclass(frozen=True)
+class TableSpec:
+    """What to measure tables of. `tp`: the highest tensor-parallel degree. `kept`: where results go."""
+
+    models: tuple[str, ...]
+    experiments: tuple[str, ...]
+    dtypes: tuple[str, ...]
+    tp: int
+    quick: bool
+    kept: str
+
+
+def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
+    """The subjects of a spec. Raises InputError for a model or an experiment that cannot be read."""
+    sizes: list[tuple[ModelShape, str, Sizes]] = []
+    for path in spec.experiments:
+        experiment = read_experiment(path)
+        sizes += [(shape, experiment.dtype, s) for shape, s in experiment_sizes(experiment)]
+    for model in spec.models:
+        shape = resolve_shape(model, "realloc profile: --model")
+        sizes += [(shape, dtype, s) for dtype in spec.dtypes for s in default_sizes(shape, gpu=gpu)]
+    return subjects(sizes, spec.tp, quick=spec.quick)
+
+
+class Kept:
+    """Results by point, in a JSON file that is written anew after every point."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Results of another `fingerprint` (machine, versions, effort) are not used."""
+        self._path, self._fingerprint = path, fingerprint
+        self._points: dict[str, dict[str, Any]] = {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["fingerprint"] == fingerprint:
+                self._points = dict(content["points"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass  # nothing that could be used: measured anew
+
+    def get(self, key: str) -> tuple[float, list[Entry]] | None:
+        """Seconds of one pass, and the entries; None when the point has not been measured."""
+        found = self._points.get(key)
+        if found is None:
+            return None
+        return float(found["pass_s"]), [Entry(**entry) for entry in found["entries"]]
+
+    def put(self, key: str, pass_s: float, entries: Iterable[Entry]) -> None:
+        self._points[key] = {"pass_s": pass_s, "entries": [asdict(entry) for entry in entries]}
+        content = {"fingerprint": self._fingerprint, "points": self._points}
+        write_text(self._path, json.dumps(content))
+
+
+class PointRunner:
+    """Runs the points of one subject."""
+
+    def __init__(self, subject: Subject, bench: ShardBenchmarks, effort: Effort) -> None:
+        self._bench, self._effort = bench, effort
+        self._layer = layer_signature(subject.shape, subject.tp)
+        self._ends = ends_signature(subject.shape, subject.tp)
+
+    def run(self, point: Point) -> tuple[float, list[Entry]]:
+        """Seconds of the point's longest pass, and what was measured."""
+        if point.work is Work.OPTIMIZER:
+            samples = self._bench.optimizer(self._effort)
+            entry = Entry("optimizer", "optimizer", False, float(self._bench.num_elements), 1.0, samples)
+            return max(samples), [entry]
+        if point.work is Work.DECODE:
+            steps = self._bench.decode(point.count, point.length, point.ragged, self._effort)
+            return max(steps), [self._of_layer(point, "decode", self._each(steps))]
+        if point.work is Work.GENERATE:
+            return self._generate(point)
+        return self._passes(point)
+
+    def _passes(self, point: Point) -> tuple[float, list[Entry]]:
+        bench, effort, rows = self._bench, self._effort, max(1, point.rows)
+        lengths = pack_lengths(point.count, point.length, point.ragged)
+        tokens = sum(lengths)
+        if point.work in (Work.INFERENCE, Work.INFERENCE_SP):
+            split = point.work is Work.INFERENCE_SP
+            passes = bench.inference(lengths, rows, effort, split=split)
+            entries = [self._of_layer(point, str(point.work), [p.layer for p in passes])]
+            if not split:
+                entries.append(self._of_ends("enter", tokens, [p.enter for p in passes]))
+                entries.append(self._of_ends("head", rows, [p.output for p in passes]))
+            return _seconds(passes, bench), entries
+        if point.work is Work.PREFILL:
+            whole = bench.prefill(lengths, effort)
+            return max(whole), [self._of_layer(point, "prefill", self._each(whole))]
+        if point.work is Work.WEIGHT:
+            samples = bench.weight_gradients(lengths, rows, effort)
+            pass_s = 3 * typical(samples) * bench.shape.num_layers
+            return pass_s, [self._of_layer(point, "weight", samples)]
+        if point.work in (Work.SELECTIVE, Work.FULL):
+            return self._recompute(point, lengths, rows)
+        split = point.work is Work.TRAINING_SP
+        passes = bench.training(lengths, rows, effort, split=split)
+        suffix = "_sp" if split else ""
+        entries = [
+            self._of_layer(point, f"forward{suffix}", [p.layer for p in passes]),
+            self._of_layer(point, f"backward{suffix}", [p.layer_backward for p in passes]),
+        ]
+        if not split:
+            entries += [
+                self._of_ends("enter_train", tokens, [p.enter for p in passes]),
+                self._of_ends("enter_backward", tokens, [p.leave for p in passes]),
+                self._of_ends("head_train", rows, [p.output for p in passes]),
+                self._of_ends("head_backward", rows, [p.output_backward for p in passes]),
+            ]
+        return _seconds(passes, bench), entries
+
+    def _recompute(self, point: Point, lengths: Sequence[int], rows: int) -> tuple[float, list[Entry]]:
+        """What recomputation adds, against passes without it at about the same time."""
+        kind = Recompute(str(point.work))
+        plain = self._bench.training(lengths, rows, self._effort)
+        passes = self._bench.training(lengths, rows, self._effort, recompute=kind)
+        without = typical([p.layer + p.layer_backward for p in plain])
+        least = 0.02 * without  # noise must not make it free
+        samples = [max(least, p.layer + p.layer_backward - without) for p in passes]
+        return _seconds(passes, self._bench), [self._of_layer(point, str(kind), samples)]
+
+    def _generate(self, point: Point) -> tuple[float, list[Entry]]:
+        """Sampling, and what a generate call takes beside its steps: whole calls less what they hold."""
+        bench, effort = self._bench, self._effort
+        in_step = typical(bench.decode(point.count, point.length + (_FEW + _MANY) // 2, False, effort))
+        prefill_s = typical(bench.prefill((point.length,) * point.count, effort))
+        rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, effort)
+        few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
+        step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))
+        sample = [max(_LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
+        last_s = step_s - in_step
+        fixed = [max(_LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
+        entries = [
+            self._of_ends("sample", point.count, sample),
+            Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
+        ]
+        return max(many for _, many in rounds) / 4, entries
+
+    def _each(self, whole: Sequence[float]) -> list[float]:
+        """A layer's part of passes; what little there is around the layers counts with them."""
+        return [seconds / self._bench.shape.num_layers for seconds in whole]
+
+    def _of_layer(self, point: Point, quantity: str, samples: list[float]) -> Entry:
+        return Entry(self._layer, quantity, point.ragged, float(point.count), float(point.length), samples)
+
+    def _of_ends(self, quantity: str, rows: int, samples: list[float]) -> Entry:
+        return Entry(self._ends, quantity, False, float(rows), 1.0, samples)
+
+
+def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
+    layers = bench.shape.num_layers
+    return max(p.total + layers * (p.layer + p.layer_backward) for p in passes)
+
+
+def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
+    """`tables` of a `profile/1` file: typical seconds, never falling as a variable grows."""
+    samples: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
+    for dtype, entry in dtype_entries:
+        key = (entry.of, dtype, entry.quantity, entry.ragged)
+        samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
+    tables: list[Mapping[str, Any]] = []
+    for (of, dtype, quantity, ragged), points in samples.items():
+        seconds = rising({at: max(_LEAST_S, typical(values)) for at, values in points.items()})
+        two = not quantity.startswith(_ONE_VARIABLE)
+        rows = [[x, *([y] if two else []), seconds[x, y], _spread(points[x, y])] for x, y in sorted(points)]
+        tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
+    return tables
+
+
+# Tables of one variable: of the ends, the optimizer, and what a generate call does once.
+_ONE_VARIABLE = ("enter", "head", "sample", "optimizer", "pack_weights")
+
+
+def typical(values: Sequence[float]) -> float:
+    """The lower quartile: what else the machine does only ever adds to a sample."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Distance between the quartiles as a share of the lower one."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return min(100.0, (ordered[-1 - quarter] - ordered[quarter]) / max(_LEAST_S, typical(ordered)))
+
+
+def rising(values: Mapping[tuple[float, float], float]) -> dict[tuple[float, float], float]:
+    """The values, evened out where they fall along x at one y, or along y at one x.
+
+    Each becomes the mean of the largest up to it and the smallest from it on: values that rise stay.
+    """
+    result = dict(values)
+    for axis in (0, 1):
+        lines: dict[float, list[tuple[float, float]]] = defaultdict(list)
+        for at in sorted(result):
+            lines[at[1 - axis]].append(at)
+        for line in lines.values():
+            ordered = sorted(line, key=lambda at: at[axis])
+            evened = _rising([result[at] for at in ordered])
+            result.update(zip(ordered, evened, strict=True))
+    return result
+
+
+def _rising(values: Sequence[float]) -> list[float]:
+    up, down = list(values), list(values)
+    for i in range(1, len(values)):
+        up[i] = max(up[i], up[i - 1])
+        down[-1 - i] = min(down[-1 - i], down[-i])
+    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
+
+
+def measure_tables(
+    spec: TableSpec, device: torch.device, fingerprint: str, groups: Mapping[int, dist.ProcessGroup]
+) -> Mapping[str, Any]:
+    """Measures all points of a spec; returns `tables` and `notes`. Says on stdout how far it is."""
+    gpu = device.type == "cuda"
+    todo = wanted(spec, gpu=gpu)
+    total = sum(len(subject.points) for subject in todo)
+    effort = Effort(3, 0.06) if spec.quick else Effort(5, 0.4)
+    longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
+    kept = Kept(Path(spec.kept), fingerprint)
+    collected: list[tuple[str, Entry]] = []
+    notes: list[str] = []
+    done = 0
+    for subject in todo:
+        bench: ShardBenchmarks | None = None
+        over: dict[tuple[object, ...], int] = {}
+        for point in subject.points:
+            done += 1
+            if point.line in over:
+                continue
+            key = f"{subject.name} {point}"
+            found = kept.get(key)
+            if found is None:
+                if bench is None:
+                    shape = _fitting(subject, device)
+                    bench = ShardBenchmarks(shape, subject.dtype, subject.tp, groups.get(subject.tp), device)
+                found = PointRunner(subject, bench, effort).run(point)
+                kept.put(key, *found)
+            collected += [(subject.dtype, entry) for entry in found[1]]
+            if found[0] > longest_s:
+                over[point.line] = point.count
+            _say(done, total, f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
+    return {"tables": table_rows(collected), "notes": notes}
+
+
+def _fitting(subject: Subject, device: torch.device) -> ModelShape:
+    """The shape with as many layers as a third of the memory trains."""
+    from dataclasses import replace
+
+    import psutil
+
+    if device.type == "cuda":
+        available = torch.cuda.mem_get_info(device)[0]
+    else:
+        available = psutil.virtual_memory().available
+    shape = subject.shape
+    per_element = 16 if subject.dtype == "float32" else 18
+    ends = (1 if shape.tied_embeddings or shape.head == "scalar" else 2) * shape.vocab * shape.hidden
+    layer = max(1, (shape.num_params - ends) // shape.num_layers)
+    fits = int((available / 3 / per_element * subject.tp - ends) // layer)
+    if fits < 1:
+        raise InputError(
+            f"realloc profile: one layer of {layer_signature(shape, subject.tp)} and its embedding need "
+            f"{per_element * (layer + ends) / subject.tp / 2**30:.1f} GiB to train, and a third of the "
+            f"{available / 2**30:.1f} GiB that are free may be used; measure a larger --tp alone."
+        )
+    return replace(shape, num_layers=min(shape.num_layers, fits))
+
+
+def _say(done: int, total: int, what: str) -> None:
+    print(json.dumps({"done": done, "total": total, "what": what}), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measures what the spec file says and writes the result file."""
+    parser = argparse.ArgumentParser(prog="runtime.table_profiler")
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("result", type=Path)
+    options = parser.parse_args(arguments)
+    content = json.loads(options.spec.read_text(encoding="utf-8"))
+    fingerprint = content["fingerprint"]
+    lists = {key: tuple(content.pop(key)) for key in ("models", "experiments", "dtypes")}
+    spec = TableSpec(tp=content["tp"], quick=content["quick"], kept=content["kept"], **lists)
+    torch.set_num_threads(1)
+    # what stands in for communication leaves numbers as they come
+    torch.set_flush_denormal(True)
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        torch.cuda.set_device(device)
+    try:
+        result = measure_tables(spec, device, fingerprint, stand_in_groups(spec.tp))
+    except InputError as error:
+        print(json.dumps({"error": str(error)}), flush=True)
+        sys.exit(1)
+    options.result.write_text(json.dumps(result), encoding="utf-8")
+
+
+def stand_in_groups(most: int) -> Mapping[int, dist.ProcessGroup]:
+    """Tensor-parallel groups of every size up to `most` whose collectives return at once."""
+    if most < 2:
+        return {}
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=most)
+    return {size: dist.new_group(list(range(size))) for size in range(2, most + 1)}
+
+
+if __name__ == "__main__":
+    main()
