@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from cost_models.calls import CallPricer
 from cost_models.communication import Communication
 from cost_models.compute import ComputeCosts
-from cost_models.measured import compute_costs
+from cost_models.measured import compute_costs, describe_sources
 from cost_models.memory import CallMemory, call_memory
 from cost_models.moves import reallocate_s, transfer_s
 from cost_models.profile import HardwareProfile
@@ -78,6 +78,19 @@ class CostModel:
     def call_terms(self, call: Call, placement: Placement) -> Mapping[str, float]:
         """Seconds of one call by cause (`cost_models.calls.TERMS`); they sum to `call_s`."""
         return self._priced(call, placement).terms
+
+    def call_sources(self, call: Call, placement: Placement) -> str:
+        """What stands behind the compute seconds of a call: measured, extrapolated or analytic, and of what.
+
+        Communication is priced from the profile's links in any case.
+        """
+        if call.role is None:
+            return "analytic: Python functions"
+        strategy = placement.strategy
+        # fresh, so that it has been asked for this call alone
+        costs = compute_costs(self.profile, self._shapes[call.role], self.experiment.dtype, strategy.tp)
+        CallPricer(self.profile, costs, placement.mesh, strategy, self.experiment.workload).terms(call)
+        return describe_sources(costs)
 
     def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
         """Seconds to bring data keys from where `src` wrote them to where `dst` reads them."""

@@ -9,6 +9,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 
+GIVES_WAY = 0.05
+
+
 @dataclass(frozen=True)
 class Precedence:
     """The edges of one iteration and those to later ones.
@@ -75,15 +78,59 @@ class Arcs:
 
 
 def list_schedule(
-    precedence: Precedence, seconds: Sequence[float], masks: Sequence[int]
+    precedence: Precedence,
+    seconds: Sequence[float],
+    masks: Sequence[int],
+    earliest: Sequence[float] | None = None,
+    urgent: Iterable[int] = (),
 ) -> tuple[list[int], list[float]]:
-    """Order and ends of one iteration from a cold start, every node as early as it can start.
+    """Order and ends of one iteration, every node as early as it can start.
 
     Among nodes that could start at the same time, the one with the longest way to the end of the
     next iteration goes first: what the next iteration waits for comes before what it does not.
     Urgent nodes go before all of these: a transfer behind a long call on one of its ranks would keep
-    its other ranks waiting for as long.
+    its other ranks waiting for as long. `urgent` adds to the precedence's own.
+
+    `earliest`: when each node could start if it waited for earlier iterations alone; None: a cold
+    start. With it, a node also gives way to one that comes before it in this sense, shares a rank
+    with it and could start soon: within GIVES_WAY of its own seconds.
     """
+    count = len(seconds)
+    after, priority = precedence.after, _priorities(precedence, seconds, urgent)
+    waiting = [len(arcs) for arcs in precedence.before]
+    ready = [i for i in range(count) if not waiting[i]]
+    left = list(range(count))
+    start = [0.0] * count if earliest is None else list(earliest)
+    ends = [0.0] * count
+    order: list[int] = []
+    while ready:
+        best = ready[0]
+        for i in ready:
+            if start[i] < start[best] or (start[i] == start[best] and priority[i] > priority[best]):
+                best = i
+        if earliest is not None:
+            mask, soon = masks[best], start[best] + GIVES_WAY * seconds[best]
+            for i in ready:
+                if masks[i] & mask and start[i] < soon and priority[i] > priority[best]:
+                    best = i
+        ready.remove(best)
+        left.remove(best)
+        order.append(best)
+        end = ends[best] = start[best] + seconds[best]
+        mask = masks[best]
+        for i in left:
+            if masks[i] & mask and start[i] < end:
+                start[i] = end
+        for i in after[best]:
+            start[i] = max(start[i], end)
+            waiting[i] -= 1
+            if not waiting[i]:
+                ready.append(i)
+    return order, ends
+
+
+def _priorities(precedence: Precedence, seconds: Sequence[float], urgent: Iterable[int]) -> list[float]:
+    """Of each node, the longest way to the end of the next iteration; more for urgent ones."""
     count = len(seconds)
     after, following = precedence.after, precedence.next
     tail, priority = [0.0] * count, [0.0] * count
@@ -100,34 +147,25 @@ def list_schedule(
             longest = max(longest, tail[j])
         priority[i] = longest + seconds[i]
     beyond = max(priority, default=0.0) + 1.0
-    for i in precedence.urgent:
+    for i in {*precedence.urgent, *urgent}:
         priority[i] += beyond
-    waiting = [len(arcs) for arcs in precedence.before]
-    ready = [i for i in range(count) if not waiting[i]]
-    left = list(range(count))
-    earliest, ends = [0.0] * count, [0.0] * count
-    order: list[int] = []
-    while ready:
-        best = ready[0]
-        for i in ready:
-            if earliest[i] < earliest[best] or (
-                earliest[i] == earliest[best] and priority[i] > priority[best]
-            ):
-                best = i
-        ready.remove(best)
-        left.remove(best)
-        order.append(best)
-        end = ends[best] = earliest[best] + seconds[best]
-        mask = masks[best]
-        for i in left:
-            if masks[i] & mask and earliest[i] < end:
-                earliest[i] = end
-        for i in after[best]:
-            earliest[i] = max(earliest[i], end)
-            waiting[i] -= 1
-            if not waiting[i]:
-                ready.append(i)
-    return order, ends
+    return priority
+
+
+def earliest_starts(
+    precedence: Precedence, masks: Sequence[int], ends: Sequence[float], period: float
+) -> list[float]:
+    """When nodes could start if they waited for the iteration before alone, which ended so."""
+    found = []
+    for i, mask in enumerate(masks):
+        start = 0.0
+        for j, other in enumerate(masks):
+            if other & mask and ends[j] > start:
+                start = ends[j]
+        for j, lag in precedence.lagged[i]:
+            start = max(start, ends[j] - period * (lag - 1))
+        found.append(start)
+    return found
 
 
 def rank_arcs(

@@ -281,7 +281,8 @@ class Problem:
                 edges.append((node[trainer], via, 0))
             edges += [(node[user], via, 0), (via, node[user], 1)]
         transfers = [i for i, slot in enumerate(slots) if 0 <= slot - len(self.rows) < len(self._edges)]
-        return Structure(tuple(slots), Precedence.of(len(slots), edges, transfers))
+        moves = tuple(i for i, slot in enumerate(slots) if slot >= base)
+        return Structure(tuple(slots), Precedence.of(len(slots), edges, transfers), moves)
 
     def _copied_structure(self, rows: Sequence[Row], choice: Choice) -> Structure:
         """With offload: from the augmented graph itself, for placements of these layouts."""
@@ -296,8 +297,8 @@ class Problem:
             found = self._copied[key] = Structure(
                 tuple(slots[name] for name in names),
                 precedence_of(graph, names),
-                graph,
-                residences(self.graph, self.placements(choice)),
+                graph=graph,
+                absent=residences(self.graph, self.placements(choice)),
             )
         return found
 

@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf
 
-from planner.precedence import Precedence, list_schedule, rank_arcs
+from planner.precedence import Precedence, earliest_starts, list_schedule, rank_arcs
 from planner.simulator import period_s, steady_state
 from realloc.augmented import AugmentedGraph, Residence
+
+
+MOST_ORDERS = 4
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,58 @@ class Structure:
 
     `slots[i]` says what node i is: a call (its index), a transfer (edge index + number of calls), or
     a reallocation (call index + number of calls + number of edges); loads, offloads and offloads of
-    parameters follow, each block with one slot for every call. `graph`: of a choice with offload.
+    parameters follow, each block with one slot for every call. `moves`: the reallocations. `graph`: of a choice with offload.
     """
 
     slots: tuple[int, ...]
     precedence: Precedence
+    moves: tuple[int, ...] = ()
     graph: AugmentedGraph | None = None
     absent: tuple[Residence, ...] = ()
 
 
-def steady_s(structure: Structure, seconds: Sequence[float], masks: Sequence[int]) -> float:
-    """Steady seconds per iteration in the order of a list schedule."""
-    order, ends = list_schedule(structure.precedence, seconds, masks)
-    arcs = rank_arcs(structure.precedence, order, masks)
-    return steady_state(order, arcs, seconds, ends).period_s
+def steady_order(
+    structure: Structure, seconds: Sequence[float], masks: Sequence[int]
+) -> tuple[float, Sequence[int]]:
+    """Steady seconds per iteration and an order that gives them, the best of a few.
+
+    First the list schedule from a cold start, and that with reallocations as urgent as transfers: what
+    the next iteration waits for before long calls. Neither knows that nodes of the iteration before may
+    still run, and lets transfers wait for them while their other ranks could do something else.
+    So the next orders are list schedules of an iteration that follows on the steady state of the order
+    before, for as long as they are faster.
+    """
+    precedence, least = structure.precedence, busiest_s(seconds, masks)
+    best_s, best = inf, range(0)
+    for urgent in ((), structure.moves) if structure.moves else ((),):
+        order, ends = list_schedule(precedence, seconds, masks, urgent=urgent)
+        steady = steady_state(order, rank_arcs(precedence, order, masks), seconds, ends)
+        for _ in range(MOST_ORDERS):
+            if steady.period_s < best_s:
+                best_s, best = steady.period_s, order
+            if best_s <= least * (1 + 1e-9):
+                return best_s, best
+            earliest = earliest_starts(precedence, masks, steady.ends, steady.period_s)
+            other, _ = list_schedule(precedence, seconds, masks, earliest, urgent)
+            if other == order:
+                break
+            order, before = other, steady.period_s
+            steady = steady_state(order, rank_arcs(precedence, order, masks), seconds)
+            if steady.period_s >= before * (1 - 1e-9):
+                break
+    return best_s, best
+
+
+def busiest_s(seconds: Sequence[float], masks: Sequence[int]) -> float:
+    """Seconds of the nodes of some rank that has most to do, of the first ranks of nodes."""
+    most = 0.0
+    for first in {mask & -mask for mask in masks}:
+        busy = 0.0
+        for spent, mask in zip(seconds, masks, strict=True):
+            if mask & first:
+                busy += spent
+        most = max(most, busy)
+    return most
 
 
 def best_order(

@@ -45,7 +45,8 @@ def test_a_choice_is_its_augmented_graph(cluster, graph):
             assert node.src is not None
             assert node.dst is not None
             if node.kind is NodeKind.TRANSFER:
-                expected = problem.costs.transfer_s(node.keys, placements[node.src], placements[node.dst])
+                keys = graph.values_read(node.dst, node.keys)
+                expected = problem.costs.transfer_s(keys, placements[node.src], placements[node.dst])
             else:
                 assert node.role is not None
                 expected = problem.costs.reallocate_s(node.role, placements[node.src], placements[node.dst])
