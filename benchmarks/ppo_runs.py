@@ -190,7 +190,9 @@ class Ours:
             if read_plan(plan).experiment.seed != seed:
                 raise AssertionError("the plan's seed was not replaced")
         out = self._folder / "out"
-        realloc_command(self._folder, "run", str(plan), "--out", str(out), "--overwrite")
+        # neither side saves while it is timed
+        options = ("--out", str(out), "--overwrite", "--save-every", "0")
+        realloc_command(self._folder, "run", str(plan), *options)
         ends: dict[int, float] = {}
         for record in read_trace(self.trace).records:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)

@@ -10,6 +10,11 @@ an iteration on all ranks of the home mesh. So every rank's snapshot holds exact
 iterations up to t, however far the ranks have drifted apart in time, and together they are the state
 after iteration t. (Losses, samples and data depend on the iteration's number and the seed alone.)
 
+How often. Unless a number is given, after every iteration, so that a failure loses the iteration in
+flight alone; but nobody waits for a disk: an iteration that ends while the last checkpoint is still
+being written goes without one. Ranks must agree on that, and get there at different times: the first
+one decides, in the run's key-value store, and the others read what it has decided.
+
 Atomicity. Ranks write into a hidden folder, sync their files, and say so in the run's key-value
 store, which threads may use while the main thread is inside a collective. Once all have, rank 0
 writes the manifest, syncs, and renames the folder to its name: before that there is no checkpoint,
@@ -57,6 +62,7 @@ from runtime.tensor_file import FileRecord, sync_folder, write_synced, write_ten
 POLL_S = 0.02
 METRICS_WAIT_S = 5.0
 """Longest wait for an iteration's metrics: weights are worth more than a line."""
+SAVE, SKIP = "save", "skip"
 WriteTensors = Callable[[Path, Mapping[str, torch.Tensor]], FileRecord]
 
 
@@ -64,10 +70,11 @@ WriteTensors = Callable[[Path, Mapping[str, torch.Tensor]], FileRecord]
 class SaveOptions:
     """When checkpoints are taken: every `every` iterations and after the last (0: only then).
 
-    The last `keep` stay. `background` false writes in the iteration's gap itself, to compare.
+    None: after each iteration but those that end while the one before is still being written. The
+    last `keep` stay. `background` false writes in the iteration's gap itself, to compare.
     """
 
-    every: int = 10
+    every: int | None = None
     keep: int = 2
     background: bool = True
 
@@ -127,12 +134,21 @@ class Saver:
         self._snapshot: dict[str, torch.Tensor] = {}
         self._pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix="checkpoint")
         self._pending: Future[None] | None = None
+        self._last: int | None = None
         self._stop = threading.Event()
 
     def is_due(self, iteration: int) -> bool:
-        """Whether a checkpoint follows iteration `iteration` (counted from 0)."""
+        """Whether a checkpoint follows iteration `iteration` (counted from 0): on all ranks, or none.
+
+        Every rank asks, once, at its end of each iteration.
+        """
         done, every = iteration + 1, self._options.every
-        return done == self._plan.experiment.iterations or (every > 0 and done % every == 0)
+        if done == self._plan.experiment.iterations:
+            return True
+        if every is not None:
+            return every > 0 and done % every == 0
+        is_free = self._last is None or self._store.check([_whole(self._last)])
+        return bool(self._store.compare_set(_choice(done), "", SAVE if is_free else SKIP) == SAVE.encode())
 
     def check(self) -> None:
         """Raises what the background thread has failed with, if it has."""
@@ -146,9 +162,10 @@ class Saver:
         Raises RunError when that one could not be written.
         """
         self._wait()
+        before, self._last = self._last, iteration + 1
         snapshot = self._take()
         steps = {name: r.trainer.num_steps for name, r in self._roles.items() if r.trainer is not None}
-        self._pending = self._pool.submit(self._write, iteration + 1, snapshot, steps)
+        self._pending = self._pool.submit(self._write, iteration + 1, before, snapshot, steps)
         if not self._options.background:
             self._wait()
 
@@ -193,8 +210,17 @@ class Saver:
 
     # in the background ------------------------------------------------------------------------
 
-    def _write(self, done: int, snapshot: Mapping[str, torch.Tensor], steps: Mapping[str, int]) -> None:
-        """This rank's part of the checkpoint after `done` iterations; on rank 0, the rest of it too."""
+    def _write(
+        self,
+        done: int,
+        before: int | None,
+        snapshot: Mapping[str, torch.Tensor],
+        steps: Mapping[str, int],
+    ) -> None:
+        """This rank's part of the checkpoint after `done` iterations; on rank 0, the rest of it too.
+
+        `before` is the checkpoint before it, if this run has taken one.
+        """
         partial = self._folder / partial_name(done)
         needed = sum(tensor.nbytes for tensor in snapshot.values())
         try:
@@ -204,6 +230,7 @@ class Saver:
             self._store.set(_key(done, self._rank), json.dumps(record))
             if self._rank == 0:
                 self._commit(done, partial)
+                self._forget(done, before)
         except OSError as error:
             message = self._describe(error, partial, needed)
             # what was written makes room for whatever else has to be said
@@ -252,6 +279,14 @@ class Saver:
         for old in list_checkpoints(self._folder)[: -self._options.keep]:
             remove_checkpoint(old)
 
+    def _forget(self, done: int, before: int | None) -> None:
+        """Says that the checkpoint is whole; drops what every rank has read since it wrote its part."""
+        self._store.set(_whole(done), "")
+        if before is not None:
+            self._store.delete_key(_whole(before))
+        for iteration in range((before or 0) + 1, done + 1):
+            self._store.delete_key(_choice(iteration))
+
     def _manifest(self, done: int, files: Mapping[str, FileRecord], steps: Mapping[str, int]) -> Manifest:
         plan = self._plan
         roles = {
@@ -282,6 +317,16 @@ class Saver:
 
 def _key(done: int, rank: int) -> str:
     return f"{done}/{rank}"
+
+
+def _choice(done: int) -> str:
+    """Where the first rank at the end of an iteration says whether a checkpoint follows."""
+    return f"{done}/choice"
+
+
+def _whole(done: int) -> str:
+    """Set once the checkpoint is."""
+    return f"{done}/whole"
 
 
 def _host_buffer(like: torch.Tensor) -> torch.Tensor:

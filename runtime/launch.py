@@ -48,7 +48,7 @@ from runtime.monitor import Monitor
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
-from runtime.tracing import merge_traces, read_status
+from runtime.tracing import CHECKPOINT, merge_traces, read_status
 from runtime.worker import WorkerSpec, reporting_ranks, run_worker
 
 LOOPBACK = "127.0.0.1"
@@ -138,10 +138,20 @@ def _execute(
     trace = merge_traces(traces, out / "trace.jsonl", this_machine(options.pin))
     print(comparison_text(compare(plan, trace)))
     print(monitor.change())
+    if options.saving.every is None:
+        print(_saved(trace))
     print(
         f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"
     )
     return trace
+
+
+def _saved(trace: Trace) -> str:
+    """After how many iterations a checkpoint was written, and why not after the others."""
+    ended = {record.iteration for record in trace.records}
+    saved = {record.iteration for record in trace.records if record.kind == CHECKPOINT}
+    text = f"checkpoints: after {len(saved)} of {len(ended)} iterations"
+    return text if saved == ended else f"{text}; the others ended while one was still being written"
 
 
 def _with_iterations(plan: ExecutionPlan, iterations: int | None) -> ExecutionPlan:

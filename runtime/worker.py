@@ -128,8 +128,8 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
             channel.report(iteration, rank, sums)
         if rank == teller:
             recorder.add_lengths(iteration, data.prompt_lengths, data.key_lengths(sequences))
+        start = recorder.now()
         if saver.is_due(iteration):
-            start = recorder.now()
             saver.save(iteration)
             recorder.add(iteration, CHECKPOINT, CHECKPOINT, start, predicted_s=None)
 

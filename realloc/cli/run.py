@@ -42,9 +42,9 @@ def add(commands: Commands) -> None:
     saving.add_argument(
         "--save-every",
         type=count,
-        default=10,
         metavar="N",
-        help="write one every N iterations and after the last; 0: only after the last (default: 10)",
+        help="write one every N iterations and after the last; 0: only after the last (default: after every "
+        "iteration that does not end while one is still being written)",
     )
     saving.add_argument(
         "--keep", type=positive, default=2, metavar="K", help="keep the last K of them (default: 2)"

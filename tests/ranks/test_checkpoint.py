@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -258,12 +259,70 @@ def _save_slowly(rank: int, _: int, folder: str, text: str) -> list[float]:
     return seconds
 
 
-def _lone_saver(rank: int, out: Path, text: str, write: WriteTensors) -> Saver:
+def test_nobody_waits_for_a_disk_unless_told_to(workplace: Workplace, tmp_path: Path) -> None:
+    """By default an iteration that ends while the last checkpoint is being written goes without one."""
+    plan = make_plan(tmp_path, workplace.content, 1, {"*": ("node0", "d1t1p1")})
+    due = run_ranks(_save_when_free, 1, str(tmp_path), plan_text(plan), timeout_s=60)[0]
+    # the third comes while the second is written, the last waits for it
+    assert due == [True, True, False, True]
+    assert names(tmp_path) == ["iteration-4"]
+
+
+def _save_when_free(rank: int, _: int, folder: str, text: str) -> list[bool]:
+    """Which of four iterations are followed by a checkpoint, when the disk is stuck during the third."""
+    stuck, freed = threading.Event(), threading.Event()
+
+    def write(path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+        if path.parent.name == ".iteration-2.partial":
+            stuck.set()
+            assert freed.wait(30)
+        return write_tensors(path, tensors)
+
+    due = []
+    with _lone_saver(rank, Path(folder), text, write, every=None) as saver:
+        for iteration in range(TOTAL):
+            if iteration == 1:
+                while not names(Path(folder)):
+                    time.sleep(0.01)
+                time.sleep(0.1)  # from its renaming until it is said to be whole
+            if iteration == 3:
+                freed.set()
+            due.append(saver.is_due(iteration))
+            if due[-1]:
+                saver.save(iteration)
+            if iteration == 1:
+                assert stuck.wait(30)
+    return due
+
+
+@dataclass(frozen=True)
+class SlowDisk:
+    """Takes a while for rank 1's part: about as long as a few iterations do."""
+
+    def __call__(self, path: Path, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+        if path.name == "rank-1.safetensors":
+            time.sleep(0.5)
+        return write_tensors(path, tensors)
+
+
+def test_ranks_agree_on_what_to_save(workplace: Workplace, tmp_path: Path) -> None:
+    """On meshes that drift apart, and a disk that is slow for one of them."""
+    placements = {"*": ("node0:gpu[0]", "d1t1p1"), "critic_train": ("node0:gpu[1]", "d1t1p1")}
+    plan = make_plan(tmp_path, workplace.content, 2, placements)
+    run_part(plan, tmp_path, 0, TOTAL, save=SaveOptions(keep=TOTAL), write=SlowDisk())
+    found = names(tmp_path)
+    assert found[0] == "iteration-1"
+    assert found[-1] == f"iteration-{TOTAL}"
+    for checkpoint in list_checkpoints(checkpoints_folder(tmp_path)):
+        verify(checkpoint)
+
+
+def _lone_saver(rank: int, out: Path, text: str, write: WriteTensors, every: int | None = 1) -> Saver:
     (out / "plan.yaml").write_text(text)
     plan = read_plan(out / "plan.yaml")
     roles = load_roles(plan, make_plan_groups(plan, rank, timedelta(seconds=60)), torch.device("cpu"))
     store = dist.FileStore(str(out / "store"), 1)
-    return Saver(out, plan, roles, rank, store, SaveOptions(every=1, keep=1), write)
+    return Saver(out, plan, roles, rank, store, SaveOptions(every, keep=1), write)
 
 
 # moment -> function to die in, the last part of its path argument then, the checkpoints that are left
