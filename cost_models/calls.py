@@ -210,7 +210,7 @@ class CallPricer:
 
     def _pack(self, call: Call, sequences: int) -> tuple[Pack, int]:
         """The mean micro-batch of a rank's share, and how many there are."""
-        micro_batches = min(self._strategy.micro_batches, sequences)
+        micro_batches = min(self._strategy.micro_batches, max(1, sequences // call.together))
         size = sequences / micro_batches
         prompt, response = self._workload.prompt, self._workload.response
         length = prompt.mean + response.mean

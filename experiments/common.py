@@ -38,12 +38,14 @@ def passes(reader: Reader, mini_batches: int = 1) -> Mapping[str, int]:
     }
 
 
-def check_mini_batches(given: Mapping[str, Any], experiment: Experiment) -> None:
-    """Raises InputError when a mini-batch would be empty."""
-    if given["mini_batches"] > experiment.workload.sequences:
+def check_mini_batches(given: Mapping[str, Any], experiment: Experiment, together: int = 1) -> None:
+    """Raises InputError when a mini-batch would be empty; each `together` sequences are in one."""
+    units = experiment.workload.sequences // together
+    if given["mini_batches"] > units:
+        of = f", {together} of which stay together" if together > 1 else ""
         raise InputError(
             f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be made "
-            f"of the {experiment.workload.sequences} sequences of an iteration; lower it, or raise "
+            f"of the {experiment.workload.sequences} sequences of an iteration{of}; lower it, or raise "
             f"workload.sequences."
         )
 
@@ -55,6 +57,21 @@ def check_samples(algorithm: str, least: int, experiment: Experiment) -> None:
         raise InputError(
             f"experiment: workload.samples_per_prompt: {algorithm} compares the responses to one prompt and "
             f"needs at least {least} of them, found {found}."
+        )
+
+
+def check_pairs(algorithm: str, experiment: Experiment) -> None:
+    """Raises InputError unless the data are preferences: two sequences for each prompt."""
+    data, samples = experiment.data, experiment.workload.samples_per_prompt
+    if data is not None and len(data.responses) != 2:
+        raise InputError(
+            f"experiment: data: {algorithm} learns from preferences; name the columns of the two responses "
+            f"with the keys 'chosen' and 'rejected'."
+        )
+    if samples != 2:
+        raise InputError(
+            f"experiment: workload.samples_per_prompt: {algorithm} has two sequences for each prompt, the "
+            f"chosen and the rejected one, so it must be 2, found {samples}."
         )
 
 

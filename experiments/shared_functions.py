@@ -41,6 +41,16 @@ def group_size(batch: Batch) -> Tensor:
     return group_sums(torch.ones_like(batch.prompts, dtype=torch.float64), batch)
 
 
+def score_table(values: Tensor, batch: Batch) -> Tensor:
+    """`values` ([num_sequences]) as [num_prompts, samples_per_prompt], float64, on every rank."""
+    table = torch.zeros(
+        batch.num_prompts, batch.samples_per_prompt, dtype=torch.float64, device=values.device
+    )
+    table[batch.prompts, batch.samples] = values.double()
+    result: Tensor = batch.sum(table)
+    return result
+
+
 def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
     """Sums of packed values over each sequence; [elements], [sequences] -> [sequences]."""
     index = torch.arange(lengths.numel(), device=lengths.device)

@@ -190,7 +190,7 @@ def _degrees(
     """Every legal (dp, tp, pp) of the call on meshes of one size, with the micro-batches to try."""
     mesh, count = meshes[0], len(meshes)
     backend = experiment.training_backend if call.kind is CallKind.TRAIN_STEP else OWN
-    share = experiment.workload.sequences // call.mini_batches
+    share = experiment.workload.sequences // call.together // call.mini_batches
     found: list[tuple[Strategy, list[int]]] = []
     for tp in _divisors(mesh.size):
         for pp in _divisors(mesh.size // tp):

@@ -24,7 +24,11 @@ BUILT_IN: Mapping[str, str] = {
     "rloo": "experiments.rloo:RLOO",
     "remax": "experiments.remax:ReMax",
     "reinforce_pp": "experiments.reinforce_pp:ReinforcePP",
+    "raft": "experiments.raft:RAFT",
+    "dpo": "experiments.dpo:DPO",
+    "iterative_dpo": "experiments.iterative_dpo:IterativeDPO",
     "sft": "experiments.sft:SFT",
+    "reward": "experiments.reward:Reward",
 }
 
 _ENTRY = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*")

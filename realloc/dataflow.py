@@ -72,7 +72,8 @@ class Call:
     algorithm's functions module, or `module:function`; `runtime` loads them, nothing else does
     (contracts: `realloc.functions`). `prepared` are the keys that `prepare` adds for the loss.
     `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes. A
-    `greedy` generate call takes the most likely token, whatever the experiment's sampling.
+    `greedy` generate call takes the most likely token, whatever the experiment's sampling. The loss
+    compares each `together` neighbours (a pair, the samples of a prompt): they share a micro-batch.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Call:
     mini_batches: int = 1
     epochs: int = 1
     greedy: bool = False
+    together: int = 1
 
 
 @dataclass(frozen=True)
@@ -223,7 +225,7 @@ def _check_call(call: Call) -> None:
             raise InputError(f"dataflow graph: {call.name} is a {call.kind} and needs '{field}'.")
     if call.sequence is not None and call.sequence not in call.reads:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
-    if call.mini_batches < 1 or call.epochs < 1:
-        raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch and epoch.")
+    if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:
+        raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch, epoch and neighbour.")
     if call.kind is not CallKind.TRAIN_STEP and not call.writes:
         raise InputError(f"dataflow graph: {call.name} writes nothing.")

@@ -71,11 +71,23 @@ class Workload:
 
 @dataclass(frozen=True)
 class DataSpec:
-    """A JSONL file and its columns. Rows are shuffled by the experiment's seed."""
+    """A JSONL file and its columns. Rows are shuffled by the experiment's seed.
+
+    `chosen` and `rejected` are the two responses of a preference: two neighbouring sequences.
+    """
 
     path: str
     prompt: str = "prompt"
     response: str | None = None
+    chosen: str | None = None
+    rejected: str | None = None
+
+    @property
+    def responses(self) -> tuple[str, ...]:
+        """The columns of a row's responses, in the order of their sequences."""
+        if self.chosen is not None and self.rejected is not None:
+            return (self.chosen, self.rejected)
+        return () if self.response is None else (self.response,)
 
 
 @dataclass(frozen=True)
@@ -267,8 +279,15 @@ def _parse_data(reader: Reader, folder: Path) -> DataSpec:
         path=str(path),
         prompt=reader.get("prompt", str, "prompt"),
         response=reader.get("response", str, None),
+        chosen=reader.get("chosen", str, None),
+        rejected=reader.get("rejected", str, None),
     )
     reader.done()
+    if (data.chosen is None) != (data.rejected is None):
+        missing = "rejected" if data.rejected is None else "chosen"
+        raise InputError(f"{reader.where}: a preference has two responses; name the column '{missing}' too.")
+    if data.chosen is not None and data.response is not None:
+        raise InputError(f"{reader.where}: give response, or chosen and rejected, not both.")
     return data
 
 

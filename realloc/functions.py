@@ -55,8 +55,16 @@ class Batch(Protocol):
         """int64 tensor [num_sequences]: which of the iteration's prompts each sequence continues."""
 
     @property
+    def samples(self) -> Any:
+        """int64 tensor [num_sequences]: which of its prompt's samples (or of its pair) each sequence is."""
+
+    @property
     def num_prompts(self) -> int:
-        """Distinct prompts of the iteration; `workload.samples_per_prompt` sequences continue each."""
+        """Distinct prompts of the iteration."""
+
+    @property
+    def samples_per_prompt(self) -> int:
+        """How many neighbouring sequences continue one prompt."""
 
     @property
     def max_response_tokens(self) -> int:

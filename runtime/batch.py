@@ -28,9 +28,18 @@ class PackedBatch:
         return len(self.positions)
 
     @property
+    def samples_per_prompt(self) -> int:
+        return self.data.samples_per_prompt
+
+    @property
     def prompts(self) -> torch.Tensor:
         each = self.data.samples_per_prompt
         return torch.tensor([p // each for p in self.positions], dtype=torch.int64, device=self.device)
+
+    @property
+    def samples(self) -> torch.Tensor:
+        each = self.data.samples_per_prompt
+        return torch.tensor([p % each for p in self.positions], dtype=torch.int64, device=self.device)
 
     @property
     def num_prompts(self) -> int:

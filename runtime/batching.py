@@ -50,17 +50,29 @@ def balanced_split(lengths: Sequence[int], parts: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def assign(lengths: Sequence[int], mini_batches: int, dp: int, together: int = 1) -> Assignment:
+def assign(
+    lengths: Sequence[int], mini_batches: int, dp: int, together: int = 1, *, always: bool = False
+) -> Assignment:
     """Mini-batches by position, each split over `dp` ranks by length.
 
-    Each `together` neighbours stay on one rank where that leaves the ranks about as balanced.
+    Each `together` neighbours stay in one mini-batch and on one rank: `always`, or where that leaves
+    the ranks about as balanced.
     """
+    unit = together if always else 1
     shares = []
     for part in range(mini_batches):
-        first, stop = split_range(len(lengths), mini_batches, part)
-        split = split_together(lengths[first:stop], dp, together)
+        first, stop = (unit * end for end in split_range(len(lengths) // unit, mini_batches, part))
+        mine = lengths[first:stop]
+        split = split_units(mine, dp, unit) if always else split_together(mine, dp, together)
         shares.append(tuple(tuple(first + i for i in group) for group in split))
     return Assignment(tuple(shares))
+
+
+def split_units(lengths: Sequence[int], parts: int, unit: int) -> list[list[int]]:
+    """`balanced_split` of each `unit` neighbours as one."""
+    firsts = range(0, len(lengths), unit)
+    groups = balanced_split([sum(lengths[i : i + unit]) for i in firsts], parts)
+    return [[i * unit + j for i in group for j in range(unit)] for group in groups]
 
 
 def split_together(lengths: Sequence[int], parts: int, together: int) -> list[list[int]]:
@@ -72,9 +84,7 @@ def split_together(lengths: Sequence[int], parts: int, together: int) -> list[li
     free = balanced_split(lengths, parts)
     if together == 1 or len(lengths) % together:
         return free
-    firsts = range(0, len(lengths), together)
-    units = balanced_split([sum(lengths[i : i + together]) for i in firsts], parts)
-    bound = [[i * together + j for i in group for j in range(together)] for group in units]
+    bound = split_units(lengths, parts, together)
 
     def most(split: list[list[int]]) -> tuple[int, int]:
         return max(sum(lengths[i] for i in group) for group in split), max(map(len, split))
@@ -83,14 +93,20 @@ def split_together(lengths: Sequence[int], parts: int, together: int) -> list[li
     return bound if fits else free
 
 
-def micro_batches(positions: Sequence[int], lengths: Sequence[int], count: int) -> list[tuple[int, ...]]:
-    """`positions` in at most `count` non-empty groups, balanced by `lengths[position]`."""
+def micro_batches(
+    positions: Sequence[int], lengths: Sequence[int], count: int, together: int = 1
+) -> list[tuple[int, ...]]:
+    """`positions` in at most `count` non-empty groups, balanced by `lengths[position]`.
+
+    Each `together` neighbours among them stay in one group.
+    """
     if not positions:
         return []
-    groups = balanced_split([lengths[p] for p in positions], min(count, len(positions)))
+    parts = min(count, len(positions) // together)
+    groups = split_units([lengths[p] for p in positions], parts, together)
     return [tuple(positions[i] for i in group) for group in groups]
 
 
-def num_passes(shares: Sequence[Sequence[int]], count: int) -> int:
+def num_passes(shares: Sequence[Sequence[int]], count: int, together: int = 1) -> int:
     """The largest number of micro-batches that any of the shares is split into."""
-    return max(min(count, len(share)) for share in shares)
+    return max(min(count, len(share) // together) for share in shares)

@@ -192,7 +192,7 @@ class CallExecutor:
             self.trainer.zero_gradients()
         batches = self._micro_batches(data, shares[self.context.at.dp])
         if self.trainer.equal_passes:
-            passes = num_passes(shares, self.context.strategy.micro_batches)
+            passes = num_passes(shares, self.context.strategy.micro_batches, self.call.together)
             batches += [self._empty_pass()] * (passes - len(batches))
         self.trainer.run(batches, loss)
         with self.watch.timed("optimizer"):
@@ -281,7 +281,8 @@ class CallExecutor:
         key, context = self._sequence, self.context
         lengths = data.key_lengths(key)
         result = []
-        for positions in micro_batches(share, lengths, context.strategy.micro_batches):
+        count, together = context.strategy.micro_batches, self.call.together
+        for positions in micro_batches(share, lengths, count, together):
             packed = PackedSequences(tuple(lengths[p] for p in positions), context.device)
             ends = context.is_first or context.is_last
             tokens = data.packed(key, positions).to(context.device) if ends else None

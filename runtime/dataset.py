@@ -24,11 +24,14 @@ from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 @dataclass(frozen=True)
 class Example:
-    """A row of the file that is used. `response` ends with EOS unless it was cut; None without responses."""
+    """A row of the file that is used, and its responses; each ends with EOS unless it was cut.
+
+    None without responses in the data, two (chosen, rejected) with preferences, else one.
+    """
 
     row: Mapping[str, Any]
     prompt: tuple[int, ...]
-    response: tuple[int, ...] | None
+    responses: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,11 @@ class Dataset:
         first = iteration * self.sequences
         ids = tuple(range(first, first + self.sequences))
         examples = [self._example(index // self.samples_per_prompt) for index in ids]
-        responses = tuple(e.response for e in examples if e.response is not None)
+        responses = tuple(
+            e.responses[index % len(e.responses)]
+            for index, e in zip(ids, examples, strict=True)
+            if e.responses
+        )
         return DataBatch(
             ids=ids,
             prompts=tuple(e.prompt for e in examples),
@@ -177,15 +184,16 @@ def read_dataset(
             f"{path}: all {len(rows)} prompts are longer than workload.prompt_tokens, {max_prompt}: they "
             f"have {min(map(len, encoded))} to {max(map(len, encoded))} tokens; raise it or shorten them."
         )
-    responses: Sequence[tuple[int, ...] | None] = [None] * len(kept)
+    columns: list[list[tuple[int, ...]]] = []
     truncated = 0
-    if data.response is not None:
-        texts = [_text(path, *rows[i], data.response, may_be_empty=True) for i in kept]
+    for column in data.responses:
+        texts = [_text(path, *rows[i], column, may_be_empty=True) for i in kept]
         whole = _responses(tokenizer, [prompts[i] for i in kept], [encoded[i] for i in kept], texts)
-        truncated = sum(len(ids) > max_response for ids in whole)
-        responses = [tuple(ids[:max_response]) for ids in whole]
+        truncated += sum(len(ids) > max_response for ids in whole)
+        columns.append([tuple(ids[:max_response]) for ids in whole])
     examples = (
-        Example(rows[i][1], tuple(encoded[i]), response) for i, response in zip(kept, responses, strict=True)
+        Example(rows[i][1], tuple(encoded[i]), tuple(column[at] for column in columns))
+        for at, i in enumerate(kept)
     )
     dropped = len(rows) - len(kept)
     return Dataset(tuple(examples), tokenizer, sequences, seed, dropped, truncated, samples_per_prompt)
@@ -253,7 +261,12 @@ def _text(path: Path, line: int, row: Mapping[str, Any], column: str, *, may_be_
 
 
 def _check_vocabularies(experiment: Experiment, dataset: Dataset, folder: str) -> None:
-    largest = max((*dataset.eos_ids, *(max((*e.prompt, *(e.response or ()))) for e in dataset.examples)))
+    largest = max(
+        (
+            *dataset.eos_ids,
+            *(max((*e.prompt, *(t for r in e.responses for t in r))) for e in dataset.examples),
+        )
+    )
     for spec in experiment.models.values():
         if largest >= spec.shape.vocab:
             raise InputError(

@@ -40,9 +40,11 @@ def sequence_key(call: Call) -> str:
 
 def assignment_of(call: Call, placement: Placement, data: IterationData) -> Assignment:
     """How the call splits the batch over its data-parallel ranks."""
-    # only generation gains from having the samples of a prompt on one rank: it computes the prompt once
-    together = data.samples_per_prompt if call.kind is CallKind.GENERATE else 1
-    return assign(data.key_lengths(sequence_key(call)), call.mini_batches, placement.strategy.dp, together)
+    lengths, dp = data.key_lengths(sequence_key(call)), placement.strategy.dp
+    if call.kind is CallKind.GENERATE:
+        # it gains from having the samples of a prompt on one rank: it computes the prompt once
+        return assign(lengths, call.mini_batches, dp, data.samples_per_prompt)
+    return assign(lengths, call.mini_batches, dp, call.together, always=True)
 
 
 def stages_reading(call: Call, key: str, pp: int) -> tuple[int, ...]:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from experiments import toy
 from tests.ranks.engine import assert_same, make_plan, ppo_content, run, write_models
+from tests.tiny import write_tiny_llama
 
 ALONE: Mapping[str, tuple[str, str]] = {"*": ("node0", "d1t1p1")}
-SHAPE = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48}
+OPTIMIZER = {"learning_rate": 2e-3, "eps": 1e-5}
+SHAPE: Mapping[str, Any] = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48}
 # groups of samples split over replicas, meshes that differ, pipelines
 PLANS: Mapping[str, tuple[int, Mapping[str, tuple[str, str]]]] = {
     "replicas": (3, {"*": ("node0", "d3t1p1m2")}),
@@ -33,22 +38,46 @@ ALGORITHMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "rloo": (("actor", "ref", "reward"), {"mini_batches": 2}),
     "remax": (("actor", "ref", "reward"), {"mini_batches": 2}),
     "reinforce_pp": (("actor", "ref", "reward"), {"epochs": 2, "group_baseline": True}),
+    "raft": (("actor", "reward"), {"keep": 2}),
+    "iterative_dpo": (("actor", "ref", "reward"), {}),
+    "dpo": (("actor", "ref"), {"mini_batches": 2, "epochs": 2}),
+    "reward": (("reward",), {"mini_batches": 2, "centre_coef": 0.1}),
 }
 
 
 def content(folder: Path, algorithm: str) -> dict[str, Any]:
     roles, hyperparameters = ALGORITHMS[algorithm]
-    models = write_models(folder, **SHAPE)
+    models = dict(write_models(folder, **SHAPE))
+    if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
+        write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
+        toy.write_tokenizer(folder / "ref")
     result = ppo_content(folder, {role: models[role] for role in roles})
     result["workload"]["samples_per_prompt"] = 4
+    if algorithm in ("dpo", "reward"):
+        result["workload"]["samples_per_prompt"] = 2
+        result["data"] = write_pairs(folder)
+        result["models"] = {role: {"path": models[role], "optimizer": OPTIMIZER} for role in roles}
     return result | {"algorithm": algorithm.split(maxsplit=1)[0], "hyperparameters": dict(hyperparameters)}
+
+
+def write_pairs(folder: Path) -> Mapping[str, str]:
+    """Preferences made of the toy stories: each one against the next one's."""
+    rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
+    pairs = (
+        {"prompt": row["prompt"], "chosen": row["story"], "rejected": other["story"]}
+        for row, other in pairwise(rows)
+    )
+    path = folder / "pairs.jsonl"
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    return {"path": str(path), "prompt": "prompt", "chosen": "chosen", "rejected": "rejected"}
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
 def test_plans_change_nothing(tmp_path: Path, algorithm: str) -> None:
     experiment = content(tmp_path, algorithm)
     expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
-    losses = [metrics["actor_train/loss"] for metrics in expected.metrics]
+    trained = "reward_train" if algorithm == "reward" else "actor_train"
+    losses = [metrics[f"{trained}/loss"] for metrics in expected.metrics]
     assert len(set(losses)) == len(losses), "every iteration has a loss of its own"
     for name, (gpus, placements) in PLANS.items():
         plan = make_plan(tmp_path, experiment, gpus, placements)

@@ -44,11 +44,16 @@ class FakeBatch:
     ranks: Ranks | None = None
     num_sums: int = 0
     num_prompts: int = 0
+    samples_per_prompt: int = 0
     max_response_tokens: int = 0
 
     @property
     def num_sequences(self) -> int:
         return len(self.sequences)
+
+    @property
+    def samples(self) -> torch.Tensor:
+        return torch.tensor([s["sample"] for s in self.sequences], dtype=torch.int64)
 
     @property
     def prompts(self) -> torch.Tensor:

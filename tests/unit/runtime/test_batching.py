@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from runtime.batching import assign, balanced_split, split_together
+from runtime.batching import assign, balanced_split, micro_batches, num_passes, split_together
 
 
 @pytest.mark.parametrize("parts", [1, 2, 4])
@@ -33,3 +33,16 @@ def test_other_calls_split_freely() -> None:
     lengths = [5, 9, 5, 9, 7, 7, 3, 3]
     assert assign(lengths, 2, 2) == assign(lengths, 2, 2, 1)
     assert assign([4] * 8, 1, 2, 4).shares == (((0, 1, 2, 3), (4, 5, 6, 7)),)
+
+
+@pytest.mark.parametrize(("mini_batches", "dp", "count"), [(1, 1, 1), (1, 3, 2), (3, 2, 5), (2, 4, 1)])
+def test_pairs_are_never_parted(mini_batches: int, dp: int, count: int) -> None:
+    lengths = [9, 1, 5, 5, 30, 2, 7, 7, 1, 1, 4, 8, 6, 3]
+    assignment = assign(lengths, mini_batches, dp, 2, always=True)
+    assert sorted(p for dp_rank in range(dp) for p in assignment.of(dp_rank)) == list(range(len(lengths)))
+    for shares in assignment.shares:
+        for share in shares:
+            groups = micro_batches(share, lengths, count, 2)
+            assert len(groups) == min(count, len(share) // 2) <= num_passes(shares, count, 2)
+            for group in groups:
+                assert all(b == a + 1 and a % 2 == 0 for a, b in zip(group[::2], group[1::2], strict=True))

@@ -297,3 +297,22 @@ def test_bad_tokenizer_folders_are_named(tmp_path: Path, model: Path) -> None:
     (folder / "tokenizer_config.json").unlink()
     with pytest.raises(InputError, match=r"has no tokenizer\.json"):
         read_tokenizer(folder)
+
+
+# preferences --------------------------------------------------------------------------------------
+
+
+def test_a_preference_is_two_neighbouring_sequences(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    words = [w for w in toy.vocabulary() if w not in toy.SPECIAL_TOKENS]
+    rows = [
+        {"prompt": f"the {words[i]} .", "chosen": f" {words[i + 1]} .", "rejected": f" {words[i + 2]} ."}
+        for i in range(5)
+    ]
+    data = DataSpec(str(write(tmp_path / "x.jsonl", rows)), "prompt", None, "chosen", "rejected")
+    settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 0, "samples_per_prompt": 2}
+    batch = read_dataset(data, tokenizer, **settings).batch(1)
+    assert batch.responses is not None
+    for position, row in enumerate(batch.rows):
+        column = ("chosen", "rejected")[position % 2]
+        assert tokenizer.decode(batch.responses[position]).split() == row[column].split()
+    assert batch.rows[0] == batch.rows[1] != batch.rows[2]
