@@ -242,3 +242,18 @@ def compute_costs(profile: HardwareProfile, shape: ModelShape, dtype: str, tp: i
     if MeasuredCosts.suits(profile, shape, dtype, tp):
         return MeasuredCosts(profile, shape, dtype, tp)
     return ComputeCosts(profile, shape, dtype, tp)
+
+
+def describe_sources(costs: ComputeCosts) -> str:
+    """What stands behind the numbers that these costs were asked for, in words."""
+    if not isinstance(costs, MeasuredCosts):
+        return f"analytic: no tables of '{layer_signature(costs.shape, costs.tp)}' in the profile"
+    texts = {
+        source: [
+            f"{quantity} ({detail})" if detail else quantity
+            for quantity, (found, detail) in sorted(costs.sources.items())
+            if found is source
+        ]
+        for source in Source
+    }
+    return "; ".join(f"{source.name.lower()}: {', '.join(names)}" for source, names in texts.items() if names)

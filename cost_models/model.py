@@ -175,6 +175,8 @@ class CostModel:
             workload = self.experiment.workload
             pricer = CallPricer(self.profile, costs, mesh, strategy, workload, self._communications[form])
             terms = pricer.terms(call)
+            if self.profile.calibration is not None:
+                terms = self.profile.calibration.terms(call.kind, terms)
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]
 

@@ -8,7 +8,7 @@ from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.candidates import Limits, build_candidates
 from planner.costs import Costs
-from planner.predict import call_terms
+from planner.predict import call_sources, call_terms
 from planner.problem import Problem
 from planner.result import SearchResult
 from planner.search import methods
@@ -48,7 +48,7 @@ def _with_terms(result: SearchResult) -> SearchResult:
     plan = result.plan
     assert plan.predictions is not None
     costs = CostModel(plan.experiment, plan.graph, plan.cluster, load_profile(plan.cluster.device))
-    predictions = replace(plan.predictions, terms=call_terms(plan, costs))
+    predictions = replace(plan.predictions, terms=call_terms(plan, costs), sources=call_sources(plan, costs))
     return replace(result, plan=replace(plan, predictions=predictions))
 
 

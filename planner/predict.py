@@ -30,6 +30,7 @@ def predict(plan: ExecutionPlan, device: str | None = None) -> ExecutionPlan:
         peak_bytes={cause: size for cause, size in assessment.memory.by_cause.items() if size},
         costs=assessment.costs.provenance,
         terms=call_terms(plan, assessment.costs),
+        sources=call_sources(plan, assessment.costs),
     )
     return replace(plan, cluster=assessment.plan.cluster, predictions=predictions)
 
@@ -40,3 +41,18 @@ def call_terms(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, Mapping[st
         call.name: {t: s for t, s in costs.call_terms(call, plan.placements[call.name]).items() if s > 0}
         for call in plan.graph.calls
     }
+
+
+def call_sources(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, str]:
+    """Call -> what stands behind its compute seconds."""
+    return {call.name: costs.call_sources(call, plan.placements[call.name]) for call in plan.graph.calls}
+
+
+def beyond_measured(sources: Mapping[str, str]) -> str:
+    """The calls whose seconds do not all lie within what was measured, for people; empty if all do."""
+    lines: dict[str, list[str]] = {}
+    for name, text in sources.items():
+        parts = [part for part in text.split("; ") if not part.startswith("measured: ")]
+        if parts:
+            lines.setdefault("; ".join(parts), []).append(name)
+    return "\n".join(f"  {', '.join(names)}: {text}" for text, names in lines.items())

@@ -12,6 +12,7 @@ from typing import Any
 
 from planner.infeasible import describe_bytes
 from planner.options import gib
+from planner.predict import beyond_measured
 from planner.result import Alternative, SearchResult
 from realloc.augmented import NodeKind, Placement, copied_causes
 from realloc.strategy import strategy_content
@@ -24,6 +25,7 @@ def report_text(result: SearchResult) -> str:
     sections = [
         _headline(result),
         _calls(result),
+        _sources(result),
         _moves(result),
         _memory(result),
         _pace(result),
@@ -49,6 +51,16 @@ def _headline(result: SearchResult) -> str:
         f"{result.iteration_s:.4g} s per iteration, {predictions.tokens_per_s:,.0f} tokens/s "
         f"(costs: {predictions.costs}).\n{bound}"
     )
+
+
+def _sources(result: SearchResult) -> str:
+    """Which seconds do not rest on measurements of the model at hand."""
+    predictions = result.plan.predictions
+    assert predictions is not None
+    if predictions.costs.startswith("analytic"):
+        return ""
+    text = beyond_measured(predictions.sources)
+    return f"Beyond what was measured (realloc profile --experiment):\n{text}" if text else ""
 
 
 def _calls(result: SearchResult) -> str:

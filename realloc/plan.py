@@ -26,7 +26,8 @@ class Predictions:
 
     `node_s`: seconds of every node of the augmented graph; `terms`: of every call by cause, which
     sum to the call's. `peak_bytes`: of the GPU that needs most, by cause. `costs`: where the costs
-    came from ('measured' or 'analytic', with the profile's name).
+    came from ('measured' or 'analytic', with the profile's name); `sources`: what stands behind the
+    compute seconds of each call.
     """
 
     iteration_s: float
@@ -36,6 +37,7 @@ class Predictions:
     costs: str = ""
     lower_bound_s: float | None = None
     terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    sources: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ def read_plan(path: str | Path) -> ExecutionPlan:
 def _parse_predictions(reader: Reader) -> Predictions:
     node_s = reader.child("node_s")
     peak = reader.child("peak_bytes")
+    sources = reader.optional_child("sources")
     predictions = Predictions(
         iteration_s=reader.number("iteration_s", minimum=0.0),
         tokens_per_s=reader.number("tokens_per_s", minimum=0.0),
@@ -146,6 +149,7 @@ def _parse_predictions(reader: Reader) -> Predictions:
         costs=reader.get("costs", str, ""),
         lower_bound_s=reader.number("lower_bound_s", None, minimum=0.0),
         terms=_parse_terms(reader.optional_child("terms")),
+        sources={} if sources is None else {name: sources.get(name, str) for name in sources.keys()},
     )
     reader.done()
     return predictions
@@ -188,6 +192,8 @@ def plan_text(plan: ExecutionPlan) -> str:
                 name: {term: _rounded(seconds) for term, seconds in terms.items() if seconds}
                 for name, terms in p.terms.items()
             }
+        if p.sources:
+            predictions["sources"] = dict(p.sources)
         content["predictions"] = predictions
     return dump_yaml("plan", content)
 
