@@ -101,7 +101,8 @@ class CostModel:
                 for key in keys
             )
             sequences = self.experiment.workload.sequences
-            self._moves[cache_key] = transfer_s(self.profile, sequences, per_sequence, src, dst)
+            seconds = transfer_s(self.profile, sequences, per_sequence, src, dst)
+            self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
 
     def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
@@ -111,11 +112,21 @@ class CostModel:
             near_src, near_dst = _moved_to_front(src, dst)
             alike = (self._shapes[role], near_src.layout_key, near_dst.layout_key)
             if alike not in self._moves:
-                self._moves[alike] = reallocate_s(
+                seconds = reallocate_s(
                     self.profile, self._shapes[role], self._element_bytes, near_src, near_dst
                 )
+                self._moves[alike] = seconds * self._factor(NodeKind.REALLOCATE)
             self._moves[key] = self._moves[alike]
         return self._moves[key]
+
+    @property
+    def shares_cores(self) -> bool:
+        """Whether ranks of one host slow each other down."""
+        return self.profile.slowdown(self.cluster.gpus_per_node) > 1.0
+
+    def slowdown_beside(self, own: int, busy: float) -> float:
+        """How much longer a call with `own` ranks on a host takes while `busy` ranks compute there."""
+        return max(1.0, self.profile.slowdown(busy) / self.profile.slowdown(own))
 
     @property
     def overlaps_host_copies(self) -> bool:
@@ -127,7 +138,11 @@ class CostModel:
         memory, mesh = self.call_memory(call, placement), placement.mesh
         size = sum(int(getattr(memory, cause)) for cause in causes)
         shared = self.profile.slowdown(min(mesh.size, mesh.gpus_per_node))
-        return size / self.profile.host_bytes_per_s * shared
+        return size / self.profile.host_bytes_per_s * shared * self._factor(NodeKind.LOAD)
+
+    def _factor(self, kind: NodeKind) -> float:
+        """What a calibrated profile has found of what lies between calls."""
+        return 1.0 if self.profile.calibration is None else self.profile.calibration.of_node(kind)
 
     def node_s(self, node: Node, placements: Mapping[str, Placement]) -> float:
         """Seconds of one node of an augmented graph under the placements that imply it."""

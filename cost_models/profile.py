@@ -13,6 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from cost_models.calibration import Calibration, calibration_content, read_calibration
 from cost_models.curve import Curve, curve_content, read_curve
 from cost_models.fabrics import fabric
 from cost_models.link import Link, link_content, read_link
@@ -62,7 +63,8 @@ class HardwareProfile:
     Python reward function on one sequence. `concurrency`: slowdown over the number of ranks of
     one node that compute at once (hosts with fewer cores than ranks); 1 when absent.
     `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
-    runtime's own code took, of the models that were measured.
+    runtime's own code took, of the models that were measured. `calibration`: factors on all that follows
+    from the rest, found by `realloc calibrate`.
     """
 
     name: str
@@ -81,6 +83,7 @@ class HardwareProfile:
     concurrency: Curve | None = None
     overlaps_host_copies: bool = False
     tables: tuple[Table, ...] = ()
+    calibration: Calibration | None = None
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -104,7 +107,7 @@ class HardwareProfile:
             f"experiment's dtype or measure it with `realloc profile`."
         )
 
-    def slowdown(self, ranks: int) -> float:
+    def slowdown(self, ranks: float) -> float:
         """How many times longer a rank computes when `ranks` ranks of its node compute at once."""
         if self.concurrency is None or ranks <= 1:
             return 1.0
@@ -115,9 +118,10 @@ class HardwareProfile:
 
     def __str__(self) -> str:
         name = Path(self.name).name
+        calibrated = ", calibrated" if self.calibration is not None else ""
         if self.provenance.source == "measured":
-            return f"measured ({name}, {self.provenance.date})"
-        return f"analytic ({name})"
+            return f"measured ({name}, {self.provenance.date}{calibrated})"
+        return f"analytic ({name}{calibrated})"
 
 
 def built_in_profiles() -> tuple[str, ...]:
@@ -169,6 +173,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         concurrency=None if concurrency is None else read_curve(reader, "concurrency"),
         overlaps_host_copies=reader.get("overlaps_host_copies", bool, False),
         tables=read_tables(reader.raw("tables", []), reader.at("tables")),
+        calibration=read_calibration(reader.optional_child("calibration")),
     )
     reader.done()
     return profile
@@ -209,6 +214,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         content["concurrency"] = curve_content(profile.concurrency)
     if profile.tables:
         content["tables"] = tables_content(profile.tables)
+    if profile.calibration is not None:
+        content["calibration"] = calibration_content(profile.calibration)
     return content
 
 

@@ -23,16 +23,19 @@ def assess(plan: ExecutionPlan, device: str | None = None) -> Assessment:
 def predict(plan: ExecutionPlan, device: str | None = None) -> ExecutionPlan:
     """The plan with new predictions. Raises InputError for an unknown device."""
     assessment = assess(plan, device)
-    predictions = Predictions(
+    return replace(plan, cluster=assessment.plan.cluster, predictions=predictions_of(plan, assessment))
+
+
+def predictions_of(plan: ExecutionPlan, assessment: Assessment) -> Predictions:
+    """An assessment of the plan as what a plan's file keeps of it."""
+    return Predictions(
         iteration_s=assessment.iteration_s,
         tokens_per_s=assessment.tokens_per_s,
         node_s=assessment.node_s,
         peak_bytes={cause: size for cause, size in assessment.memory.by_cause.items() if size},
         costs=assessment.costs.provenance,
         terms=call_terms(plan, assessment.costs),
-        sources=call_sources(plan, assessment.costs),
     )
-    return replace(plan, cluster=assessment.plan.cluster, predictions=predictions)
 
 
 def call_terms(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, Mapping[str, float]]:

@@ -68,12 +68,17 @@ class Comparison:
     costs: str
 
 
+def timed_as(term: str) -> str:
+    """The term as which a run times a predicted (or recorded) one."""
+    name = _TIMED_AS.get(term, term)
+    return name if name in TIMED else COMPUTE
+
+
 def timed_terms(terms: Mapping[str, float]) -> dict[str, float]:
     """Predicted (or recorded) terms of a call, summed as a run can tell them apart."""
     result: dict[str, float] = {}
     for name, seconds in terms.items():
-        key = _TIMED_AS.get(name, name)
-        key = key if key in TIMED else COMPUTE
+        key = timed_as(name)
         result[key] = result.get(key, 0.0) + seconds
     return result
 
