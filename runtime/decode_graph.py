@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.attention import DecodeStep, KVCache
+from runtime.kv_cache import DecodeStep, KVCache
 from runtime.rollout_decoder import RolloutDecoder
 
 CONTEXT_STEP = 128
@@ -62,8 +62,8 @@ class DecodeGraphs:
 
     def _capture(self, rows: int, context: int) -> _Graph:
         def run() -> torch.Tensor:
-            step = DecodeStep(self._positions[:rows], context)
-            return self._decoder.decode(self._inputs[:rows], step, self._cache)
+            step = DecodeStep(self._cache, self._positions[:rows], context)
+            return self._decoder.decode(self._inputs[:rows], step)
 
         # libraries set themselves up in a first run, which must not be on the capturing stream
         stream = torch.cuda.Stream()

@@ -6,7 +6,8 @@ happens in a step is the lanes' affair (`runtime.lane`); the model is known thro
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -74,25 +75,51 @@ def generate(
     parts = None if prompts is None else prompts.split(list(prompt_lengths))
     responses = Responses(num, max_new_tokens, context.device)
     if num:
-        groups = min(micro_batches, num)
-        slots = -(-num // groups)
-        steps = max_new_tokens * (num // slots)
         rules = _rules(sampling, limits or [max_new_tokens] * num, eos_ids, tokenizer, context.device)
         draws = None
         if context.is_last and sampling.temperature != 0.0:
             draws = _draws(sequence_ids, prompt_lengths, max_new_tokens, seed, iteration, context.device)
-        ready = RolloutDecoder(decoder, steps)
         waiting = Waiting(range(num) if prompt_keys is None else prompt_keys)
         kept = Prompts(tuple(prompt_lengths), parts, draws)
-        lanes = [
-            Lane(ready, links, kept, waiting, responses, rules, slots)
-            for _ in range(min(context.strategy.pp, groups))
-        ]
-        _run(lanes)
+        with torch.inference_mode(), _flushed_denormals():
+            _respond(decoder, links, kept, waiting, responses, rules, min(micro_batches, num))
     links.finish()
     tokens = None if parts is None else responses.with_prompts(parts)
     logprobs = responses.packed_logprobs() if context.is_last else None
     return Generated(tuple(responses.lengths.tolist()), tokens, logprobs)
+
+
+def _respond(
+    decoder: Decoder,
+    links: Links,
+    prompts: Prompts,
+    waiting: Waiting,
+    responses: Responses,
+    rules: Rules,
+    groups: int,
+) -> None:
+    """Fills in the responses, one part of `groups` of the sequences in each lane at a time."""
+    num = len(prompts.lengths)
+    slots = -(-num // groups)
+    # the last sampled token is never an input, so it needs no place in the cache
+    longest = max(prompts.lengths) + int(rules.limits.max()) - 1
+    ready = RolloutDecoder(decoder, steps=responses.longest * (num // slots), longest=longest)
+    lanes = [
+        Lane(ready, links, prompts, waiting, responses, rules, slots)
+        for _ in range(min(decoder.context.strategy.pp, groups))
+    ]
+    _run(lanes)
+
+
+@contextmanager
+def _flushed_denormals() -> Iterator[None]:
+    """Numbers below 1e-38 are 0 meanwhile: a softmax makes many, and they slow CPUs down several times."""
+    before = not torch.full((1,), 1e-40).mul_(1.0).any()
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(before)
 
 
 def _run(lanes: Sequence[Lane]) -> None:
@@ -138,9 +165,8 @@ def _draws(
     iteration: int,
     device: torch.device,
 ) -> torch.Tensor:
-    """The random number of each token: float64 [sequences, longest], by id and place in the sequence."""
+    """The random number of each token: float64 [sequences * longest], by id and place in the sequence."""
     ids = torch.tensor(list(sequence_ids), dtype=torch.int64, device=device)
     starts = torch.tensor(list(prompt_lengths), dtype=torch.int64, device=device)
     positions = starts[:, None] + torch.arange(longest, device=device)
-    numbers = uniforms(seed, iteration, ids[:, None].expand_as(positions).reshape(-1), positions.reshape(-1))
-    return numbers.view(positions.shape)
+    return uniforms(seed, iteration, ids[:, None].expand_as(positions).reshape(-1), positions.reshape(-1))

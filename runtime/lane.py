@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
-from runtime.attention import DecodeStep, KVCache, PackedSequences
+from runtime.attention import PackedSequences
 from runtime.decode_graph import DecodeGraphs
 from runtime.filtering import Filter
+from runtime.kv_cache import DecodeStep, KVCache
 from runtime.rollout_decoder import Prefill, RolloutDecoder
 from runtime.sampling import choose
 from runtime.stage_links import Links
@@ -42,7 +43,7 @@ class Rules:
 class Prompts:
     """The prompts of a call and the random numbers that continue them.
 
-    `tokens` by row, known on the first and the last stage only. `draws` float64 [rows, longest
+    `tokens` by row, known on the first and the last stage only. `draws` float64 [rows * longest
     response]: one number for each token that may be generated; None where nothing is drawn.
     """
 
@@ -55,7 +56,8 @@ class Lane:
     """Slots of one cache. Slots 0..n-1 are live; slot s holds the sequence `rows[s]`.
 
     `positions[s]` is where its next input token stands, `counts[s]` how many it has generated,
-    `last_tokens[s]` its latest token.
+    `places[s]` where its next token goes among the responses, `last_tokens[s]` its latest token.
+    What is the same for many steps, or follows without asking the device, is kept in Python.
     """
 
     def __init__(
@@ -72,17 +74,24 @@ class Lane:
         self._prompts, self._waiting, self._responses = prompts, waiting, responses
         self._slots = slots
         device = decoder.context.device
-        # the last sampled token is never an input, so it needs no place
-        size = max(prompts.lengths) + int(rules.limits.max()) - 1
-        self._cache: KVCache = decoder.new_cache(slots, size)
+        self._cache: KVCache = decoder.new_cache(slots)
         self._graphs = DecodeGraphs(decoder, self._cache) if DecodeGraphs.suit(decoder) else None
-        self.rows = torch.empty(0, dtype=torch.int64, device=device)
-        self.positions, self.counts, self.last_tokens = self.rows, self.rows, self.rows
         self._awaits_tokens = False
+        self.last_tokens = torch.empty(0, dtype=torch.int64, device=device)
+        self._occupy(self.last_tokens, torch.empty(3, 0, dtype=torch.int64, device=device))
 
     @property
     def is_done(self) -> bool:
         return not self.rows.shape[0] and not len(self._waiting)
+
+    def _occupy(self, rows: torch.Tensor, state: torch.Tensor) -> None:
+        """Who is where from now on. `state` int64 [3, n]: positions, counts and places."""
+        self.rows, self._state = rows, state
+        self.positions, self.counts, self.places = state.unbind()
+        if rows.shape[0]:
+            lowest, highest = self.positions.aminmax()
+            self._context, self._is_even = int(highest) + 1, bool(lowest == highest)
+            self._steps_to_limit = int((self._rules.limits[rows] - self.counts).min())
 
     def step(self) -> None:
         """Lets waiting sequences in and takes all live ones one token further through this stage."""
@@ -115,16 +124,15 @@ class Lane:
     def _decode_step(self) -> DecodeStep | None:
         if not self.positions.shape[0]:
             return None
-        return DecodeStep(self.positions, int(self.positions.max()) + 1)
+        return DecodeStep(self._cache, self.positions, self._context, self._is_even)
 
     def _enter(self, admission: Admission, live: int) -> Prefill | None:
         """Takes slots for these sequences; returns the prompts that have to be computed."""
         lengths, device = self._prompts.lengths, self.rows.device
         rows = torch.tensor(admission.rows, dtype=torch.int64, device=device)
         starts = torch.tensor([lengths[row] - 1 for row in admission.rows], device=device)
-        self.rows = torch.cat([self.rows, rows])
-        self.positions = torch.cat([self.positions, starts])
-        self.counts = torch.cat([self.counts, torch.zeros_like(rows)])
+        new = torch.stack([starts, torch.zeros_like(rows), rows * self._responses.longest])
+        self._occupy(torch.cat([self.rows, rows]), torch.cat([self._state, new], dim=1))
         if not admission.prompts:
             return None
         packed = PackedSequences(tuple(lengths[row] for row in admission.prompts), device)
@@ -189,7 +197,7 @@ class Lane:
 
     def _sample(self, hidden: torch.Tensor) -> None:
         decoder, rules = self._decoder, self._rules
-        draw = None if self._prompts.draws is None else self._prompts.draws[self.rows, self.counts]
+        draw = None if self._prompts.draws is None else self._prompts.draws.index_select(0, self.places)
         start, group = decoder.vocab_start, decoder.context.tp_group
         banned = self.counts < rules.min_new_tokens if rules.min_new_tokens else None
 
@@ -199,7 +207,7 @@ class Lane:
         tokens, logprobs = choose(
             decoder.local_logits(hidden), draw, rules.temperature, start, group, restrict
         )
-        self._responses.logprobs[self.rows, self.counts] = logprobs
+        self._responses.logprobs.index_put_((self.places,), logprobs)
         stopped = self._stopped(tokens)
         self._links.send_tokens(tokens if stopped is None else torch.where(stopped, -1 - tokens, tokens))
         self._append(tokens, stopped)
@@ -218,19 +226,27 @@ class Lane:
 
     def _append(self, tokens: torch.Tensor, stopped: torch.Tensor | None) -> None:
         """Records one token per live sequence and lets finished sequences go."""
-        rules = self._rules
-        self._responses.tokens[self.rows, self.counts] = tokens
+        self._responses.tokens.index_put_((self.places,), tokens)
         self.last_tokens = tokens
-        self.positions = self.positions + 1
-        self.counts = self.counts + 1
-        ended = self.counts >= rules.limits[self.rows]
+        self._state.add_(1)
+        self._context += 1
+        self._steps_to_limit -= 1
+        ended = self._ended(tokens, stopped)
+        if ended is not None and (not self._steps_to_limit or bool(ended.any())):
+            self._leave(ended)
+
+    def _ended(self, tokens: torch.Tensor, stopped: torch.Tensor | None) -> torch.Tensor | None:
+        """Which sequences end with these tokens; None if none can."""
+        rules, ended = self._rules, stopped
         if rules.eos_ids.numel():
             # an end that came too early was banned, unless nothing else could be drawn
-            ended |= (tokens[:, None] == rules.eos_ids).any(dim=1)
-        if stopped is not None:
-            ended |= stopped
-        if ended.any():
-            self._leave(ended)
+            one = rules.eos_ids.numel() == 1
+            ends = tokens == rules.eos_ids if one else torch.isin(tokens, rules.eos_ids)
+            ended = ends if ended is None else ended | ends
+        if not self._steps_to_limit:
+            full = self.counts >= rules.limits[self.rows]
+            ended = full if ended is None else ended | full
+        return ended
 
     def _leave(self, ended: torch.Tensor) -> None:
         """Moves the last live slots into the slots that fell free among the first."""
@@ -246,8 +262,8 @@ class Lane:
             self._cache.move(movers, free, int(self.positions[movers].max()))
         order = torch.arange(num, device=alive.device)
         order[free] = movers
-        self.rows, self.positions = self.rows[order], self.positions[order]
-        self.counts, self.last_tokens = self.counts[order], self.last_tokens[order]
+        self.last_tokens = self.last_tokens[order]
+        self._occupy(self.rows[order], self._state[:, order])
 
 
 def _rows_to_sample(

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from runtime.linear import linear
+from runtime.parameters import adjacent
 
 FEW_PRODUCTS = 8
 """Up to this many steps, packing costs more than it saves."""
@@ -36,21 +37,6 @@ def _has_operators() -> bool:
     return known and torch.backends.mkldnn.is_available()
 
 
-def adjacent(parts: Sequence[torch.Tensor]) -> torch.Tensor | None:
-    """One matrix over matrices of equal width that follow each other in memory; None if they do not."""
-    first = parts[0]
-    end = first.data_ptr()
-    for part in parts:
-        if part.data_ptr() != end or not part.is_contiguous() or part.shape[1:] != first.shape[1:]:
-            return None
-        end += part.numel() * part.element_size()
-    storage = first.untyped_storage()
-    if end > storage.data_ptr() + storage.nbytes():
-        return None  # neighbours by chance: different allocations
-    rows = sum(part.shape[0] for part in parts)
-    return first.as_strided((rows, *first.shape[1:]), first.stride())
-
-
 class ReadyWeight:
     """One weight [out, in], or several of equal width as one, ready for products.
 
@@ -59,28 +45,38 @@ class ReadyWeight:
 
     def __init__(self, parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None], *, pack: bool):
         """`biases` has one entry for each part."""
-        self.widths = [part.shape[0] for part in parts]
         whole = adjacent(parts)
-        self._elements = sum(part.numel() for part in parts)
         self._bias = _joined_bias(parts, biases)
         self._plain = list(zip(parts, biases, strict=True)) if whole is None else [(whole, self._bias)]
+        # products of few rows, their weights turned beforehand
+        self._few_rows = SMALL // sum(part.numel() for part in parts)
+        self._turned = None
+        if whole is not None and self._bias is None and whole.device.type == "cpu":
+            self._turned = whole.t()
         self._packed: list[Any] = []
         if pack:
             joined = torch.cat(list(parts)) if whole is None else whole
             if can_pack(joined):
                 self._packed = _pack(joined)
 
-    def __call__(self, x: torch.Tensor) -> list[torch.Tensor]:
-        """x [n, in] -> [n, out] of each part."""
-        if x.shape[0] * self._elements <= SMALL:
-            products = [F.linear(x, weight, bias) for weight, bias in self._plain]
-        elif self._packed:
-            products = [_packed_product(x, self._packed, self._bias)]
-        else:
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x [n, in] -> [n, out of all parts]."""
+        if x.shape[0] > self._few_rows:
+            if self._packed:
+                return _packed_product(x, self._packed, self._bias)
             products = [linear(x, weight, bias) for weight, bias in self._plain]
-        if len(products) == len(self.widths):
-            return products
-        return list(torch.split_with_sizes(products[0], self.widths, dim=1))
+        elif self._turned is not None:
+            return torch.mm(x, self._turned)
+        else:
+            products = [F.linear(x, weight, bias) for weight, bias in self._plain]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=1)
+
+    def add_product(self, target: torch.Tensor, x: torch.Tensor) -> bool:
+        """target [n, out] += the product of x [n, in], if one operator does it; returns whether."""
+        if x.shape[0] > self._few_rows or self._turned is None:
+            return False
+        target.addmm_(x, self._turned)
+        return True
 
 
 def _joined_bias(parts: Sequence[torch.Tensor], biases: Sequence[torch.Tensor | None]) -> torch.Tensor | None:

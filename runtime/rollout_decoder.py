@@ -6,14 +6,18 @@ generated and what a step reads and writes in the cache; it does not know which 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
-from runtime.attention import DecodeStep, KVCache, PackedSequences, decode_attention, packed_attention
-from runtime.decoder import Decoder
+from realloc.params import EMBED, FINAL_NORM
+from runtime import tensor_parallel as tp
+from runtime.attention import PackedSequences, packed_attention
+from runtime.decoder import Attend, Decoder
+from runtime.kv_cache import DecodeStep, KVCache, decode_attention
 from runtime.packed_weights import FEW_PRODUCTS, ReadyWeight, can_pack
+from runtime.rollout_layer import RolloutLayer, norm_of
+from runtime.rotary_table import RotaryTable
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,22 +35,24 @@ class RolloutDecoder(Decoder):
     matrices in the order that products with few rows read best: see `packed_weights`.
     """
 
-    def __init__(self, decoder: Decoder, steps: int) -> None:
-        """`steps` is about how many steps will be taken."""
+    def __init__(self, decoder: Decoder, steps: int, longest: int) -> None:
+        """`steps` is about how many steps will be taken, `longest` how many tokens a sequence caches."""
         super().__init__(decoder.shape, decoder.context, decoder.dtype, decoder.params)
-        self._pack = steps > FEW_PRODUCTS and self.context.device.type == "cpu"
-        self._ready: dict[Sequence[str], ReadyWeight] = {}
+        self._longest, self._rotary = longest, RotaryTable(self._freqs, longest, self.dtype)
+        pack = steps > FEW_PRODUCTS and self.context.device.type == "cpu"
+        self._rollout_layers = [RolloutLayer(self, i, pack=pack) for i in range(len(self.layers))]
+        self._final_norm = norm_of(self, FINAL_NORM) if self.context.is_last else None
         self._head: ReadyWeight | None = None
         if self.context.is_last and can_pack(self.head_weight()):
-            self._head = ReadyWeight([self.head_weight()], [None], pack=self._pack)
+            self._head = ReadyWeight([self.head_weight()], [None], pack=pack)
 
-    def new_cache(self, slots: int, max_tokens: int) -> KVCache:
-        """A cache for `slots` sequences of up to `max_tokens` tokens on this shard and stage."""
+    def new_cache(self, slots: int) -> KVCache:
+        """A cache for `slots` sequences on this shard and stage."""
         return KVCache(
             len(self.layers),
             slots,
             self.num_kv_heads,
-            max_tokens,
+            self._longest,
             self.shape.head_dim,
             self.dtype,
             self.context.device,
@@ -63,45 +69,41 @@ class RolloutDecoder(Decoder):
         """
         if prefill is None:
             assert decode is not None
-            return self.decode(x, decode, cache)
+            return self.decode(x, decode)
         packed = prefill.packed
         num, positions = packed.num_tokens, packed.positions
-        slots = prefill.slots[packed.sequence_index]
+        places = cache.places(positions, prefill.slots[packed.sequence_index])
         if decode is not None:
             positions = torch.cat([positions, decode.positions])
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            cache.write(layer, slots, packed.positions, k[:num], v[:num])
-            out = packed_attention(q[:num], k[:num], v[:num], packed)
+            cache.write(layer, places, k[:num], v[:num])
+            out = packed_attention(q[:num], k[:num], v[:num], packed).flatten(1)
             if decode is None:
                 return out
-            cache.write(layer, decode.slots, decode.positions, k[num:], v[num:])
-            return torch.cat([out, decode_attention(q[num:], cache, layer, decode)])
+            cache.write(layer, decode.places, k[num:], v[num:])
+            return torch.cat([out, decode_attention(q[num:], layer, decode)])
 
-        return self._run(x, positions, attend)
+        return self._pass(x, positions, attend, exact=True)
 
-    def decode(self, x: torch.Tensor, step: DecodeStep, cache: KVCache) -> torch.Tensor:
+    def decode(self, x: torch.Tensor, step: DecodeStep) -> torch.Tensor:
         """One token for each of the first n slots, appended to the cache: [n] or [n, hidden] as above."""
 
         def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            cache.write(layer, step.slots, step.positions, k, v)
-            return decode_attention(q, cache, layer, step)
+            step.cache.write(layer, step.places, k, v)
+            return decode_attention(q, layer, step)
 
-        return self._run(x, step.positions, attend)
+        return self._pass(x, step.positions, attend, exact=False)
 
     def local_logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        return super().local_logits(hidden) if self._head is None else self._head(hidden)[0]
+        return super().local_logits(hidden) if self._head is None else self._head(hidden)
 
-    def _products(self, x: torch.Tensor, names: Sequence[str]) -> Sequence[torch.Tensor]:
-        ready = self._ready.get(names)
-        if ready is None:
-            weights = [self.params[f"{name}.weight"] for name in names]
-            biases = [self.params.get(f"{name}.bias") for name in names]
-            ready = self._ready[names] = ReadyWeight(weights, biases, pack=self._pack)
-        return ready(x)
-
-    def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
-        ready = self._ready.get(name)
-        if ready is None:
-            ready = self._ready[name] = ReadyWeight([self.params[f"{name}.weight"]], [None], pack=self._pack)
-        return ready(x)[0]
+    def _pass(self, x: torch.Tensor, positions: torch.Tensor, attend: Attend, *, exact: bool) -> torch.Tensor:
+        """Through this stage. Hidden states `x` are overwritten."""
+        if self.context.is_first:
+            region = tp.Region(self.context.tp_group)
+            x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], region)
+        rotate = self._rotary.at(positions)
+        for layer in self._rollout_layers:
+            x = layer(x, rotate, attend, exact=exact)
+        return x if self._final_norm is None else self._final_norm(x)

@@ -86,19 +86,23 @@ def choose(
     largest = best_logit if best_logit is not None and allowed is None else logits.amax(dim=1)
     exps = (logits - largest[:, None]).exp_()
     mass = exps.sum(1)
-    if best_logit is None:
-        blocks = _blocks(exps if allowed is None else (allowed - largest[:, None]).exp_())
-        ends = blocks.sum(-1).to(torch.float64).cumsum(-1)
-        third = ends[:, -1]
-    else:
-        third = best_logit.to(torch.float64)
+    blocks = None
+    if best is None:
+        blocks = _Blocks(exps if allowed is None else (allowed - largest[:, None]).exp_())
     if group is None:
         # in the order of tensor_parallel.target_logprobs: bit for bit the same
         log_total = largest + mass.log()
-        if best is None:
+        if blocks is not None:
             assert uniform is not None
-            best = _invert(blocks, ends, uniform * third).clamp_(max=logits.shape[1] - 1)
-        return best + vocab_start, logits.gather(1, best[:, None])[:, 0] - log_total
+            best = blocks.find(uniform * blocks.total)
+        assert best is not None
+        logprobs = logits.gather(1, best[:, None])[:, 0] - log_total
+        return best if vocab_start == 0 else best + vocab_start, logprobs
+    if blocks is None:
+        assert best_logit is not None
+        third = best_logit.to(torch.float64)
+    else:
+        third = blocks.total
     shards = _gather(torch.stack([largest.to(torch.float64), mass.to(torch.float64), third]), group)
     top = shards[:, 0].amax(dim=0)
     scales = (shards[:, 0] - top).exp()
@@ -109,23 +113,16 @@ def choose(
         token = best
     else:
         assert uniform is not None
+        assert blocks is not None
         weights = scales * shards[:, 2]
         owner, aim = _owner(weights, uniform * weights.sum(dim=0))
-        inside = aim[rank] / scales[rank]
-        token = _invert(blocks, ends, inside).clamp_(max=logits.shape[1] - 1)
+        # nothing may have weight on this shard, which then is not the owner
+        token = blocks.find(aim[rank] / scales[rank]).clamp_(max=logits.shape[1] - 1)
     logprob = logits.gather(1, token[:, None])[:, 0] - log_total
     chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob.to(torch.float64)])
     chosen.masked_fill_(owner != rank, 0.0)
     dist.all_reduce(chosen, group=group)
     return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
-
-
-def _blocks(weights: torch.Tensor) -> torch.Tensor:
-    """[n, columns] in blocks of BLOCK columns, zeros at the end: [n, blocks, BLOCK]."""
-    missing = -weights.shape[1] % BLOCK
-    if missing:
-        weights = F.pad(weights, (0, missing))
-    return weights.view(weights.shape[0], -1, BLOCK)
 
 
 def _gather(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -142,18 +139,37 @@ def _owner(totals: torch.Tensor, aim: torch.Tensor) -> tuple[torch.Tensor, torch
     return owner, aim - (ends - totals)
 
 
-def _invert(blocks: torch.Tensor, ends: torch.Tensor, aim: torch.Tensor) -> torch.Tensor:
-    """First column whose cumulative weight exceeds `aim`: first the block, then within it."""
-    # rounding may leave the aim at the very end, beyond every token of any weight
-    below = torch.nextafter(ends[:, -1], torch.zeros_like(aim))
-    aim = aim.clamp(min=0.0).minimum(below)
-    block = (ends <= aim[:, None]).sum(-1)
-    before = ends.gather(1, block[:, None])[:, 0]
-    rows = torch.arange(blocks.shape[0], device=blocks.device)
-    weights = blocks[rows, block].to(torch.float64)
-    inner = weights.cumsum(-1)
-    rest = aim - (before - inner[:, -1])
-    column = (inner <= rest[:, None]).sum(-1)
-    # rounding may leave the aim past the block's end: then take its last token of any weight
-    last = BLOCK - 1 - weights.gt(0).flip(-1).to(torch.int8).argmax(-1)
-    return block * BLOCK + torch.minimum(column, last)
+class _Blocks:
+    """Weights [n, columns] with their cumulative sums: of blocks of BLOCK columns, then within one."""
+
+    def __init__(self, weights: torch.Tensor) -> None:
+        missing = -weights.shape[1] % BLOCK
+        if missing:
+            weights = F.pad(weights, (0, missing))
+        self._blocks = weights.view(-1, BLOCK)
+        # float64 [n, blocks]: the weight up to each block's end
+        self._ends = weights.view(weights.shape[0], -1, BLOCK).sum(-1).cumsum(-1, dtype=torch.float64)
+
+    @property
+    def total(self) -> torch.Tensor:
+        """float64 [n]."""
+        return self._ends[:, -1]
+
+    def find(self, aim: torch.Tensor) -> torch.Tensor:
+        """First column whose cumulative weight exceeds `aim` float64 [n]: int64 [n].
+
+        Never one without weight: rounding may leave an aim at the very end of what has weight, or,
+        since sums within a block differ from the block's by rounding, outside of its block. Such
+        aims go to the nearest place inside. Any column if none has weight.
+        """
+        ends = self._ends
+        zero = torch.zeros_like(aim)[:, None]
+        inside = torch.clamp(aim[:, None], zero, ends[:, -1:].nextafter(zero))
+        block = torch.searchsorted(ends, inside, right=True).clamp_(max=ends.shape[1] - 1)
+        first = torch.arange(0, self._blocks.shape[0], ends.shape[1], device=aim.device)
+        weights = self._blocks.index_select(0, first + block[:, 0])
+        inner = weights.cumsum(-1, dtype=torch.float64)
+        last = inner[:, -1:]
+        rest = torch.clamp(inside - (ends.gather(1, block) - last), zero, last.nextafter(zero))
+        column = torch.searchsorted(inner, rest, right=True)
+        return torch.add(column, block, alpha=BLOCK)[:, 0]

@@ -70,20 +70,25 @@ class Waiting:
 
 
 class Responses:
-    """What has been generated: int64 tokens and float32 log-probabilities, a row for each sequence."""
+    """What has been generated, by place: token i of sequence (row) r is at r * `longest` + i.
+
+    `tokens` int64 and `logprobs` float32 [num * longest], `lengths` int64 [num].
+    """
 
     def __init__(self, num: int, longest: int, device: torch.device) -> None:
-        self.tokens = torch.zeros(num, longest, dtype=torch.int64, device=device)
-        self.logprobs = torch.zeros(num, longest, device=device)
+        self.longest = longest
+        self.tokens = torch.zeros(num * longest, dtype=torch.int64, device=device)
+        self.logprobs = torch.zeros(num * longest, device=device)
         self.lengths = torch.zeros(num, dtype=torch.int64, device=device)
 
     def packed_logprobs(self) -> torch.Tensor:
-        index = torch.arange(self.logprobs.shape[1], device=self.logprobs.device)
-        return self.logprobs[index < self.lengths[:, None]]
+        index = torch.arange(self.longest, device=self.logprobs.device)
+        return self.logprobs.view(-1, self.longest)[index < self.lengths[:, None]]
 
     def with_prompts(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Prompt + response of each sequence, packed."""
         parts = [torch.empty(0, dtype=torch.int64, device=self.tokens.device)]
         for row, length in enumerate(self.lengths.tolist()):
-            parts += [prompts[row], self.tokens[row, :length]]
+            start = row * self.longest
+            parts += [prompts[row], self.tokens[start : start + length]]
         return torch.cat(parts)

@@ -58,7 +58,7 @@ def _rank(rank: int, world_size: int, folder: Path, strategy: Strategy, sampling
 @pytest.mark.parametrize(
     ("strategy", "sampling"),
     [
-        (Strategy(tp=4), Sampling(0.9, top_p=0.8, min_new_tokens=4)),
+        (Strategy(tp=4), Sampling(0.9, top_k=3, top_p=0.95, min_new_tokens=4)),
         (Strategy(tp=2, pp=2, micro_batches=4), Sampling(top_k=20, top_p=0.9, stop=("the", "a"))),
         (Strategy(pp=3, micro_batches=5), Sampling(min_new_tokens=2, stop=("o",))),
         (Strategy(dp=2, tp=2, micro_batches=2), Sampling(0.0, min_new_tokens=3)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from runtime.sampling import choose, uniforms
+from runtime.sampling import BLOCK, choose, uniforms
 
 
 def _splitmix(z: int) -> int:
@@ -69,3 +69,18 @@ def test_greedy_reports_logprobs_at_temperature_one() -> None:
     token, logprob = choose(row.clone(), None, 0.0, 0, None)
     assert token.item() == 1
     torch.testing.assert_close(logprob, row.log_softmax(1)[:, 1])
+
+
+def test_rounding_between_a_block_and_its_tokens_reaches_no_impossible_token() -> None:
+    """An aim at the very start of a block, whose float32 sum exceeds that of its tokens in float64."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(2000, 2 * BLOCK, generator=generator)
+    rows[:, BLOCK] = float("-inf")
+    weights = (rows - rows.amax(1, keepdim=True)).exp().view(-1, 2, BLOCK)
+    ends = weights.sum(-1).cumsum(-1, dtype=torch.float64)
+    assert (weights[:, 1].sum(-1) > weights[:, 1].sum(-1, dtype=torch.float64)).any()
+    # the smallest number whose aim is past the first block
+    uniform = (ends[:, 0] / ends[:, 1]).nextafter(torch.ones(2000, dtype=torch.float64))
+    tokens, _ = choose(rows.clone(), uniform, 1.0, 0, None)
+    assert (rows.gather(1, tokens[:, None]) > float("-inf")).all()
+    assert (tokens > BLOCK).any()
