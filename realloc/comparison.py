@@ -26,6 +26,8 @@ LEAST_SHARE = 0.01
 _LENGTHS_OFF = 0.05
 _UNEVEN = 0.2
 _UNSTEADY = 0.3
+_CROWDED = 0.9
+"""A rank that computes has its core for at least this share of the time, unless others want it too."""
 
 
 @dataclass(frozen=True)
@@ -210,6 +212,8 @@ def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
     machine = trace.machine
     if slower and machine is not None and machine.cores < trace.world_size and _is_on_host(machine.device):
         yield f"ranks share cores: {trace.world_size} ranks on {machine.cores} cores"
+    if slower and machine is not None and _is_on_host(machine.device) and line.term in ("", COMPUTE):
+        yield from _crowded(trace, line)
     yield from _length_causes(plan, trace)
     if slower and line.node:
         yield from _uneven(trace, line)
@@ -217,6 +221,22 @@ def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
         yield f"costs are {plan.predictions.costs}, not measured: plan with a profile of this machine"
     if slower:
         yield from _unsteady(trace, line)
+
+
+def core_share(trace: Trace, node: str = "") -> float | None:
+    """The share of their computing time for which ranks had a core, in calls.
+
+    Communication is left out: who waits needs no core. None where the trace does not tell.
+    """
+    records = [r for r in trace.steady() if r.cpu_s and r.kind == "call" and node in ("", r.node)]
+    spent = sum(r.end_s - r.start_s - _communication_s(r) for r in records)
+    return sum(r.cpu_s for r in records) / spent if spent > 0 else None
+
+
+def _crowded(trace: Trace, line: Line) -> Iterable[str]:
+    share = core_share(trace, line.node)
+    if share is not None and share < _CROWDED:
+        yield f"something else used the machine: ranks had a core for {share:.0%} of their computing time"
 
 
 def _is_on_host(device: str) -> bool:

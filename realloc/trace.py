@@ -26,7 +26,8 @@ class TraceRecord:
     waiting for other ranks to arrive, before the instruction's own work began. `predicted_s` is
     None when the plan has no predictions. `sent_bytes` are bytes this rank sent to other ranks.
     `terms`: seconds of a call that were timed apart, waiting for peers included (see `realloc.comparison`);
-    the rest of the call is compute. Empty where nothing is timed apart.
+    the rest of the call is compute. Empty where nothing is timed apart. `cpu_s`: for how long the rank's
+    thread had a core.
     """
 
     iteration: int
@@ -40,6 +41,7 @@ class TraceRecord:
     sent_bytes: int = 0
     tokens: int = 0
     terms: Mapping[str, float] = field(default_factory=dict)
+    cpu_s: float = 0.0
 
 
 Counts = tuple[tuple[int, int], ...]
@@ -201,6 +203,7 @@ def _parse(reader: Reader, world_size: int) -> TraceRecord:
         sent_bytes=reader.integer("sent_bytes", 0),
         tokens=reader.integer("tokens", 0),
         terms=_parse_terms(reader.optional_child("terms")),
+        cpu_s=reader.number("cpu_s", 0.0, minimum=0.0),
     )
     reader.raw("predicted_s", None)
     reader.done()

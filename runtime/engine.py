@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from time import thread_time
 
 import torch
 
@@ -85,7 +86,7 @@ class Engine:
         sums: Sums,
     ) -> None:
         node = instruction.node
-        start = recorder.now()
+        start, cpu_start = recorder.now(), thread_time()
         sent, tokens = 0, 0
         terms: Mapping[str, float] = {}
         if node.kind is NodeKind.CALL:
@@ -117,6 +118,7 @@ class Engine:
             sent_bytes=sent,
             tokens=tokens,
             terms=terms,
+            cpu_s=thread_time() - cpu_start,
         )
 
     def _source(self, iteration: int) -> IterationData:

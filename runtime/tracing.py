@@ -39,6 +39,7 @@ class Recorder:
         sent_bytes: int = 0,
         tokens: int = 0,
         terms: Mapping[str, float] | None = None,
+        cpu_s: float = 0.0,
     ) -> None:
         self.records.append(
             TraceRecord(
@@ -52,6 +53,7 @@ class Recorder:
                 sent_bytes=sent_bytes,
                 tokens=tokens,
                 terms=terms or {},
+                cpu_s=cpu_s,
             )
         )
 
