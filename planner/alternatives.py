@@ -117,7 +117,7 @@ def _alternative(
         return Alternative(name, call, placements, None, peak, why)
     schedule = problem.schedule(choice)
     why = _difference(problem.schedule(best).node_s, schedule.node_s, schedule.period_s - best_s)
-    return Alternative(name, call, placements, schedule.period_s, peak, why)
+    return Alternative(name, call, placements, schedule.period_s, peak, why, schedule.order)
 
 
 def _difference(best: Mapping[str, float], other: Mapping[str, float], slower_s: float) -> str:

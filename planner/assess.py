@@ -12,8 +12,10 @@ from functools import cached_property
 
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
+from planner.contention import call_terms, simulate_shared
 from planner.memory import GpuMemory, worst_gpu
-from planner.simulator import Simulation, list_order, period_s, simulate
+from planner.simulator import Simulation, masks_of, period_s, precedence_of
+from planner.structure import Structure, steady_order
 from realloc.augmented import NodeKind
 from realloc.plan import ExecutionPlan
 
@@ -65,9 +67,11 @@ class Assessment:
         self.order = plan.node_order
         self.plan = replace(plan, order=self.order)
         self.overlaps_loads = costs.overlaps_host_copies
-        self.simulation: Simulation = simulate(
-            plan.augmented, self.node_s, self.order, overlaps_loads=self.overlaps_loads
+        shared = simulate_shared(
+            plan.augmented, self.node_s, self.order, costs, plan.cluster.gpus_per_node
         )
+        self.simulation: Simulation = shared.simulation
+        self.node_s = dict(shared.node_s)
         self.call_memory = {
             call.name: costs.call_memory(call, plan.placements[call.name]) for call in graph.calls
         }
@@ -135,7 +139,7 @@ class Assessment:
         return {name: seconds / ranks[name] for name, seconds in total.items()}
 
     def call_time(self, name: str) -> CallTime:
-        terms = self.costs.call_terms(self.plan.graph.by_name[name], self.plan.placements[name])
+        terms = call_terms(self.plan, self.costs, name, self.node_s[name])
         kinds = dict.fromkeys(KINDS, 0.0)
         for term, seconds in terms.items():
             kinds[kind_of(term)] += seconds
@@ -163,13 +167,18 @@ class Assessment:
 
 
 def ordered(plan: ExecutionPlan, costs: CostModel) -> ExecutionPlan:
-    """The plan in the order that a search gives its placements: loads ahead where that fits and helps."""
-    node_s = {node.name: costs.node_s(node, plan.placements) for node in plan.augmented.nodes}
-    order = list_order(plan.augmented, node_s)
-    orders = [order]
-    if costs.overlaps_host_copies:
-        orders.append(plan.augmented.place_copies(order, ahead=True))
-    found = [Assessment(replace(plan, order=order), costs) for order in dict.fromkeys(orders)]
+    """The plan in an order such as search gives: loads ahead of time where that fits and helps."""
+    graph, names = plan.augmented, plan.augmented.default_order()
+    seconds = [costs.node_s(graph.by_name[name], plan.placements) for name in names]
+    moves = tuple(i for i, name in enumerate(names) if graph.by_name[name].kind is NodeKind.REALLOCATE)
+    structure = Structure(tuple(range(len(names))), precedence_of(graph, names), moves)
+    orders = [tuple(names[i] for i in steady_order(structure, seconds, masks_of(graph, names))[1])]
+    copies = any(node.kind in (NodeKind.LOAD, NodeKind.OFFLOAD) for node in graph.nodes)
+    if copies:
+        orders = [graph.place_copies(orders[0])]
+    if copies and costs.overlaps_host_copies:
+        orders.append(graph.place_copies(orders[0], ahead=True))
+    found = [Assessment(replace(plan, order=order), costs) for order in orders]
     return min(found, key=lambda a: (not a.fits, a.iteration_s)).plan
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from planner.alternatives import runners_up
 from planner.api import make_problem
-from planner.assess import Assessment, CallTime, ordered
+from planner.assess import Assessment, CallTime
 from planner.budget import reasons
 from planner.candidates import Candidate, CandidateSet
 from planner.options import Option
@@ -68,33 +68,35 @@ class Explanation:
 
 
 def explain(plan: ExecutionPlan, time_limit_s: float = 10.0) -> Explanation:
-    """Looks for better and next best placements, `time_limit_s` at most (candidates aside).
+    """Looks for better and next best placements for about `time_limit_s`, making candidates aside.
 
-    Raises InputError for an unknown device.
+    With 0 it looks for none. Raises InputError for an unknown device.
     """
     assessment = Assessment(plan)
-    deadline = time.monotonic() + time_limit_s
+    if time_limit_s <= 0:
+        calls = tuple(_call(assessment, call.name, (), None, None) for call in plan.graph.calls)
+        return Explanation(assessment, calls, (), None, 0, "Other placements were not looked for.")
+    part_s = time_limit_s / 4
     note = ""
     alternatives: tuple[Alternative, ...] = ()
     overlooked: dict[str, Gain | None] = {}
     try:
         problem, choice = problem_with(plan, assessment)
-        found = runners_up(problem, choice, assessment.iteration_s, deadline - time_limit_s / 2)
+        found = runners_up(problem, choice, assessment.iteration_s, time.monotonic() + part_s)
         alternatives = tuple(_with_reasons(assessment, item) for item in found)
-        overlooked = _gains(problem, choice, assessment.iteration_s, deadline - time_limit_s / 4)
+        overlooked = _gains(problem, choice, assessment.iteration_s, time.monotonic() + part_s)
     except InfeasibleError as error:
         note = f"No other plan can be looked for: {error}"
     unlimited = replace(plan, cluster=replace(plan.cluster, memory_bytes=ANY_MEMORY_BYTES))
     free, free_choice = problem_with(unlimited, assessment)
-    gains = _gains(free, free_choice, assessment.iteration_s, deadline)
-    best = methods()["auto"](free, max(0.5, deadline - time.monotonic()), 0)
-    calls = tuple(
-        _call(assessment, call.name, alternatives, overlooked.get(call.name), gains[call.name])
-        for call in plan.graph.calls
-    )
+    gains = _gains(free, free_choice, assessment.iteration_s, time.monotonic() + part_s)
+    best = methods()["auto"](free, part_s, 0)
     return Explanation(
         assessment=assessment,
-        calls=calls,
+        calls=tuple(
+            _call(assessment, call.name, alternatives, overlooked.get(call.name), gains[call.name])
+            for call in plan.graph.calls
+        ),
         everywhere=tuple(item for item in alternatives if item.call is None),
         without_memory_s=best.iteration_s,
         without_memory_bytes=best.memory.total_bytes,
@@ -142,7 +144,7 @@ def _with_reasons(assessment: Assessment, item: Alternative) -> Alternative:
     """Says what it loses by as comparisons do: by all GPUs' time."""
     if item.iteration_s is None or item.iteration_s <= assessment.iteration_s:
         return item
-    plan = ordered(replace(assessment.plan, placements=item.placements, order=None), assessment.costs)
+    plan = replace(assessment.plan, placements=item.placements, order=item.order)
     other = Assessment(plan, assessment.costs)
     return replace(item, why="; ".join(reasons(assessment, other, most=3)) or item.why)
 

@@ -27,7 +27,7 @@ class Alternative:
 
     `call` is the call whose placement alone differs from the chosen plan's, None for a plan of its
     own. `iteration_s` is None when it does not fit in memory; `peak_bytes` is of its worst GPU.
-    `why` says what it loses by.
+    `why` says what it loses by, `order` in which order its nodes start (none where it does not fit).
     """
 
     name: str
@@ -36,11 +36,13 @@ class Alternative:
     iteration_s: float | None
     peak_bytes: int
     why: str
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class SearchResult:
     """`plan` carries its order and predictions. `proven`: no candidate plan is faster.
+    `interrupted`: the search was ended by hand.
 
     `memory` is of the GPU that needs most; `call_bytes` are each call's own bytes by cause.
     """
@@ -59,6 +61,7 @@ class SearchResult:
     history: tuple[Progress, ...]
     runners_up: tuple[Alternative, ...]
     rejections: tuple[Rejection, ...]
+    interrupted: bool = False
 
     @property
     def iteration_s(self) -> float:

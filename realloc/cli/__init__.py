@@ -15,7 +15,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from realloc import __version__
-from realloc.cli import check, compare, diff, explain, export, profile, run, search, simulate
+from realloc.cli import (
+    calibrate,
+    check,
+    compare,
+    diff,
+    explain,
+    export,
+    fit,
+    graph,
+    profile,
+    report,
+    run,
+    search,
+    simulate,
+)
 from realloc.errors import ReallocError
 
 INTERRUPTED = 130
@@ -34,7 +48,21 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"realloc {__version__}")
     added = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    for command in (search, explain, compare, simulate, run, diff, export, profile, check):
+    for command in (
+        search,
+        explain,
+        report,
+        compare,
+        fit,
+        graph,
+        simulate,
+        run,
+        diff,
+        calibrate,
+        export,
+        profile,
+        check,
+    ):
         command.add(added)
     return parser
 
