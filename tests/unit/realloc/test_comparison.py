@@ -1,0 +1,168 @@
+"""Predicted against measured: terms of the rank that others wait for, and what is named as the cause."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from realloc.comparison import (
+    Comparison,
+    compare,
+    comparison_content,
+    comparison_text,
+    measured_terms,
+    timed_terms,
+)
+from realloc.errors import InputError
+from realloc.plan import ExecutionPlan, Predictions, read_plan
+from realloc.trace import BatchLengths, Machine, Trace, TraceRecord
+from tests.unit.realloc.make import plan_mapping, write
+
+HOST = Machine("x86_64 host with 4 cores", 16)
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory: pytest.TempPathFactory) -> ExecutionPlan:
+    """PPO on 16 ranks, predicted: a second for every call, a tenth for everything else."""
+    made = read_plan(write(tmp_path_factory.mktemp("plan") / "plan.yaml", plan_mapping()))
+    calls = set(made.placements)
+    node_s = {node.name: 1.0 if node.name in calls else 0.1 for node in made.augmented.nodes}
+    terms = {name: {"compute": 0.6, "overhead": 0.1, "tp_communication": 0.3} for name in calls}
+    predictions = Predictions(sum(node_s.values()), 1.0, node_s, costs="measured (here)", terms=terms)
+    return replace(made, predictions=predictions)
+
+
+def run_of(
+    plan: ExecutionPlan, *, iterations: int = 4, changed: Mapping[str, Mapping[str, Any]] | None = None
+) -> Trace:
+    """A run that takes exactly what is predicted, one node after the other, but for `changed` nodes.
+
+    `changed`: node -> seconds, terms, cpu_s.
+    """
+    assert plan.predictions is not None
+    now, records = 0.0, []
+    for iteration in range(iterations):
+        for name in plan.node_order:
+            node, change = plan.augmented.by_name[name], (changed or {}).get(name, {})
+            seconds = change.get("seconds", plan.predictions.node_s[name])
+            terms = {"tp_communication": 0.3} if node.call else {}
+            for rank in node.ranks:
+                record = TraceRecord(iteration, rank, name, str(node.kind), now, now + seconds, terms=terms)
+                fields = {k: v for k, v in change.items() if k in ("terms", "cpu_s")}
+                records.append(replace(record, **fields))
+            now += seconds
+    return Trace(plan.cluster.num_gpus, tuple(records), (), HOST)
+
+
+def causes(comparison: Comparison, name: str) -> str:
+    return "; ".join(next(f.causes for f in comparison.findings if f.line.name == name))
+
+
+def test_a_run_as_predicted_has_nothing_to_say(plan: ExecutionPlan):
+    comparison = compare(plan, run_of(plan))
+    assert comparison.findings == ()
+    assert comparison.total.ratio == pytest.approx(1.0)
+    assert all(line.ratio == pytest.approx(1.0) for line in comparison.lines if line.ratio is not None)
+    terms = {line.term: line.measured_s for line in comparison.lines if line.node == "actor_gen"}
+    assert terms == pytest.approx({"": 1.0, "compute": 0.7, "tp_communication": 0.3})
+
+
+def test_a_term_that_is_off_is_named_and_others_are_not(plan: ExecutionPlan):
+    slow = {"actor_train": {"seconds": 1.5, "terms": {"tp_communication": 0.8}}}
+    comparison = compare(plan, run_of(plan, changed=slow))
+    assert [f.line.name for f in comparison.findings] == ["actor_train", "actor_train: tp_communication"]
+    assert "no known cause" in comparison_text(comparison)
+    content: Any = comparison_content(comparison)
+    assert content["findings"][1]["ratio"] == pytest.approx(0.8 / 0.3)
+
+
+def test_terms_are_those_of_the_rank_that_others_wait_for():
+    def record(rank: int, iteration: int, waited_s: float) -> TraceRecord:
+        terms = {"dp_communication": 0.1 + waited_s, "optimizer": 0.2}
+        return TraceRecord(iteration, rank, "train", "call", 0.0, 1.0, terms=terms)
+
+    # rank 1 has more to do, so rank 0 waits half a second for it in the all-reduce
+    records = tuple(record(rank, i, 0.5 if rank == 0 else 0.0) for i in range(3) for rank in range(2))
+    terms = measured_terms(Trace(2, records))["train"]
+    assert terms["dp_communication"] == pytest.approx(0.1)
+    assert terms["optimizer"] == pytest.approx(0.2)
+    assert terms["compute"] == pytest.approx(0.7)
+    assert terms["waiting"] == pytest.approx(0.0)
+
+
+def test_predicted_terms_are_summed_as_a_run_can_tell_them_apart():
+    predicted = {"compute": 1.0, "overhead": 0.5, "bubble": 2.0, "pp_communication": 0.25, "optimizer": 4.0}
+    assert timed_terms(predicted) == {"compute": 1.5, "pipeline": 2.25, "optimizer": 4.0}
+
+
+def test_shared_cores_are_named_with_their_numbers(plan: ExecutionPlan):
+    slow = {name: {"seconds": 2.0} for name in plan.placements}
+    trace = replace(run_of(plan, changed=slow), machine=Machine("x86_64 host with 2 cores", 2))
+    comparison = compare(plan, trace)
+    assert "ranks share cores: 16 ranks on 2 cores" in causes(comparison, "actor_gen: compute")
+    trace = replace(trace, machine=Machine("NVIDIA H100", 2))
+    assert "cores" not in causes(compare(plan, trace), "actor_gen: compute")
+
+
+def test_a_busy_machine_is_named_with_its_share(plan: ExecutionPlan):
+    slow = {"ref_inf": {"seconds": 2.0, "cpu_s": 0.85}}
+    found = causes(compare(plan, run_of(plan, changed=slow)), "ref_inf: compute")
+    assert "had a core for 50% of their computing time" in found
+    slow["ref_inf"]["cpu_s"] = 1.69
+    assert "core" not in causes(compare(plan, run_of(plan, changed=slow)), "ref_inf: compute")
+
+
+def test_lengths_that_differ_are_named_with_both_means(plan: ExecutionPlan):
+    slow = {"actor_gen": {"seconds": 0.5}}
+    trace = run_of(plan, changed=slow)
+    lengths = tuple(BatchLengths(i, ((100, 64),), ((30, 32), (52, 32))) for i in range(4))
+    found = causes(compare(plan, replace(trace, lengths=lengths)), "actor_gen")
+    assert "responses of 41 tokens on average against 256 planned" in found
+    assert "prompts" not in found
+
+
+def test_analytic_costs_are_named(plan: ExecutionPlan):
+    assert plan.predictions is not None
+    guessed = replace(plan, predictions=replace(plan.predictions, costs="analytic (h100-sxm)"))
+    slow = {"actor_gen": {"seconds": 2.0}}
+    assert "analytic (h100-sxm), not measured" in causes(
+        compare(guessed, run_of(plan, changed=slow)), "actor_gen"
+    )
+
+
+def test_waiting_between_nodes_counts(plan: ExecutionPlan):
+    trace = run_of(plan)
+    span = trace.iteration_seconds()
+    late = tuple(
+        replace(r, start_s=r.start_s + r.iteration * span, end_s=r.end_s + r.iteration * span)
+        for r in trace.records
+    )
+    comparison = compare(plan, replace(trace, records=late))
+    assert comparison.total.measured_s == pytest.approx(2 * span)
+    waiting = next(f.line for f in comparison.findings if f.line.term == "waiting" and not f.line.node)
+    assert waiting.measured_s is not None
+    assert waiting.measured_s >= span
+
+
+def test_runs_of_other_plans_are_refused(plan: ExecutionPlan):
+    trace = run_of(plan)
+    with pytest.raises(InputError, match="8 ranks, the plan has 16"):
+        compare(plan, replace(trace, world_size=8))
+    without = tuple(r for r in trace.records if r.node != "ref_inf")
+    with pytest.raises(InputError, match="'ref_inf' is in the plan and not in the run"):
+        compare(plan, replace(trace, records=without))
+    elsewhere = tuple(r for r in trace.records if (r.node, r.rank) != ("critic_train", 0))
+    with pytest.raises(InputError, match="ran on ranks 1-7, the plan has it on 0-7"):
+        compare(plan, replace(trace, records=elsewhere))
+    with pytest.raises(InputError, match="no records"):
+        compare(plan, replace(trace, records=()))
+
+
+def test_without_predictions_there_is_only_what_was_measured(plan: ExecutionPlan, tmp_path: Path):
+    text = comparison_text(compare(replace(plan, predictions=None), run_of(plan)))
+    assert "has no predictions" in text
+    assert "1.0000" in text
