@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from cost_models.model import CostModel
 from planner.assess import Assessment
+from planner.contention import call_terms
 from realloc.plan import ExecutionPlan, Predictions
 
 
@@ -34,14 +35,20 @@ def predictions_of(plan: ExecutionPlan, assessment: Assessment) -> Predictions:
         node_s=assessment.node_s,
         peak_bytes={cause: size for cause, size in assessment.memory.by_cause.items() if size},
         costs=assessment.costs.provenance,
-        terms=call_terms(plan, assessment.costs),
+        terms=terms_of(assessment),
+        sources=call_sources(assessment.plan, assessment.costs),
     )
 
 
-def call_terms(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, Mapping[str, float]]:
+def terms_of(assessment: Assessment) -> Mapping[str, Mapping[str, float]]:
     """Call -> term -> seconds; terms that are nothing are left out."""
+    plan, costs = assessment.plan, assessment.costs
     return {
-        call.name: {t: s for t, s in costs.call_terms(call, plan.placements[call.name]).items() if s > 0}
+        call.name: {
+            term: seconds
+            for term, seconds in call_terms(plan, costs, call.name, assessment.node_s[call.name]).items()
+            if seconds > 0
+        }
         for call in plan.graph.calls
     }
 
