@@ -8,8 +8,10 @@ On GPUs, and on hosts with a core for every rank, nothing changes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from math import floor
 from typing import Protocol
 
 from cost_models.model import CostModel
@@ -90,25 +92,46 @@ def _factor(
     """How much longer a call takes than by itself, on the host where most runs beside it."""
     worst = 1.0
     for host, own in ranks[name].items():
-        busy = float(len(own))
+        beside: list[tuple[float, float, int]] = []
         for other, hosts in ranks.items():
-            beside = hosts.get(host, frozenset()) - own
-            if other != name and beside:
-                busy += len(beside) * _shared_time(name, other, simulation)
-        worst = max(worst, costs.slowdown_beside(len(own), busy))
+            others = hosts.get(host, frozenset()) - own
+            if other != name and others:
+                beside += [(*window, len(others)) for window in _shared_windows(name, other, simulation)]
+        worst = max(worst, _slowed(name, len(own), beside, simulation, costs))
     return worst
 
 
-def _shared_time(name: str, other: str, simulation: Simulation) -> float:
-    """The share of a call's time in which another runs too, of this iteration or of its neighbours."""
+def _slowed(
+    name: str,
+    own: int,
+    beside: Sequence[tuple[float, float, int]],
+    simulation: Simulation,
+    costs: SharedHosts,
+) -> float:
+    """The call's time over its work, while `beside` (from, to, ranks) run too."""
     start, end = simulation.start_s[name], simulation.end_s[name]
-    if end <= start:
-        return 0.0
-    shared = 0.0
-    for shift in (-simulation.iteration_s, 0.0, simulation.iteration_s):
-        first, last = simulation.start_s[other] + shift, simulation.end_s[other] + shift
-        shared += max(0.0, min(end, last) - max(start, first))
-    return min(1.0, shared / (end - start))
+    if end <= start or not beside:
+        return 1.0
+    times = sorted({start, end, *(t for first, last, _ in beside for t in (first, last))})
+    work = 0.0
+    for first, last in pairwise(times):
+        busy = own + sum(count for a, b, count in beside if a <= first and last <= b)
+        work += (last - first) / costs.slowdown_beside(own, busy)
+    return (end - start) / work
+
+
+def _shared_windows(name: str, other: str, simulation: Simulation) -> Iterator[tuple[float, float]]:
+    """When another call, of this iteration or another, runs beside a call."""
+    start, end, period = simulation.start_s[name], simulation.end_s[name], simulation.iteration_s
+    if period <= 0:
+        return
+    # calls that do not wait for each other may be many iterations apart
+    nearest = floor((start - simulation.start_s[other]) / period)
+    for lag in (nearest - 1, nearest, nearest + 1):
+        first = max(start, simulation.start_s[other] + lag * period)
+        last = min(end, simulation.end_s[other] + lag * period)
+        if last > first:
+            yield first, last
 
 
 def call_terms(plan: ExecutionPlan, costs: CostModel, name: str, seconds: float) -> Mapping[str, float]:

@@ -37,7 +37,9 @@ def graph() -> DataflowGraph:
         return Call(name, CallKind.INFERENCE, ("tokens",), (name,), role, "tokens", Output.SCORES)
 
     return DataflowGraph(
-        calls=(infer("left", "a"), infer("right", "b")), keys=keys("tokens", "left", "right")
+        calls=(infer("left", "a"), infer("right", "b")),
+        keys=keys("tokens", "left", "right"),
+        source_keys=("tokens",),
     )
 
 
@@ -58,6 +60,6 @@ def test_one_core_does_the_work_of_both(ranks: tuple[int, int], shares: bool, ex
 
 
 def test_other_hosts_do_not_matter():
-    augmented = augment(graph(), {name: p for name, p in two_calls((0, 1)).items()})
+    augmented = augment(graph(), two_calls((0, 1)))
     node_s = {node.name: 1.0 for node in augmented.nodes}
     assert simulate_shared(augmented, node_s, None, OneCore(), 1).simulation.iteration_s == pytest.approx(1.0)
