@@ -22,7 +22,7 @@ from realloc.dataflow import Call, CallKind, Output
 from realloc.experiment import Workload
 from realloc.lengths import Lengths
 from realloc.mesh import DeviceMesh
-from realloc.strategy import Recompute, Strategy
+from realloc.strategy import Recompute, Schedule, Strategy
 
 TERMS = (
     "compute",
@@ -325,7 +325,8 @@ class CallPricer:
     def _backward(self, stage: Stage, pack: Pack) -> Seconds:
         costs, split = self._costs, self._strategy.sequence_parallel
         compute = stage.layers * costs.backward_layer_s(pack, split)
-        weight = stage.layers * costs.weight_layer_s(pack)
+        puts_off = self._strategy.schedule is Schedule.ZERO_BUBBLE
+        weight = stage.layers * costs.weight_layer_s(pack) if puts_off else 0.0
         tp = 0.0
         if self._strategy.tp > 1:
             tp += stage.layers * self._layer_backward_tp_s(pack.tokens)

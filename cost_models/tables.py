@@ -48,6 +48,9 @@ VARIABLES: Mapping[str, tuple[str, ...]] = {
     "optimizer": ("elements",),
 }
 
+EDGE = 1.1
+"""So far beyond the last point, as a factor, counts as measured still."""
+
 Slope = Callable[[float, float], float]
 """Seconds by a model for the two variables (the second is 1 where there is only one)."""
 
@@ -111,7 +114,8 @@ class Table:
         if place in (0, len(ys)):
             edge = min(place, len(ys) - 1)
             reading = self._on_line(edge, x, slope)
-            return Reading(reading.seconds * slope(x, y) / slope(x, ys[edge]), True)
+            outside = reading.extrapolated or _is_far(y, ys[edge])
+            return Reading(reading.seconds * slope(x, y) / slope(x, ys[edge]), outside)
         low, high = self._on_line(place - 1, x, slope), self._on_line(place, x, slope)
         below, above = ys[place - 1], ys[place]
         outside = low.extrapolated or high.extrapolated
@@ -131,7 +135,7 @@ class Table:
         if place in (0, len(xs)):
             edge = min(place, len(xs) - 1)
             grown = slope(x, ys[line]) / slope(xs[edge], ys[line])
-            return Reading(seconds[edge] * grown, True)
+            return Reading(seconds[edge] * grown, _is_far(x, xs[edge]))
         share = (x - xs[place - 1]) / (xs[place] - xs[place - 1])
         return Reading((1 - share) * seconds[place - 1] + share * seconds[place], False)
 
@@ -143,6 +147,10 @@ class Table:
         if len(names) > 1:
             texts.append(f"{names[1]} {_range([row.y for row in self.rows])}")
         return ", ".join(texts)
+
+
+def _is_far(asked: float, edge: float) -> bool:
+    return max(asked / edge, edge / asked) > EDGE
 
 
 def _range(values: Sequence[float]) -> str:

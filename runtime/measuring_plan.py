@@ -96,6 +96,7 @@ class Sizes:
     """Sequences of one optimizer step; 0: all."""
     longest: int = 0
     """Tokens of the longest sequence; 0: those of the mean."""
+    longest_prompt: int = 0
 
 
 def default_sizes(shape: ModelShape, *, gpu: bool) -> Sequence[Sizes]:
@@ -132,6 +133,7 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
                 default=0,
             ),
             work.prompt.maximum + work.response.maximum,
+            work.prompt.maximum,
         )
         result.append((experiment.role_shape(graph, role), sizes))
     return result
@@ -187,12 +189,15 @@ def _points(sizes: Sizes, tp: int, quick: bool) -> Iterator[Point]:
                 for count in mini[1:2] if quick else mini:
                     yield Point(work, count, whole, 1, ragged)
         if sizes.generates:
+            prompts = sorted({sizes.prompt, max(sizes.prompt, sizes.longest_prompt)})
             for count in _counts(sizes.prompts or sizes.sequences, quick):
-                yield Point(Work.PREFILL, count, sizes.prompt, 0, ragged)
+                for length in prompts:
+                    yield Point(Work.PREFILL, count, length, 0, ragged)
     if sizes.generates:
         middle = sizes.prompt + max(1, sizes.response // 2)
         for count in _counts(sizes.sequences, quick):
-            for context in sorted({middle, longest} if quick else {sizes.prompt + 1, middle, whole, longest}):
+            contexts = {sizes.prompt + 1, longest} if quick else {sizes.prompt + 1, middle, whole, longest}
+            for context in sorted(contexts):
                 yield Point(Work.DECODE, count, context, 0, sizes.ragged)
             yield Point(Work.GENERATE, count, sizes.prompt, count, False, sizes.sampling)
     if sizes.trains:

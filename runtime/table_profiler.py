@@ -216,13 +216,21 @@ def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, 
     for (of, dtype, quantity, ragged), points in samples.items():
         seconds = rising({at: max(_LEAST_S, typical(values)) for at, values in points.items()})
         two = not quantity.startswith(_ONE_VARIABLE)
-        rows = [[x, *([y] if two else []), seconds[x, y], _spread(points[x, y])] for x, y in sorted(points)]
+        rows = [
+            [_plain(x), *([_plain(y)] if two else []), seconds[x, y], _spread(points[x, y])]
+            for x, y in sorted(points)
+        ]
         tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
     return tables
 
 
 # Tables of one variable: of the ends, the optimizer, and what a generate call does once.
 _ONE_VARIABLE = ("enter", "head", "sample", "optimizer", "pack_weights")
+
+
+def _plain(size: float) -> float:
+    """Sizes are whole numbers, which are not rounded."""
+    return int(size) if size == int(size) else size
 
 
 def typical(values: Sequence[float]) -> float:
