@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from planner.assess import Assessment
-from planner.budget import budget, kinds_of
+from planner.budget import budget
 from realloc.cluster import Cluster
 from realloc.errors import InfeasibleError, PlanError
 from realloc.experiment import Experiment
@@ -121,27 +121,25 @@ def _point(experiment: Experiment, cluster: Cluster, before: Point | None, searc
 
 
 def _losses(before: Assessment, after: Assessment) -> tuple[str, ...]:
-    """What kept more GPUs from being as much faster: kinds of work that take more GPU time than before."""
-    words = {
-        "compute": "smaller shares compute less efficiently",
-        "communication": "communication",
-        "bubble": "pipeline bubbles",
-        "overhead": "fixed overheads",
-        "moves": "moving data and parameters",
-        "idle": "GPUs idle",
-    }
+    """What kept more GPUs from being as much faster: causes that take more GPU-seconds than before."""
     gpus_before, gpus_after = before.plan.cluster.num_gpus, after.plan.cluster.num_gpus
-    old = {kind: s * gpus_before for kind, s in kinds_of(budget(before)).items()}
-    new = {kind: s * gpus_after for kind, s in kinds_of(budget(after)).items()}
-    growth = {kind: new[kind] - old[kind] for kind in new}
+    old = {cause: spent * gpus_before for cause, spent in budget(before).items()}
+    new = {cause: spent * gpus_after for cause, spent in budget(after).items()}
+    growth = {cause: spent - old.get(cause, 0.0) for cause, spent in new.items()}
     total = sum(grown for grown in growth.values() if grown > 0)
-    ranked = sorted(growth.items(), key=lambda item: -item[1])
-    return tuple(
-        f"{words[kind]} {new[kind] / (after.iteration_s * gpus_after):.0%} of all GPUs' time"
-        + (f" ({old[kind] / (before.iteration_s * gpus_before):.0%} before)" if kind != "compute" else "")
-        for kind, grown in ranked[:2]
-        if grown > 0.25 * total
-    )
+    found = []
+    for cause, grown in sorted(growth.items(), key=lambda item: -item[1])[:3]:
+        if grown < 0.15 * total:
+            break
+        if cause.kind == "idle":
+            found.append(f"GPUs idle {after.idle_share:.0%} of the time ({before.idle_share:.0%} before)")
+        elif old.get(cause, 0.0) < 0.02 * new[cause]:
+            found.append(
+                f"{cause.name} is new: {new[cause] / (after.iteration_s * gpus_after):.0%} of the time"
+            )
+        else:
+            found.append(f"{cause.name} takes {new[cause] / old[cause]:.2g} times the GPU-seconds")
+    return tuple(found)
 
 
 def _narrowed(experiment: Experiment, points: list[Point], search: Search) -> list[Point]:

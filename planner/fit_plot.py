@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from math import ceil, floor, log10
 
 from planner.fit import Fit, Point
-from planner.page.svg import Drawing
+from planner.page.svg import Drawing, ticks
 
 WIDTH, HEIGHT, CHART = 900.0, 330.0, 380.0
 LEFT, TOP, FOOT = 56.0, 40.0, 270.0
@@ -18,7 +18,7 @@ _STYLE = (
 
 
 def fit_plot(found: Fit) -> str:
-    """The text of the SVG file; both charts on logarithmic axes. Sizes that do not fit are marked below."""
+    """The text of the SVG file; GPUs on a logarithmic axis. Sizes that do not fit are marked below."""
     drawing = Drawing(HEIGHT, "seconds per iteration and GPU-hours over GPUs", WIDTH)
     drawing.rect(0, 0, WIDTH, HEIGHT, css="paper")
     _chart(drawing, found, 0.0, "seconds per iteration", lambda p: p.iteration_s, ideal=True)
@@ -50,13 +50,16 @@ def _chart(
     if not values:
         drawing.text(x0 + wide / 2, (TOP + FOOT) / 2, "does not fit", anchor="middle")
         return
-    low_y, high_y = log10(min(values)) - 0.05, log10(max(values)) + 0.1
+    # time falls by factors: logarithmic; cost is compared by size: from 0 on
+    scale: Callable[[float], float] = log10 if ideal else float
+    low_y = log10(min(values)) - 0.05 if ideal else 0.0
+    high_y = log10(max(values)) + 0.1 if ideal else 1.15 * max(values)
 
     def at(count: int, number: float) -> tuple[float, float]:
         x = x0 + (log10(count) - low_x) / (high_x - low_x) * wide
-        return x, FOOT - (log10(number) - low_y) / (high_y - low_y) * (FOOT - TOP)
+        return x, FOOT - (scale(number) - low_y) / (high_y - low_y) * (FOOT - TOP)
 
-    for number in _round_numbers(low_y, high_y):
+    for number in _round_numbers(low_y, high_y) if ideal else ticks(high_y, 6):
         y = at(xs[0], number)[1]
         drawing.line(x0, y, x0 + wide, y, "grid")
         drawing.text(x0 - 6, y + 4, f"{number:g}", anchor="end", size=11)
@@ -71,7 +74,9 @@ def _chart(
         is_knee = point is found.knee
         drawing.circle(x, y, 6 if is_knee else 4, "knee" if is_knee else "dot")
         if is_knee:
-            drawing.text(x + 9, y - 8, f"knee: {point.num_gpus} GPUs", size=11, css="strong")
+            drawing.text(
+                x + 9, y - 8 if ideal else y + 18, f"knee: {point.num_gpus} GPUs", size=11, css="strong"
+            )
     for point in found.points:
         if value(point) is None:
             x = x0 + (log10(point.num_gpus) - low_x) / (high_x - low_x) * wide
