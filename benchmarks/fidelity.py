@@ -150,7 +150,7 @@ def prepare(case: Case, folder: Path, quick: bool) -> Path:
         "data": {"path": str(folder / "train.jsonl"), "prompt": "prompt"},
         "workload": {
             "sequences": case.sequences[0 if quick else 1],
-            "prompt_tokens": {"mean": 10, "max": MAX_PROMPT},
+            "prompt_tokens": {"measured": True, "max": MAX_PROMPT},
             "response_tokens": case.response[0 if quick else 1],
         },
         "hyperparameters": {"mini_batches": case.mini_batches},

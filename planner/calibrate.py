@@ -4,7 +4,7 @@ run really had, and what differs becomes factors.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from cost_models.calibration import Calibration, factors_of
@@ -15,9 +15,9 @@ from planner.predict import predictions_of
 from realloc.comparison import check_match
 from realloc.errors import InputError
 from realloc.experiment import Experiment
-from realloc.lengths import Lengths, lengths_of
+from realloc.lengths import run_lengths
 from realloc.plan import ExecutionPlan
-from realloc.trace import Counts, Trace
+from realloc.trace import Trace
 
 
 @dataclass(frozen=True)
@@ -89,20 +89,3 @@ def with_lengths(experiment: Experiment, trace: Trace) -> Experiment:
     prompt, response = found
     work = experiment.workload
     return replace(experiment, workload=replace(work, prompt=prompt, response=response))
-
-
-def run_lengths(trace: Trace) -> tuple[Lengths, Lengths] | None:
-    """Lengths of a run's prompts and responses, all iterations together."""
-    if not trace.lengths:
-        return None
-    prompts = _counts(item.prompt for item in trace.lengths)
-    responses = _counts(item.response for item in trace.lengths)
-    return lengths_of(prompts), lengths_of(responses)
-
-
-def _counts(items: Iterable[Counts]) -> Mapping[int, int]:
-    counts: dict[int, int] = {}
-    for item in items:
-        for tokens, count in item:
-            counts[tokens] = counts.get(tokens, 0) + count
-    return counts

@@ -257,15 +257,17 @@ def mean_lengths(trace: Trace) -> tuple[float, float] | None:
 
 
 def _length_causes(plan: ExecutionPlan, trace: Trace) -> Iterable[str]:
+    """Where either length makes a whole sequence longer or shorter than planned, by more than a little."""
     means = mean_lengths(trace)
     if means is None:
         return
     workload = plan.experiment.workload
+    whole = workload.prompt.mean + workload.response.mean
     for name, found, planned in (
         ("prompts", means[0], workload.prompt.mean),
         ("responses", means[1], workload.response.mean),
     ):
-        if abs(found - planned) > _LENGTHS_OFF * planned:
+        if abs(found - planned) > _LENGTHS_OFF * whole:
             yield (
                 f"lengths differ from the workload: {name} of {found:.3g} tokens on average against "
                 f"{planned:.3g} planned"
@@ -321,15 +323,27 @@ def comparison_text(comparison: Comparison) -> str:
     rule = "-" * (sum(widths) + 8)
     text.insert(2, rule)
     text.insert(-1, rule)
-    for finding in comparison.findings:
-        line = finding.line
-        assert line.predicted_s is not None
-        assert line.measured_s is not None
-        causes = "; ".join(finding.causes) or "no known cause; `realloc calibrate` takes it into the profile"
-        text.append(f"{line.name}: {line.measured_s:.4g} s against {line.predicted_s:.4g} s: {causes}.")
+    text += _finding_lines(comparison)
     if comparison.total.predicted_s is None:
         text.append("The plan has no predictions; `realloc diff PLAN RUN` makes them.")
     return "\n".join(text)
+
+
+def _finding_lines(comparison: Comparison) -> Iterable[str]:
+    """What is off by one cause in one line; a call whose terms are named is not named as well."""
+    named = {finding.line.node for finding in comparison.findings if finding.line.node and finding.line.term}
+    by_causes: dict[tuple[str, ...], list[str]] = {}
+    for finding in comparison.findings:
+        line = finding.line
+        if line.term or line.node not in named:
+            by_causes.setdefault(finding.causes, []).append(_off(line))
+    for causes, names in by_causes.items():
+        why = "; ".join(causes) or "no known cause, and `realloc calibrate` takes it into the profile"
+        yield f"Off by more than {OFF:.0%}: {', '.join(names)}. Likely: {why}."
+
+
+def _off(line: Line) -> str:
+    return line.name if line.ratio is None else f"{line.name} x {line.ratio:.2f}"
 
 
 def comparison_content(comparison: Comparison) -> Mapping[str, object]:

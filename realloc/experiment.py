@@ -17,6 +17,7 @@ from realloc.files import Reader, nearest, read_file, resolve_path
 from realloc.lengths import Lengths, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
+from realloc.text_lengths import TextLengths
 
 
 @dataclass(frozen=True)
@@ -186,15 +187,16 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     models_reader = reader.child("models")
     models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
     data_reader = reader.optional_child("data")
+    data = None if data_reader is None else _parse_data(data_reader, folder)
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
     constraints_reader = reader.optional_child("constraints")
     experiment = Experiment(
         algorithm=algorithm,
         models=models,
-        workload=_parse_workload(reader.child("workload")),
+        workload=_parse_workload(reader.child("workload"), data, models),
         iterations=reader.integer("iterations", 1, minimum=1),
-        data=None if data_reader is None else _parse_data(data_reader, folder),
+        data=data,
         reward=reader.get("reward", str, None),
         sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
@@ -257,11 +259,15 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
     return spec
 
 
-def _parse_workload(reader: Reader) -> Workload:
+def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, ModelSpec]) -> Workload:
+    """`measured` lengths are those of the data, by the tokenizer of the first model that is a folder."""
+    folder = next((spec.model for spec in models.values() if spec.has_weights), None)
+    columns = (None, None, None) if data is None else (data.path, data.prompt, data.response)
+    texts = TextLengths(reader.where, folder, *columns)
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
-        prompt=parse_lengths(reader, "prompt_tokens"),
-        response=parse_lengths(reader, "response_tokens"),
+        prompt=parse_lengths(reader, "prompt_tokens", texts.prompts),
+        response=parse_lengths(reader, "response_tokens", texts.responses),
         samples_per_prompt=reader.integer("samples_per_prompt", 1, minimum=1, maximum=100_000_000),
     )
     reader.done()

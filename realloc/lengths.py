@@ -7,7 +7,7 @@ distribution is given or was measured, its own numbers hold.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -16,6 +16,7 @@ from typing import Any
 
 from realloc.errors import InputError
 from realloc.files import Reader
+from realloc.trace import Counts, Trace
 
 MOST = 100_000_000
 BINS = 64
@@ -93,6 +94,23 @@ def lengths_of(counts: Mapping[int, int], maximum: int | None = None) -> Lengths
     return Lengths(min(mean, float(most)), most, _merged(bins))
 
 
+def run_lengths(trace: Trace) -> tuple[Lengths, Lengths] | None:
+    """Lengths of a run's prompts and responses, all iterations together."""
+    if not trace.lengths:
+        return None
+    prompts = _counts(item.prompt for item in trace.lengths)
+    responses = _counts(item.response for item in trace.lengths)
+    return lengths_of(prompts), lengths_of(responses)
+
+
+def _counts(items: Iterable[Counts]) -> Mapping[int, int]:
+    counts: dict[int, int] = {}
+    for item in items:
+        for tokens, count in item:
+            counts[tokens] = counts.get(tokens, 0) + count
+    return counts
+
+
 def _merged(bins: Iterable[tuple[int, float]]) -> Histogram:
     """Bins of one length as one, their shares adding up to 1."""
     shares: dict[int, float] = {}
@@ -104,18 +122,30 @@ def _merged(bins: Iterable[tuple[int, float]]) -> Histogram:
     return tuple((tokens, share / total) for tokens, share in sorted(shares.items()))
 
 
-def parse_lengths(reader: Reader, key: str) -> Lengths:
+Measure = Callable[[int | None], Mapping[int, int]]
+"""Tokens -> how many of a data set's texts have so many, none above the maximum that is given."""
+
+
+def parse_lengths(reader: Reader, key: str, count: Measure | None = None) -> Lengths:
     """Reads a number, or a mapping with `max` and perhaps `mean`, a `histogram` or `percentiles`.
 
-    Raises InputError. `histogram` is [[tokens, weight], ...], `percentiles` maps percent of the
-    sequences to the length that so many do not exceed, 100 to the longest.
+    `histogram` is [[tokens, weight], ...], `percentiles` maps percent of the sequences to the length
+    that so many do not exceed, 100 to the longest. `measured`, or a mapping with `measured: true` and
+    perhaps `max`, takes the lengths that `count` finds. Raises InputError.
     """
     value = reader.raw(key)
+    if value == "measured":
+        value = {"measured": True}
     if not isinstance(value, dict):
-        count = reader.integer(key, minimum=1, maximum=MOST)
-        return Lengths(float(count), count)
+        number = reader.integer(key, minimum=1, maximum=MOST)
+        return Lengths(float(number), number)
     child = Reader(value, reader.at(key))
-    if child.has("histogram") or child.has("percentiles"):
+    if child.get("measured", bool, False):
+        maximum = child.integer("max", minimum=1, maximum=MOST) if child.has("max") else None
+        if count is None:
+            raise InputError(f"{reader.at(key)}: there is nothing to measure these lengths of; give them.")
+        lengths = lengths_of(count(maximum), maximum)
+    elif child.has("histogram") or child.has("percentiles"):
         lengths = _parse_distribution(child)
     else:
         maximum = child.integer("max", minimum=1, maximum=MOST)
