@@ -84,11 +84,14 @@ class Collectives:
         if nic := re.search(r"(\d+) ?gb/s nic", what):
             return load_profile(f"h100-sxm@{nic[1]}gb").inter_node.bytes_per_s
         device = device_of(what)
-        if device is None or "all-reduce" not in what or ("ring" not in what and "nvls" in what):
-            raise Unsupported("the profiles' all-reduce is that of rings, not of NVLS at its peak")
+        if device is None or "all-reduce" not in what:
+            raise Unsupported(f"no profile has a number for '{what}'")
         ranks = row.count("ranks")
-        link = load_profile(device).intra_node
-        return link.cost("all_reduce", ranks).bytes_per_s * traffic_share("all_reduce", ranks)
+        ring, *switched = load_profile(device).intra_node.ways("all_reduce", ranks)
+        if "nvls" in what and not switched:
+            raise Unsupported(f"the profile {device} has no all-reduce in the switch for {ranks} GPUs")
+        way = switched[0] if "nvls" in what else ring
+        return way.bytes_per_s * traffic_share("all_reduce", ranks)
 
     def more(self, row: Row, values: Values) -> Mapping[str, Any]:
         return {}

@@ -39,7 +39,7 @@ class Communication:
         self._profile = profile
         self._per_node = min(mesh.size, mesh.gpus_per_node)
         self._across = mesh.num_nodes > 1
-        self._lines: dict[tuple[str, GroupShape], tuple[float, float]] = {}
+        self._lines: dict[tuple[str, GroupShape], tuple[tuple[float, float], ...]] = {}
 
     def _contention(self, group: GroupShape) -> float:
         """A measured collective had the cores to itself; on CPU hosts other groups take their share."""
@@ -54,16 +54,20 @@ class Communication:
         if group.size < 2:
             return 0.0
         key = (collective, group)
-        if key not in self._lines:  # seconds are linear in bytes
-            latency = self._collective_s(collective, group, 0.0)
-            self._lines[key] = latency, self._collective_s(collective, group, 1e12) - latency
-        latency, per_tera = self._lines[key]
-        return latency + per_tera * size_bytes * 1e-12
+        if key not in self._lines:
+            self._lines[key] = self._ways(collective, group)
+        return min(latency + per_byte * size_bytes for latency, per_byte in self._lines[key])
 
-    def _collective_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
+    def _ways(self, collective: str, group: GroupShape) -> tuple[tuple[float, float], ...]:
+        """(seconds, seconds per byte) of every algorithm."""
         if group.nodes == 1:
-            seconds = self._intra.collective_s(collective, group.per_node, size_bytes)
-            return seconds * self._contention(group)
+            shared = self._contention(group)
+            ways = self._intra.ways(collective, group.per_node)
+            return tuple((way.latency_s * shared, shared / way.bytes_per_s) for way in ways)
+        latency = self._across_s(collective, group, 0.0)
+        return ((latency, (self._across_s(collective, group, 1e12) - latency) * 1e-12),)
+
+    def _across_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
         part = size_bytes / group.per_node
         seconds = self._inter.collective_s(collective, group.nodes, part)
         if collective in ("all_reduce", "reduce_scatter"):

@@ -15,6 +15,8 @@ from realloc.errors import InputError
 from realloc.files import Reader
 
 COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter")
+IN_SWITCH = "all_reduce_in_switch"
+"""Table of all_reduces that the switch adds up (NVLink SHARP), for the group sizes in it alone."""
 
 
 def traffic_share(collective: str, ranks: int) -> float:
@@ -79,12 +81,18 @@ class Link:
             bus = low + part * (above.bytes_per_s * traffic_share(collective, above.ranks) - low)
         return CollectiveCost(ranks, latency, bus / share)
 
+    def ways(self, collective: str, ranks: int) -> tuple[CollectiveCost, ...]:
+        """Every algorithm that a library has for it; it takes the fastest for the size at hand."""
+        switched = next((rows for name, rows in self.collectives if name == IN_SWITCH), ())
+        if collective == "all_reduce":
+            return self.cost(collective, ranks), *(row for row in switched if row.ranks == ranks)
+        return (self.cost(collective, ranks),)
+
     def collective_s(self, collective: str, ranks: int, size_bytes: float) -> float:
         """Seconds of one collective over `ranks` ranks; 0 for one rank."""
         if ranks < 2:
             return 0.0
-        cost = self.cost(collective, ranks)
-        return cost.latency_s + size_bytes / cost.bytes_per_s
+        return min(way.latency_s + size_bytes / way.bytes_per_s for way in self.ways(collective, ranks))
 
 
 def read_link(reader: Reader) -> Link:
@@ -92,7 +100,8 @@ def read_link(reader: Reader) -> Link:
     tables = reader.optional_child("collectives")
     collectives = []
     if tables is not None:
-        collectives = [(name, _read_rows(tables, name)) for name in COLLECTIVES if tables.has(name)]
+        names = (*COLLECTIVES, IN_SWITCH)
+        collectives = [(name, _read_rows(tables, name)) for name in names if tables.has(name)]
         tables.done()
     link = Link(
         latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),

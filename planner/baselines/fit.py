@@ -51,7 +51,8 @@ def variants(
     if strategy.size != mesh.size:
         raise Cannot(f"{call.name}: {strategy} does not fill the {mesh.size} GPUs of {mesh}")
     if strategy.dp > sequences:
-        raise Cannot(f"{call.name}: dp {strategy.dp} exceeds the {sequences} sequences of a mini-batch")
+        whole = "an iteration" if call.mini_batches == 1 else "a mini-batch"
+        raise Cannot(f"{call.name}: dp {strategy.dp} exceeds the {sequences} sequences of {whole}")
     if call.role is not None and (why := forbidden(strategy, costs.shape(call.role))):
         raise Cannot(f"{call.name}: {strategy}: {why}")
     if call.kind is CallKind.COMPUTE:

@@ -75,12 +75,11 @@ class _Steps:
 
 def _megatron(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
     steps = _Steps(experiment, cluster, costs)
-    per_node = min(cluster.gpus_per_node, cluster.num_gpus)
 
     def ladder() -> Iterator[MakeStep]:
         for offload in (0, 1, 2):
             for pp in divisors(cluster.num_nodes):
-                yield partial(steps.step, partial(steps.megatron, tp=per_node, pp=pp), offload)
+                yield partial(steps.step, partial(steps.megatron, tp=cluster.gpus_per_node, pp=pp), offload)
 
     return first_fit("megatron", experiment, cluster, costs, ladder())
 
@@ -129,11 +128,11 @@ def _verl(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping
 
 def _realhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
     steps = _Steps(experiment, cluster, costs)
-    per_node = min(cluster.gpus_per_node, cluster.num_gpus)
+
+    rule = partial(steps.megatron, tp=cluster.gpus_per_node, pp=cluster.num_nodes)
 
     def ladder() -> Iterator[MakeStep]:
         for offload in (1, 2):
-            rule = partial(steps.split, tp=per_node, pp=cluster.num_nodes)
             yield partial(steps.step, rule, offload, recompute=(Recompute.FULL,))
 
     return first_fit("realhf-heuristic", experiment, cluster, costs, ladder())
@@ -183,8 +182,8 @@ _ALL = (
     ),
     Baseline(
         "realhf-heuristic",
-        "every call on all GPUs: tp within a node, one pipeline stage for each node, full recomputation, "
-        "frozen roles in host memory between their calls",
+        "every call on all GPUs: tp within a node, one pipeline stage for each node, training with full "
+        "recomputation and sequence parallelism, frozen roles in host memory between their calls",
         _realhf,
     ),
 )

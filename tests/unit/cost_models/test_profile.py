@@ -81,11 +81,11 @@ def test_built_in_profiles_load_name_their_sources_and_round_trip(name: str, tmp
 
 
 def test_the_built_in_profiles_are_there():
-    assert {"a100-40gb", "a100-80gb", "h100-sxm", "h200", "cpu"} <= set(built_in_profiles())
+    assert {"a100-40gb", "a100-80gb", "h100-sxm", "h200", "h800", "b200", "cpu"} <= set(built_in_profiles())
 
 
 def test_gpu_efficiency_rises_with_size_and_stays_below_the_peak():
-    for name, peak in (("a100-80gb", 312e12), ("h100-sxm", 989e12), ("h200", 989e12)):
+    for name, peak in (("a100-80gb", 312e12), ("h100-sxm", 989e12), ("h800", 989e12), ("b200", 2250e12)):
         rates = [y for _, y in load_profile(name).matmul_curve("bfloat16").points]
         assert rates == sorted(rates)
         assert rates[-1] < peak
@@ -178,3 +178,12 @@ def test_a_built_in_profile_takes_another_fabric():
     assert str(slower) == "analytic (h100-sxm@200gb)"
     with pytest.raises(InputError, match=r"no such fabric '20gb'.*Did you mean '200gb'"):
         load_profile("h100-sxm@20gb")
+
+
+def test_the_switch_adds_up_large_messages_of_the_groups_that_were_measured_so():
+    link = load_profile("h100-sxm").intra_node
+    rings = link.cost("all_reduce", 8).bytes_per_s * 2 * 7 / 8
+    assert rings == pytest.approx(370e9, rel=1e-3)
+    assert 1e12 / link.collective_s("all_reduce", 8, 1e12) * 2 * 7 / 8 == pytest.approx(480e9, rel=1e-3)
+    assert 1e12 / link.collective_s("all_reduce", 4, 1e12) * 2 * 3 / 4 == pytest.approx(370e9, rel=1e-3)
+    assert len(link.ways("all_gather", 8)) == 1
