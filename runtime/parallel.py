@@ -6,7 +6,7 @@ Decides nothing about what is computed. Groups are made once, in the same order 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 
 import torch
@@ -15,6 +15,7 @@ import torch.distributed as dist
 from realloc.augmented import Placement
 from realloc.mesh import DeviceMesh
 from realloc.strategy import Coordinates, Strategy
+from runtime.channels import Channels, make_channels
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class ParallelContext:
     mesh_group: dist.ProcessGroup | None = None
     ends_group: dist.ProcessGroup | None = None
     """First and last pipeline stage, for a tied embedding's gradient."""
+    channels: Channels = field(default_factory=Channels)
+    """For messages between stages."""
 
     @property
     def is_first(self) -> bool:
@@ -85,6 +88,7 @@ class Groups:
 
     rank: int
     by_ranks: Mapping[tuple[int, ...], dist.ProcessGroup]
+    channels: Channels = field(default_factory=Channels)
 
     def context(self, placement: Placement, device: torch.device) -> ParallelContext | None:
         """This rank's context in the placement; None when the rank is not in its mesh."""
@@ -108,6 +112,7 @@ class Groups:
             dp_group=group([replace(at, dp=d) for d in range(strategy.dp)]),
             mesh_group=self.by_ranks.get(tuple(mesh.ranks)),
             ends_group=group(ends) if ends else None,
+            channels=self.channels,
         )
 
 
@@ -123,4 +128,5 @@ def make_groups(placements: Iterable[Placement], rank: int, timeout: timedelta) 
         for ranks in group_ranks(placement):
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), timeout=timeout)
-    return Groups(rank, {ranks: group for ranks, group in made.items() if rank in ranks})
+    own = {ranks: group for ranks, group in made.items() if rank in ranks}
+    return Groups(rank, own, make_channels(timeout))

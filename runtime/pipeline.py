@@ -4,8 +4,8 @@ Which micro-batch passes when is decided in `realloc.pipeline_schedule`; this mo
 stage's actions and moves hidden states and their gradients between stages. Shapes are known on both
 sides from the shared batch, so micro-batches may differ in length. With one stage it is a plain loop.
 
-Sends do not block and receives do. Between two ranks messages of one direction are received in the
-order in which they are sent, forwards under one tag and backwards under another.
+Sends do not block and receives do. Between two ranks messages of one kind are received in the order in
+which they are sent; forwards and backwards go through channels of their own, so none waits for another.
 """
 
 from __future__ import annotations
@@ -19,8 +19,11 @@ import torch.distributed as dist
 from realloc.pipeline_schedule import Action, Pipeline, Work, destination, pipeline_actions, source
 from realloc.strategy import Schedule
 from runtime.attention import PackedSequences
+from runtime.channels import Channel
 from runtime.decoder import Decoder
 from runtime.parallel import ParallelContext
+
+_CHANNELS = {Work.FORWARD: Channel.FORWARD, Work.BACKWARD: Channel.BACKWARD}
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ class _Sent:
     """A message under way to the action at place `taken_at` of the receiving stage's order."""
 
     taken_at: int
-    work: dist.Work | None
+    work: dist.Work
     tensor: torch.Tensor
 
 
@@ -61,7 +64,7 @@ class _Links:
         stage, made_by = needed
         shape = (self._decoder.num_rows(batch.packed.num_tokens), self._decoder.shape.hidden)
         buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
-        dist.recv(buffer, src=self._context.stage_rank(stage), tag=int(action.work))
+        self._context.channels.receive(buffer, self._context.stage_rank(stage), _CHANNELS[action.work])
         # the sender has received all that its earlier actions took
         self._let_go(stage, before=self._places[stage][made_by])
         return buffer
@@ -72,7 +75,8 @@ class _Links:
         assert target is not None, action
         stage, taken_by = target
         tensor = tensor.detach().contiguous()
-        work = dist.isend(tensor, dst=self._context.stage_rank(stage), tag=int(action.work))
+        rank = self._context.stage_rank(stage)
+        work = self._context.channels.send(tensor, rank, _CHANNELS[action.work])
         self._sent[stage].append(_Sent(self._places[stage][taken_by], work, tensor))
 
     def flush(self) -> None:
@@ -85,7 +89,7 @@ class _Links:
         for sent in self._sent[stage]:
             if before is not None and sent.taken_at > before:
                 waiting.append(sent)
-            elif sent.work is not None:
+            else:
                 sent.work.wait()
         self._sent[stage] = waiting
 

@@ -213,6 +213,15 @@ class Reallocator:
             default=0,
         )
 
+    @property
+    def messages(self) -> Sequence[Sequence[tuple[int, bool, int]]]:
+        """(peer, whether this rank sends, elements) of each round's messages; as `staging_bytes`."""
+        return [
+            [(message.peer, message.sending, message.num_elements) for message in own]
+            for part in self._rounds or ()
+            for own in part
+        ]
+
     @torch.no_grad()
     def run(self) -> int:
         """Moves the tensors; returns the bytes sent to other ranks.

@@ -11,6 +11,7 @@ from collections import deque
 import torch
 import torch.distributed as dist
 
+from runtime.channels import Channel
 from runtime.decoder import Decoder
 
 
@@ -30,43 +31,41 @@ class Links:
             prompts = prompts.to(context.device)
             assert prompts.shape == (num_tokens,), (prompts.shape, num_tokens)
             if not context.is_last and num_tokens:
-                self._send(prompts, self._last)
+                self._send(prompts, self._last, Channel.FORWARD)
             return prompts
         if not context.is_last:
             return None
         buffer = torch.empty(num_tokens, dtype=torch.int64, device=context.device)
-        return self._receive(buffer, 0) if num_tokens else buffer
+        return self._receive(buffer, 0, Channel.FORWARD) if num_tokens else buffer
 
     def send_hidden(self, hidden: torch.Tensor) -> None:
-        self._send(hidden, self._context.at.pp + 1)
+        self._send(hidden, self._context.at.pp + 1, Channel.FORWARD)
 
     def receive_hidden(self, rows: int) -> torch.Tensor:
         size = (rows, self._decoder.shape.hidden)
         buffer = torch.empty(size, dtype=self._decoder.dtype, device=self._context.device)
-        return self._receive(buffer, self._context.at.pp - 1)
+        return self._receive(buffer, self._context.at.pp - 1, Channel.FORWARD)
 
     def send_tokens(self, tokens: torch.Tensor) -> None:
         for stage in range(self._last):
-            self._send(tokens, stage)
+            self._send(tokens, stage, Channel.BACKWARD)
 
     def receive_tokens(self, rows: int) -> torch.Tensor:
         buffer = torch.empty(rows, dtype=torch.int64, device=self._context.device)
-        return self._receive(buffer, self._last)
+        return self._receive(buffer, self._last, Channel.BACKWARD)
 
     def finish(self) -> None:
         """Waits until everything is sent."""
         while self._sends:
             self._sends.popleft()[0].wait()
 
-    def _send(self, tensor: torch.Tensor, stage: int) -> None:
+    def _send(self, tensor: torch.Tensor, stage: int, channel: Channel) -> None:
         # what was sent two rounds of groups ago has long been received
         while len(self._sends) > 2 * (self._last + 1) ** 2:
             self._sends.popleft()[0].wait()
         tensor = tensor.contiguous()
-        work = dist.isend(tensor, self._context.stage_rank(stage))
-        assert work is not None
+        work = self._context.channels.send(tensor, self._context.stage_rank(stage), channel)
         self._sends.append((work, tensor))
 
-    def _receive(self, buffer: torch.Tensor, stage: int) -> torch.Tensor:
-        dist.recv(buffer, self._context.stage_rank(stage))
-        return buffer
+    def _receive(self, buffer: torch.Tensor, stage: int, channel: Channel) -> torch.Tensor:
+        return self._context.channels.receive(buffer, self._context.stage_rank(stage), channel)

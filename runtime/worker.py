@@ -97,6 +97,9 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         world_size=world_size,
         timeout=timeout,
     )
+    if device.type == "cuda":
+        # batches of messages are of the whole world, and NCCL wants a collective of it before the first
+        dist.all_reduce(torch.zeros(1, device=device))
     plan = read_plan(spec.plan)
     program = compile_program(plan)
     dataset = open_dataset(plan.experiment)

@@ -116,7 +116,8 @@ def test_damaged_checkpoint_then_another_plan_from_the_one_before(
     assert metrics_of(out) == metrics_of(calm)
     workplace.plan("one", gpus=1, placements={"*": ("node0", "d1t1p1")}, iterations=ITERATIONS)
     code, printed, err = workplace.run(
-        "run", "--resume", "damaged", "--from", "iteration-6", "--plan", "one.yaml", "--iterations", "9"
+        *("run", "--resume", "damaged", "--from", "iteration-6", "--plan", "one.yaml"),
+        *("--iterations", "9", "--save-every", "3"),
     )
     assert code == 0, err
     assert "iteration 7/9" in printed

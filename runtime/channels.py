@@ -1,0 +1,59 @@
+"""Messages between two ranks outside of batches: which of them wait for each other.
+
+gloo finds the message that a receive asks for by sender and tag. NCCL knows no tags: between two ranks
+of one communicator operations run one after the other in the order of their issue, so that two ranks
+that each send before they receive may wait forever. Here every kind of message has a channel of its
+own in each direction, on NCCL a process group: what goes through one is received in the order in which
+it is sent, and waits for nothing else. `realloc.rendezvous` proves of recorded messages that this is
+enough.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import timedelta
+from enum import IntEnum
+
+import torch
+import torch.distributed as dist
+
+
+class Channel(IntEnum):
+    """Kinds of messages; those of one kind and direction are received in the order of their sending.
+
+    Hidden states and, while generating, prompts go FORWARD; gradients and sampled tokens BACKWARD.
+    """
+
+    FORWARD = 0
+    BACKWARD = 1
+
+
+@dataclass(frozen=True)
+class Channels:
+    """`groups`: one of all ranks for each channel and direction, or none where tags do."""
+
+    groups: tuple[dist.ProcessGroup, ...] = ()
+
+    def send(self, tensor: torch.Tensor, rank: int, channel: Channel) -> dist.Work:
+        """Begins to send a contiguous tensor, which must stay as it is until the work is waited for."""
+        upwards = dist.get_rank() < rank
+        work = dist.isend(tensor, rank, group=self._group(channel, upwards), tag=int(channel))
+        assert work is not None, "this rank is of the group"
+        return work
+
+    def receive(self, buffer: torch.Tensor, rank: int, channel: Channel) -> torch.Tensor:
+        """Fills the buffer with the next message of the channel from that rank."""
+        upwards = rank < dist.get_rank()
+        dist.recv(buffer, rank, group=self._group(channel, upwards), tag=int(channel))
+        return buffer
+
+    def _group(self, channel: Channel, upwards: bool) -> dist.ProcessGroup | None:
+        return self.groups[2 * channel + upwards] if self.groups else None
+
+
+def make_channels(timeout: timedelta) -> Channels:
+    """The channels of all ranks, which must all call it at the same place."""
+    if "nccl" not in dist.get_backend_config():
+        return Channels()
+    # communicators between two ranks are made when they first meet
+    return Channels(tuple(dist.new_group(backend="nccl", timeout=timeout) for _ in range(2 * len(Channel))))
