@@ -43,7 +43,7 @@ class Line:
     @property
     def ratio(self) -> float | None:
         """Measured over predicted."""
-        if not self.predicted_s or self.measured_s is None:
+        if self.predicted_s is None or self.measured_s is None or self.predicted_s < 1e-6:
             return None
         return self.measured_s / self.predicted_s
 
@@ -343,7 +343,11 @@ def _finding_lines(comparison: Comparison) -> Iterable[str]:
 
 
 def _off(line: Line) -> str:
-    return line.name if line.ratio is None else f"{line.name} x {line.ratio:.2f}"
+    return (
+        f"{line.name} {_number(line.measured_s)} s"
+        if line.ratio is None
+        else f"{line.name} x {line.ratio:.2f}"
+    )
 
 
 def comparison_content(comparison: Comparison) -> Mapping[str, object]:
