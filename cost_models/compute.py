@@ -83,16 +83,26 @@ class ComputeCosts:
         self._attention_rate = self._rates.highest * profile.attention.efficiency
         self.heads = shape.num_heads // tp
         self.kv_heads = max(1, shape.num_kv_heads // tp)
-        self.ffn = shape.ffn_dim // tp
+        width = shape.ffn_dim // tp
+        self.ffn = width * max(1, shape.experts_per_token)
+        """What the MLP computes of one token, on this shard."""
         self.vocab = -(-shape.vocab // tp)
         q, kv = self.heads * shape.head_dim, self.kv_heads * shape.head_dim
         hidden = shape.hidden
         self._products = [(q, hidden), (kv, hidden), (kv, hidden), (hidden, q)]
-        self._products += [(self.ffn, hidden)] * (2 if shape.gated_mlp else 1) + [(hidden, self.ffn)]
+        mlp_in = [(width, hidden)] * (2 if shape.gated_mlp else 1)
         # matrices that read the same input are one while decoding, unless biases lie between them
-        up = 2 * self.ffn if shape.gated_mlp else self.ffn
-        fused = [(q + 2 * kv, hidden), (hidden, q), (up, hidden), (hidden, self.ffn)]
-        self._decode_products = self._products if shape.qkv_bias else fused
+        fused = [(q + 2 * kv, hidden), (hidden, q)]
+        fused_in = [(len(mlp_in) * width, hidden)]
+        self._mlp_out = (hidden, width)
+        self._expert_products: list[tuple[int, int]] = []
+        if shape.is_moe:
+            self._expert_products = [*mlp_in, self._mlp_out]
+            mlp_in = fused_in = [(shape.num_experts, hidden)]  # the router
+        else:
+            mlp_in, fused_in = [*mlp_in, self._mlp_out], [*fused_in, self._mlp_out]
+        self._products += mlp_in
+        self._decode_products = self._products if shape.qkv_bias else fused + fused_in
         specs = parameters(shape)
         layer = [spec for spec in specs if spec.layer == 0]
         self.layer_elements = sum(local_elements(spec, tp) for spec in layer)
@@ -105,10 +115,10 @@ class ComputeCosts:
         self._partial_outside = outside * hidden
         self._first = [spec for spec in specs if spec.on_first]
         self._last = [spec for spec in specs if spec.on_last]
-        # on CPUs torch composes this norm of several kernels, and keeps the input divided by its size too
+        # in 16 bits on CPUs torch composes this norm of kernels, and keeps the input over its size too
         self.is_cpu = profile.attention.per_sequence
         """Whether the device is a CPU: profiles of CPUs are those with an attention kernel per sequence."""
-        composed = shape.norm == "rms" and self.is_cpu
+        composed = shape.norm == "rms" and self.is_cpu and self.element_bytes != 4
         self.norm_vectors = 2 if composed else 0
         """Vectors of a token that a layer's two norms keep beside their inputs."""
         # norms read and write twice, residual additions touch three vectors, rotation about three
@@ -169,11 +179,33 @@ class ComputeCosts:
         arithmetic = flops / self._rates.at(flops)
         return max(arithmetic, self.memory_s(moved, working_set)) + self._profile.launch_s
 
+    def _products_s(self, tokens: float) -> float:
+        """All matrices of a layer."""
+        dense = sum(self.matmul_s(tokens, n, k) for n, k in self._products)
+        return dense + sum(self._mlp_product_s(tokens, n, k) for n, k in self._expert_products)
+
+    def _mlp_product_s(self, tokens: float, n: float, k: float, working_set: float | None = None) -> float:
+        """Seconds of one matrix of the MLP, or of all experts' in one grouped kernel.
+
+        Each token takes a few of the experts, by chance: E (1 - (1 - k / E)^tokens) of them are read,
+        all once there are tokens enough.
+        """
+        shape = self.shape
+        if not shape.is_moe:
+            return self.matmul_s(tokens, n, k, working_set)
+        share = shape.experts_per_token / shape.num_experts
+        taken: float = shape.num_experts * (1 - (1 - share) ** tokens)
+        rows = tokens * shape.experts_per_token / max(taken, 1e-9)
+        flops = 2.0 * rows * n * k
+        moved = (rows * (n + k) + n * k) * self.element_bytes
+        one = max(flops / self._rates.at(flops), self.memory_s(moved, working_set))
+        return taken * one + self._profile.launch_s
+
     def forward_layer_s(self, pack: Pack, sequence_parallel: bool = False, use: Pass = Pass.TRAIN) -> float:
         """Seconds of one layer's forward pass over packed tokens, the same by this model for any use."""
         key = ("forward", pack, sequence_parallel)
         if key not in self._layers:
-            products = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+            products = self._products_s(pack.tokens)
             rest = self._elementwise_s(pack.tokens, 1, sequence_parallel)
             self._layers[key] = products + self._attention_s(pack, 1.0) + rest
         return self._layers[key]
@@ -186,7 +218,7 @@ class ComputeCosts:
         return self._layers[key]
 
     def _backward_layer_s(self, pack: Pack, sequence_parallel: bool) -> float:
-        seconds = 2 * sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+        seconds = 2 * self._products_s(pack.tokens)
         seconds += self._attention_s(pack, _ATTENTION_BACKWARD)
         seconds += self._elementwise_s(pack.tokens, 2, sequence_parallel)
         if self._kernels(pack) > 1:
@@ -199,7 +231,7 @@ class ComputeCosts:
         """The part of a layer's backward pass that makes the gradients of its matrices."""
         key = ("weight", pack, False)
         if key not in self._layers:
-            self._layers[key] = sum(self.matmul_s(pack.tokens, n, k) for n, k in self._products)
+            self._layers[key] = self._products_s(pack.tokens)
         return self._layers[key]
 
     def recompute_layer_s(self, pack: Pack, recompute: Recompute, sequence_parallel: bool = False) -> float:
@@ -213,7 +245,7 @@ class ComputeCosts:
         key = (recompute.value, pack, sequence_parallel)
         if key not in self._layers:
             seconds = self.forward_layer_s(pack, sequence_parallel)
-            seconds -= self.matmul_s(pack.tokens, self.shape.hidden, self.ffn)
+            seconds -= self._mlp_product_s(pack.tokens, *self._mlp_out)
             if recompute is Recompute.SELECTIVE:
                 o_width = self.heads * self.shape.head_dim
                 seconds -= self.matmul_s(pack.tokens, self.shape.hidden, o_width)
@@ -242,6 +274,7 @@ class ComputeCosts:
         `ragged`: they differ in length. By this model that makes no difference.
         """
         seconds = sum(self.matmul_s(batch, n, k, working_set) for n, k in self._decode_products)
+        seconds += sum(self._mlp_product_s(batch, n, k, working_set) for n, k in self._expert_products)
         kv_bytes = 2.0 * batch * context * self.kv_heads * self.shape.head_dim * self.element_bytes
         seconds += self.memory_s(kv_bytes, kv_bytes * self.shape.num_layers)
         seconds += self._profile.attention.launch_s

@@ -17,7 +17,7 @@ from realloc.errors import InputError
 from realloc.files import nearest
 
 DTYPE_BYTES: Mapping[str, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
-FAMILIES = ("llama", "qwen2", "qwen3", "gpt_neox")
+FAMILIES = ("llama", "qwen2", "qwen3", "gpt_neox", "mixtral", "qwen3_moe")
 _MAX_LAYERS = 10_000
 _MAX_SIZE = 2**31 - 1
 
@@ -39,7 +39,8 @@ class ModelShape:
     `head` is `lm` (logits over the vocabulary) or `scalar` (one number per token: a critic or a
     reward model). `rotary_dim` is how many of the `head_dim` dimensions are rotated. With
     `parallel_residual`, attention and MLP read the same input and add to the same residual
-    (GPT-NeoX).
+    (GPT-NeoX). With `num_experts`, every layer's MLP is that many of width `ffn_dim`, of which each
+    token takes `experts_per_token`; such models are planned, not run.
     """
 
     family: str
@@ -63,8 +64,15 @@ class ModelShape:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = field(default=None)
     parallel_residual: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
     tied_embeddings: bool = False
     head: str = "lm"
+
+    @property
+    def is_moe(self) -> bool:
+        """Whether the MLPs are mixtures of experts."""
+        return self.num_experts > 0
 
     @property
     def num_params(self) -> int:
@@ -98,6 +106,10 @@ def _llama_like(config: Mapping[str, Any], family: str) -> ModelShape:
     hidden = int(config["hidden_size"])
     head_dim = int(config.get("head_dim") or hidden // heads)
     bias = bool(config.get("attention_bias", False))
+    experts = 0
+    if family in ("mixtral", "qwen3_moe"):
+        experts = int(config["num_local_experts" if family == "mixtral" else "num_experts"])
+    width = config["moe_intermediate_size" if family == "qwen3_moe" else "intermediate_size"]
     return ModelShape(
         family=family,
         hidden=hidden,
@@ -105,15 +117,17 @@ def _llama_like(config: Mapping[str, Any], family: str) -> ModelShape:
         num_heads=heads,
         num_kv_heads=int(config.get("num_key_value_heads") or heads),
         head_dim=head_dim,
-        ffn_dim=int(config["intermediate_size"]),
+        ffn_dim=int(width),
         vocab=int(config["vocab_size"]),
         max_positions=int(config.get("max_position_embeddings", 2048)),
+        num_experts=experts,
+        experts_per_token=int(config["num_experts_per_tok"]) if experts else 0,
         norm_eps=float(config.get("rms_norm_eps", 1e-6)),
         activation=str(config.get("hidden_act", "silu")),
         qkv_bias=True if family == "qwen2" else bias,
         out_bias=False if family == "qwen2" else bias,
         mlp_bias=bool(config.get("mlp_bias", False)),
-        qk_norm=family == "qwen3",
+        qk_norm=family in ("qwen3", "qwen3_moe"),
         rotary_dim=head_dim,
         tied_embeddings=bool(config.get("tie_word_embeddings", False)),
     )
@@ -201,6 +215,13 @@ def _check(shape: ModelShape, config: Mapping[str, Any], where: str) -> None:
         raise InputError(
             f"{where}: {shape.num_heads} attention heads are not a multiple of {shape.num_kv_heads} kv heads."
         )
+    if shape.num_experts < 0 or not shape.experts_per_token <= shape.num_experts:
+        raise InputError(
+            f"{where}: each token takes {shape.experts_per_token} of {shape.num_experts} experts; it cannot "
+            f"take more than there are."
+        )
+    if shape.is_moe and (config.get("mlp_only_layers") or config.get("decoder_sparse_step", 1) != 1):
+        raise InputError(f"{where}: layers without experts between those with them are not supported.")
     if shape.activation not in ("silu", "gelu", "gelu_new", "gelu_fast", "gelu_pytorch_tanh"):
         raise InputError(f"{where}: hidden_act '{shape.activation}' is not supported.")
     if config.get("use_sliding_window"):

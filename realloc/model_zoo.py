@@ -1,7 +1,7 @@
 """Model shapes known by name, for planning without the weights at hand.
 
 Sources: the `config.json` that each model's authors publish with it (Llama: Meta; Qwen: Alibaba;
-Pythia: EleutherAI).
+Mixtral: Mistral AI; Pythia: EleutherAI).
 """
 
 from __future__ import annotations
@@ -38,6 +38,14 @@ _QWEN3: Mapping[str, tuple[int, int, int, int, int, int, bool]] = {
     "qwen3-8b": (4096, 36, 32, 8, 12288, 151936, False),
     "qwen3-14b": (5120, 40, 40, 8, 17408, 151936, False),
     "qwen3-32b": (5120, 64, 64, 8, 25600, 151936, False),
+}
+# name: hidden, layers, heads, kv heads, head width, expert width, experts, of them for a token,
+# vocabulary, context
+_MOE: Mapping[str, tuple[int, int, int, int, int, int, int, int, int, int]] = {
+    "mixtral-8x7b": (4096, 32, 32, 8, 128, 14336, 8, 2, 32000, 32768),
+    "mixtral-8x22b": (6144, 56, 48, 8, 128, 16384, 8, 2, 32768, 65536),
+    "qwen3-30b-a3b": (2048, 48, 32, 4, 128, 768, 128, 8, 151936, 40960),
+    "qwen3-235b-a22b": (4096, 94, 64, 4, 128, 1536, 128, 8, 151936, 40960),
 }
 # name: hidden, layers, heads, vocabulary
 _PYTHIA: Mapping[str, tuple[int, int, int, int]] = {
@@ -94,6 +102,24 @@ def named_shapes() -> Mapping[str, ModelShape]:
                 rope_theta=1e6,
                 tied_embeddings=tied,
             )
+    for name, (hidden, layers, heads, kv, head_dim, ffn, experts, each, vocab, context) in _MOE.items():
+        shapes[name] = ModelShape(
+            family="mixtral" if name.startswith("mixtral") else "qwen3_moe",
+            hidden=hidden,
+            num_layers=layers,
+            num_heads=heads,
+            num_kv_heads=kv,
+            head_dim=head_dim,
+            ffn_dim=ffn,
+            vocab=vocab,
+            max_positions=context,
+            norm_eps=1e-5 if name.startswith("mixtral") else 1e-6,
+            qk_norm=name.startswith("qwen3"),
+            rotary_dim=head_dim,
+            rope_theta=1e6,
+            num_experts=experts,
+            experts_per_token=each,
+        )
     for name, (hidden, layers, heads, vocab) in _PYTHIA.items():
         shapes[name] = ModelShape(
             family="gpt_neox",

@@ -112,6 +112,8 @@ def _layer(shape: ModelShape, layer: int) -> list[ParamSpec]:
     if shape.out_bias:
         specs.append(ParamSpec(f"{prefix}.attn.o.bias", (hidden,), layer=layer))
     specs += _norm(shape, f"{prefix}.mlp_norm", layer=layer)
+    if shape.is_moe:
+        return specs + _experts(shape, prefix, layer)
     for name in ("gate", "up") if shape.gated_mlp else ("up",):
         specs.append(ParamSpec(f"{prefix}.mlp.{name}.weight", (shape.ffn_dim, hidden), 0, 1, layer))
         if shape.mlp_bias:
@@ -119,6 +121,16 @@ def _layer(shape: ModelShape, layer: int) -> list[ParamSpec]:
     specs.append(ParamSpec(f"{prefix}.mlp.down.weight", (hidden, shape.ffn_dim), 1, 1, layer))
     if shape.mlp_bias:
         specs.append(ParamSpec(f"{prefix}.mlp.down.bias", (hidden,), layer=layer))
+    return specs
+
+
+def _experts(shape: ModelShape, prefix: str, layer: int) -> list[ParamSpec]:
+    """The router, and all experts' matrices as one: each expert is split over tp like an MLP."""
+    experts, width, hidden = shape.num_experts, shape.ffn_dim, shape.hidden
+    specs = [ParamSpec(f"{prefix}.mlp.router.weight", (experts, hidden), layer=layer)]
+    for name in ("gate", "up") if shape.gated_mlp else ("up",):
+        specs.append(ParamSpec(f"{prefix}.mlp.experts.{name}.weight", (experts, width, hidden), 1, 1, layer))
+    specs.append(ParamSpec(f"{prefix}.mlp.experts.down.weight", (experts, hidden, width), 2, 1, layer))
     return specs
 
 

@@ -25,6 +25,7 @@ def layer_signature(shape: ModelShape, tp: int) -> str:
         f"kv{max(1, shape.num_kv_heads // tp)}",
         f"d{shape.head_dim}",
         f"f{shape.ffn_dim // tp}",
+        *([f"e{shape.num_experts}x{shape.experts_per_token}"] if shape.is_moe else []),
         "gated" if shape.gated_mlp else "plain",
         shape.activation,
         shape.norm,

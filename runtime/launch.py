@@ -48,6 +48,7 @@ from runtime.monitor import Monitor
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
+from runtime.supported import check_runs
 from runtime.tracing import CHECKPOINT, merge_traces, read_status
 from runtime.worker import WorkerSpec, reporting_ranks, run_worker
 
@@ -164,6 +165,7 @@ def _check_runnable(plan: ExecutionPlan) -> None:
     """What the ranks would stumble over, found before they start."""
     experiment = plan.experiment
     for role, spec in experiment.models.items():
+        check_runs(spec.shape, f"experiment: models.{role}")
         if not spec.has_weights:
             raise InputError(
                 f"experiment: models.{role}: '{spec.model}' is a shape without weights, good for "

@@ -35,6 +35,7 @@ from runtime.measuring_plan import (
     experiment_sizes,
     subjects,
 )
+from runtime.supported import check_runs
 from runtime.unit_timer import PassSeconds
 
 # New tokens of two generate calls: the second's further steps are all alike.
@@ -75,6 +76,8 @@ def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
     for model in spec.models:
         shape = resolve_shape(model, "realloc profile: --model")
         sizes += [(shape, dtype, s) for dtype in spec.dtypes for s in default_sizes(shape, gpu=gpu)]
+    for shape, _, _ in sizes:
+        check_runs(shape, "realloc profile")
     return subjects(sizes, spec.tp, quick=spec.quick)
 
 
