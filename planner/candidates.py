@@ -7,12 +7,13 @@ mesh of that size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from planner.costs import Costs
 from planner.infeasible import infeasible_call
-from planner.options import Option, Options, thinned
+from planner.options import FORBIDDEN, TOO_LARGE, Option, Options, thinned
+from planner.permits import Permitted
 from realloc.augmented import Placement
 from realloc.backend import OWN, untrainable
 from realloc.cluster import Cluster
@@ -91,6 +92,11 @@ class _Rejections:
             self.examples[key] = example()
         self.counts[key] = self.counts.get(key, 0) + count
 
+    def of(self, call: Call, reason: str) -> Mapping[str, int]:
+        """An example of a call's rejections for one reason -> how many there were."""
+        key = (call.name, reason)
+        return {self.examples[key]: self.counts[key]} if key in self.counts else {}
+
     def result(self) -> tuple[Rejection, ...]:
         return tuple(
             Rejection(call, reason, count, self.examples[call, reason])
@@ -108,24 +114,39 @@ def build_candidates(
 ) -> CandidateSet:
     """The candidates of every call that fit into `capacity_bytes` on their own.
 
-    Raises InfeasibleError when a call fits nowhere.
+    Raises InfeasibleError when a call fits nowhere, or nowhere that the experiment's constraints allow,
+    and InputError when these contradict each other.
     """
     limits = limits or Limits()
     rejections = _Rejections()
-    meshes = _meshes(graph, cluster, limits, rejections)
+    permitted = Permitted(experiment, graph, cluster)
+    meshes = [*_meshes(graph, cluster, limits, rejections)]
+    meshes += [mesh for mesh in permitted.pinned(graph) if mesh not in meshes]
     by_size: dict[int, list[DeviceMesh]] = {}
     for mesh in meshes:
         by_size.setdefault(mesh.size, []).append(mesh)
+    places = _places(graph, permitted, by_size, rejections)
     options: dict[str, dict[int, list[Option]]] = {}
     for call in graph.calls:
         options[call.name] = {
             size: _options(
-                experiment, graph, call, same, costs, capacity_bytes, limits, rejections, cluster.num_gpus
+                experiment, graph, call, same, costs, capacity_bytes, limits, rejections, cluster.num_gpus,
+                permitted,
             )
-            for size, same in by_size.items()
-        }
+            for size, same in places[call.name].items()
+        }  # fmt: skip
         if not any(options[call.name].values()):
             shape = None if call.role is None else experiment.role_shape(graph, call.role)
+            every: dict[DeviceMesh, Sequence[Option]] = {}
+            for same in by_size.values():
+                fitting = _options(
+                    experiment, graph, call, same, costs, capacity_bytes, limits, _Rejections(),
+                    cluster.num_gpus, None,
+                )  # fmt: skip
+                every |= dict.fromkeys(same, fitting)
+            blamed = permitted.nothing_left(call, every, rejections.of(call, TOO_LARGE))
+            if blamed is not None:
+                raise blamed
             degrees = {
                 same[0]: _degrees(
                     experiment, call, shape, same, limits.most_micro_batches, _Rejections(), cluster.num_gpus
@@ -135,18 +156,36 @@ def build_candidates(
             raise infeasible_call(experiment, call, shape, degrees, costs, capacity_bytes)
     if len(meshes) > limits.keep_all_up_to:
         options = _bounded(graph, options, by_size, limits, rejections)
-    if taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
-        options = _with_offload(graph, options)
+    forced = {call.name for call in graph.calls if permitted.needs_offload(call)}
+    if forced or taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
+        options = _with_offload(graph, options, forced)
     candidates = {}
     for call in graph.calls:
         found = [
             Candidate(Placement(mesh, option.strategy), option)
-            for size, same in by_size.items()
-            for option in options[call.name][size]
+            for size, same in places[call.name].items()
+            for option in permitted.final(call, options[call.name][size], by_size[size][0])
             for mesh in same
         ]
         candidates[call.name] = sorted(found, key=lambda candidate: candidate.option.seconds)
     return CandidateSet(candidates, rejections.result())
+
+
+def _places(
+    graph: DataflowGraph,
+    permitted: Permitted,
+    by_size: Mapping[int, Sequence[DeviceMesh]],
+    rejections: _Rejections,
+) -> Mapping[str, Mapping[int, Sequence[DeviceMesh]]]:
+    """Call -> size -> the meshes on which constraints let it run."""
+    found: dict[str, dict[int, Sequence[DeviceMesh]]] = {}
+    for call in graph.calls:
+        found[call.name] = {size: permitted.meshes(call, same) for size, same in by_size.items()}
+        for size, same in by_size.items():
+            if len(found[call.name][size]) < len(same):
+                lost = [mesh for mesh in same if mesh not in found[call.name][size]]
+                rejections.add(call, FORBIDDEN, len(lost), f"{lost[0]}")
+    return found
 
 
 def _meshes(
@@ -186,8 +225,12 @@ def _degrees(
     most_micro_batches: int,
     rejections: _Rejections,
     num_gpus: int,
+    wanted: Sequence[int] = (),
 ) -> list[tuple[Strategy, list[int]]]:
-    """Every legal (dp, tp, pp) of the call on meshes of one size, with the micro-batches to try."""
+    """Every legal (dp, tp, pp) of the call on meshes of one size, with the micro-batches to try.
+
+    `wanted`: numbers of micro-batches to try besides.
+    """
     mesh, count = meshes[0], len(meshes)
     backend = experiment.training_backend if call.kind is CallKind.TRAIN_STEP else OWN
     share = experiment.workload.sequences // call.together // call.mini_batches
@@ -211,7 +254,8 @@ def _degrees(
                 most = min(most_micro_batches, share // strategy.dp)
                 if call.kind is CallKind.COMPUTE:
                     most = 1
-                found.append((strategy, _micro_batches(most, pp)))
+                more = {m for m in wanted if m <= most}
+                found.append((strategy, sorted({*_micro_batches(most, pp), *more})))
                 continue
             rejections.add(call, reason, count, example)
     return found
@@ -237,15 +281,22 @@ def _options(
     limits: Limits,
     rejections: _Rejections,
     num_gpus: int,
+    permitted: Permitted | None,
 ) -> list[Option]:
-    """Strategies that fit on their own, a few of each layout."""
+    """Strategies that fit on their own, a few of each layout. `permitted` None: whatever constraints say."""
+    if not meshes:
+        return []
     shape = None if call.role is None else experiment.role_shape(graph, call.role)
 
     def reject(reason: str, example: Callable[[], str]) -> None:
         rejections.count(call, reason, len(meshes), example)
 
-    options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject)
-    degrees = _degrees(experiment, call, shape, meshes, limits.most_micro_batches, rejections, num_gpus)
+    permits = None if permitted is None else permitted.strategies(call, meshes[0])
+    wanted = () if permitted is None else permitted.micro_batches(call)
+    options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject, permits)
+    degrees = _degrees(
+        experiment, call, shape, meshes, limits.most_micro_batches, rejections, num_gpus, wanted
+    )
     if limits.degrees_only or call.role is None:
         return [option for strategy, number in degrees for option in options.plain(strategy, number)]
     return options.of(degrees, shape)
@@ -318,7 +369,7 @@ def taken_bytes(graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequenc
 
 
 def _with_offload(
-    graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]]
+    graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]], forced: Container[str] = ()
 ) -> dict[str, dict[int, list[Option]]]:
     """Every option of frozen, trained and generating roles' calls also with offload, after those without.
 
@@ -328,7 +379,7 @@ def _with_offload(
     result: dict[str, dict[int, list[Option]]] = {}
     for call in graph.calls:
         frozen = call.role is not None and graph.trainer(call.role) is None
-        useful = frozen or call.kind in (CallKind.TRAIN_STEP, CallKind.GENERATE)
+        useful = frozen or call.kind in (CallKind.TRAIN_STEP, CallKind.GENERATE) or call.name in forced
         result[call.name] = {
             size: [*same, *(replace(o, strategy=replace(o.strategy, offload=True)) for o in same if useful)]
             for size, same in options[call.name].items()

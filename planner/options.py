@@ -24,6 +24,7 @@ from realloc.strategy import Recompute, Schedule, Strategy, forbidden
 
 NO_WORSE = "another strategy of the same layout is no worse"
 TOO_LARGE = "does not fit in memory"
+FORBIDDEN = "the experiment's constraints forbid it"
 NO_GAIN = "a layout that saves neither time nor memory"
 VIRTUAL_STAGES = (2, 4)
 WORTH = 1.4
@@ -111,10 +112,19 @@ class Options:
     """Prices one call on meshes like `mesh`."""
 
     def __init__(
-        self, call: Call, mesh: DeviceMesh, costs: Costs, capacity_bytes: int, front: int, reject: Reject
+        self,
+        call: Call,
+        mesh: DeviceMesh,
+        costs: Costs,
+        capacity_bytes: int,
+        front: int,
+        reject: Reject,
+        permits: Callable[[Strategy], bool] | None = None,
     ) -> None:
+        """`permits`: which strategies constraints permit; None: all. With it no shortcut is taken."""
         self._call, self._mesh, self._costs = call, mesh, costs
         self._capacity, self._front, self._reject = capacity_bytes, front, reject
+        self._permits = permits
 
     def of(self, degrees: Iterable[tuple[Strategy, Sequence[int]]], shape: ModelShape | None) -> list[Option]:
         """The options with these degrees and micro-batches, of all layouts that they allow.
@@ -179,6 +189,9 @@ class Options:
                 self._explore(found[-1], [s for s in passes if s.recompute is Recompute.NONE])
         if not found:
             return []
+        if self._permits is not None:
+            fronts = [self._explore(other, self._passes(other.plain, one.zero)) for other in found]
+            return [option for front in fronts for option in self._kept(front)]
         best = min(found, key=lambda other: other.front.seconds)
         if best.front.seconds >= one.front.seconds:
             self._drop(best.front.options)
@@ -207,6 +220,8 @@ class Options:
         """
         if strategy.dp == 1:
             return (0,)
+        if self._permits is not None:
+            return (0, 1)
         none, first = (self._priced(replace(strategy, zero=zero)) for zero in (0, 1))
         is_no_worse = first.seconds <= none.seconds and first.total_bytes <= none.total_bytes
         return (1,) if is_no_worse else (0, 1)
@@ -221,6 +236,8 @@ class Options:
                         found.append(split)
                         if strategy.pp > 1 and recompute is Recompute.NONE and strategy.virtual_stages == 1:
                             found.append(replace(split, schedule=Schedule.ZERO_BUBBLE))
+                        if strategy.pp > 1 and self._permits is not None and strategy.virtual_stages == 1:
+                            found.append(replace(split, schedule=Schedule.GPIPE))
         return found
 
     def _explore(self, one: _Explored, strategies: Iterable[Strategy]) -> Front:
@@ -230,6 +247,9 @@ class Options:
         for s in strategies:
             key = (s.micro_batches, s.sequence_parallel, s.schedule)
             if (*key, s.zero, s.recompute) in seconds:
+                continue
+            if self._permits is not None and not self._permits(s):
+                self._reject(FORBIDDEN, lambda s=s: str(s))  # type: ignore[misc]
                 continue
             memory = self._costs.call_memory(self._call, Placement(self._mesh, s))
             option = Option(s, 0.0, memory)

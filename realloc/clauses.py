@@ -81,6 +81,22 @@ class Clause:
     def is_about_meshes(self) -> bool:
         return isinstance(self.allows, (_On, _Off))
 
+    @property
+    def pinned(self) -> Sequence[DeviceMesh]:
+        """The meshes that it asks for."""
+        return self.allows.meshes if isinstance(self.allows, _On) else ()
+
+    def values(self, field: str) -> Sequence[Any]:
+        """The values of a field that it asks for, bounds included."""
+        if not isinstance(self.allows, _Field) or self.allows.allowed.field != field:
+            return ()
+        allowed = self.allows.allowed
+        return allowed.values or [end for end in (allowed.least, allowed.most) if end is not None]
+
+    def requires(self, field: str, value: object) -> bool:
+        """Whether it allows of a field this value alone."""
+        return self.values(field) == (value,)
+
 
 class Clauses:
     """The clauses of every call. Raises InputError when clauses of a call contradict each other."""
