@@ -129,9 +129,10 @@ def _fitted(section: str, system: System, report: dict[str, Any]) -> Values:
             except ReallocError:
                 continue  # its own report says why
             targets += system.targets(row, index)
-    values = fit(system.parameters, targets)
+    values = fit(system.parameters, targets) if targets else {p.name: p.default for p in system.parameters}
     report["parameters"][section] = {
-        p.name: {"value": values[p.name], "start": p.start, "meaning": p.meaning} for p in system.parameters
+        p.name: {"value": values[p.name], "start": p.start, "is_fitted": bool(targets), "meaning": p.meaning}
+        for p in system.parameters
     }
     if targets and system.parameters:
         errors = left_out(system.parameters, targets)
@@ -149,7 +150,8 @@ def _row(system: System, row: Row, values: Values) -> Mapping[str, Any]:
         found["note"] = row.note
     try:
         found["predicted"] = system.predict(row, values)
-        found["error"] = found["predicted"] / row.measured - 1.0
+        if row.measured is not None:
+            found["error"] = found["predicted"] / row.measured - 1.0
         found.update(system.more(row, values))
     except ReallocError as reason:
         found.setdefault("predicted", None)
@@ -175,7 +177,8 @@ def show(report: Mapping[str, Any]) -> None:
         if row.get("gain_predicted"):
             gain = f"; gain {row['gain_measured'] or float('nan'):.2f}, predicted {row['gain_predicted']:.2f}"
         mark = "" if row["explained"] else " (not explained)"
-        numbers = f"{row['measured']:.4g}, predicted {row['predicted']:.4g} ({row['error']:+.1%})"
+        error = f" ({row['error']:+.1%})" if "error" in row else ""
+        numbers = f"{row['measured']}, predicted {row['predicted']:.4g}{error}"
         print(f"{row['section']}: {name} [{row['use']}]: {numbers}{gain}{mark}")
     for section, reason in report["skipped"].items():
         print(f"skipped: {section}: {reason}")

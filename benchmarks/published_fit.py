@@ -19,12 +19,17 @@ STEP, SMALLEST_STEP = 0.3, 0.01
 
 @dataclass(frozen=True)
 class Parameter:
-    """A free parameter: what it means, where it starts, and within which factor it may be expected."""
+    """A free parameter: what it means, where it starts, and within which factor it may be expected.
+
+    `default`: what came out of the fit that `docs/published.md` documents; for rows that come without any
+    to fit on.
+    """
 
     name: str
     meaning: str
     start: float
-    spread: float = 0.7
+    spread: float
+    default: float
 
 
 @dataclass(frozen=True)
@@ -39,8 +44,6 @@ class Target:
 def fit(parameters: Sequence[Parameter], targets: Sequence[Target]) -> dict[str, float]:
     """Values of least squared error, by coordinate descent with shrinking steps."""
     values = {p.name: p.start for p in parameters}
-    if not targets:
-        return values
     steps = {p.name: STEP for p in parameters}
     best = _loss(parameters, targets, values)
     while max(steps.values(), default=0.0) > SMALLEST_STEP:

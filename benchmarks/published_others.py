@@ -23,13 +23,14 @@ class Decode:
     """Output tokens/s of generating equal responses, prompts included in the seconds."""
 
     parameters: Sequence[Parameter] = (
-        Parameter("launch_s", "seconds of one operator's launch in the serving engine", 3e-6),
+        Parameter("launch_s", "seconds of one operator's launch in the serving engine", 3e-6, 0.7, 1.88e-6),
     )
 
     def __init__(self, section: str, content: Mapping[str, Any], device: str) -> None:
         self.rows, self._device = rows_of(section, content, "tokens_per_s"), device
 
     def targets(self, row: Row, index: int) -> list[Target]:
+        assert row.measured is not None, "rows to fit on have a number"
         return [Target(index, row.measured, lambda values: self.predict(row, values))]
 
     def predict(self, row: Row, values: Values) -> float:
@@ -63,14 +64,16 @@ class Collectives:
     def __init__(self, section: str, content: Sequence[Mapping[str, Any]]) -> None:
         self.rows: list[Row] = []
         for given in content:
-            what, values = str(given.get("what", "")), given.get("bytes_per_s")
+            # a comma ends a value in YAML's braces: what follows is a key without one
+            words = [str(given.get("what", "")), *(str(key) for key, value in given.items() if value is None)]
+            what, values = ", ".join(words), given.get("bytes_per_s")
             many = values if isinstance(values, list) else [values]
             groups = re.search(r"(\d+(?:/\d+)+) GPUs", what)
             ranks = [int(n) for n in groups[1].split("/")] if groups else [8] * len(many)
             for count, value in zip(ranks, many, strict=False):
                 measured = number(value)
                 if measured is not None:
-                    fields = {**given, "bytes_per_s": measured, "ranks": count}
+                    fields = {"source": given.get("source"), "what": what, "ranks": count}
                     self.rows.append(Row(section, fields, SOURCE, measured))
         if not self.rows:
             raise Unsupported(f"{section}: no row has a bytes_per_s")

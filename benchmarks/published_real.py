@@ -36,14 +36,22 @@ DEVICE, PER_NODE, CAPACITY = "h100-sxm@200gb", 8, 80 * GIB
 TOKENS = 1 << 17
 MINI_BATCHES = 4
 PARAMETERS = (
-    Parameter("share", "achieved share of the profile's rate of matrix products (and attention)", 0.4),
-    Parameter("launch_s", "seconds of one operator in eager PyTorch without CUDA graphs", 15e-6),
+    Parameter(
+        "share", "achieved share of the profile's rate of matrix products (and attention)", 0.4, 0.7, 0.287
+    ),
+    Parameter(
+        "launch_s", "seconds of one operator in eager PyTorch without CUDA graphs", 15e-6, 0.7, 16.6e-6
+    ),
     Parameter(
         "latency_factor",
         "collectives' latency over the profile's: eager ranks launch them one by one and wait for each other",
         10.0,
+        0.7,
+        12.3,
     ),
-    Parameter("call_s", "fixed seconds of a call: requests of the master, data through its workers", 0.5),
+    Parameter(
+        "call_s", "fixed seconds of a call: requests of the master, data through its workers", 0.5, 0.7, 0.549
+    ),
 )
 _PLAN = re.compile(r"(\w+) GPUs (\d+)-(\d+) ([dtp\d]+)|(\w+) (\d+)-(\d+) ([dtp\d]+)")
 
@@ -108,6 +116,7 @@ class Real:
 
     def targets(self, row: Row, index: int) -> list[Target]:
         """The heuristic; of a setting whose searched plan is known, that plan too."""
+        assert row.measured is not None, "rows to fit on have a number"
         found = [Target(index, row.measured, lambda values: self.predict(row, values))]
         searched = number(row.fields.get("searched_s"))
         if self._known_plan(row) is not None and searched is not None:
@@ -117,10 +126,10 @@ class Real:
     def more(self, row: Row, values: Values) -> Mapping[str, Any]:
         costs = self.costs(row, values)
         heuristic_s = iteration_s(costs, self.heuristic(costs))
-        best = self.searched(costs)
+        best, searched = self.searched(costs), number(row.fields.get("searched_s"))
         found: dict[str, Any] = {
             "searched_predicted": best.iteration_s,
-            "gain_measured": row.measured / row.number("searched_s") if "searched_s" in row.fields else None,
+            "gain_measured": row.measured / searched if row.measured and searched else None,
             "gain_predicted": heuristic_s / best.iteration_s,
             "plan": {name: str(placement) for name, placement in best.plan.placements.items()},
         }

@@ -34,7 +34,7 @@ class Row:
     section: str
     fields: Mapping[str, Any]
     use: str
-    measured: float
+    measured: float | None
     explained: bool = True
     """Whether the model claims to explain it; otherwise `note` says why not."""
     note: str = ""
@@ -84,17 +84,12 @@ def use_of(given: Mapping[str, Any]) -> str:
 
 
 def rows_of(section: str, content: Mapping[str, Any], measured: str) -> list[Row]:
-    """The section's rows that have that number. Raises Unsupported when there are none."""
-    given = content.get("rows")
-    if not isinstance(given, list) or not given:
-        raise Unsupported(f"{section}: no rows")
-    found = [
-        Row(section, row, use_of(row), value)
-        for row in given
-        if isinstance(row, dict) and (value := number(row.get(measured))) is not None
-    ]
-    if not found:
-        raise Unsupported(f"{section}: no row has a {measured}")
+    """The section's rows; those without that number are predicted all the same, and never fitted."""
+    found = []
+    for given in content["rows"]:
+        row = given if isinstance(given, dict) else {"row": given}
+        value = number(row.get(measured))
+        found.append(Row(section, row, PREDICT if value is None else use_of(row), value))
     return found
 
 

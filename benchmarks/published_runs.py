@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from benchmarks.published_fit import Parameter, Target, Values
@@ -63,7 +62,7 @@ class Runs:
 
     def predict(self, row: Row, values: Values) -> float:
         system = str(row.fields["system"])
-        costs = self._real.costs(replace(row, fields={**row.fields, "searched_s": row.measured}), values)
+        costs = self._real.costs(row, values)
         if system == "real":
             return float(self._real.searched(costs).iteration_s)
         if system not in OTHERS:

@@ -25,7 +25,7 @@ from realloc.model_shape import ModelShape
 from realloc.strategy import Recompute, Schedule, Strategy, forbidden
 
 SHARE = Parameter(
-    "share", "achieved share of the profile's rate of matrix products (and attention)", 1.0, 0.3
+    "share", "achieved share of the profile's rate of matrix products (and attention)", 1.0, 0.3, 1.04
 )
 MEGATRON_VOCAB, MEGATRON_LENGTH = 131_072, 4096
 TITAN_LENGTH, TITAN_LOCAL_BATCH = 8192, 2
@@ -74,6 +74,7 @@ class Megatron:
         self.rows, self._device = rows_of(section, content, "tflops_per_gpu"), device
 
     def targets(self, row: Row, index: int) -> list[Target]:
+        assert row.measured is not None, "rows to fit on have a number"
         return [Target(index, row.measured, lambda values: self.predict(row, values))]
 
     def predict(self, row: Row, values: Values) -> float:
@@ -156,12 +157,13 @@ _KNOWN = (
 class Titan:
     """Rows of tokens/s for each GPU under strategies such as `fsdp8 tp8`."""
 
-    parameters: Sequence[Parameter] = (replace(SHARE, start=0.9),)
+    parameters: Sequence[Parameter] = (replace(SHARE, start=0.9, default=0.679),)
 
     def __init__(self, section: str, content: Mapping[str, Any], device: str) -> None:
         self.rows, self._device = rows_of(section, content, "tokens_per_s_per_gpu"), device
 
     def targets(self, row: Row, index: int) -> list[Target]:
+        assert row.measured is not None, "rows to fit on have a number"
         return [Target(index, row.measured, lambda values: self.predict(row, values))]
 
     def predict(self, row: Row, values: Values) -> float:
