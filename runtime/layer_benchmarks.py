@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
-from time import perf_counter
+from time import perf_counter, process_time
 from typing import TypeVar
 
 import torch
@@ -254,16 +254,16 @@ class ShardBenchmarks:
         return self._samples(lambda: [call(count) for count in new_tokens], effort)
 
     def _timed(self, action: Callable[[], object]) -> float:
-        """Seconds of one action, until the device is done with it."""
-        self._wait()
+        """Seconds of one action, until the device is done with it; on CPUs, of this process alone."""
+        if self.device.type != "cuda":
+            start = process_time()
+            action()
+            return process_time() - start
+        torch.cuda.synchronize(self.device)
         start = perf_counter()
         action()
-        self._wait()
+        torch.cuda.synchronize(self.device)
         return perf_counter() - start
-
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
 
     def _samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
         once()

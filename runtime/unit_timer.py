@@ -1,7 +1,9 @@
 """When a decoder's units begin and end, forward and backward: stamps taken while real passes run.
 
 It watches through the same door as parameters that come and go (`runtime.decoder.ParameterSource`)
-and changes nothing of what is computed. What the stamps are used for is not decided here.
+and changes nothing of what is computed. What the stamps are used for is not decided here. On CPUs
+the time is that in which this process had a core: one thread computes, and what else the machine
+does is not the code's affair.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ class UnitTimer:
             event.record()
             self._stamps.append((what, unit, event))
         else:
-            self._stamps.append((what, unit, time.perf_counter()))
+            self._stamps.append((what, unit, time.process_time()))
 
     def start(self) -> None:
         self._stamps.clear()
