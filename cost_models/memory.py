@@ -1,13 +1,15 @@
 """Bytes of one rank by cause: what stays (parameters, gradients, optimizer) and what a call needs.
 
 The numbers are of the pipeline stage that needs most. Sequences have their mean length in a
-micro-batch and room for the longest response in the KV cache.
+micro-batch and room for the longest response in the KV cache. What lies in host memory (snapshots for
+checkpoints, what is offloaded) is not counted, on CPUs neither; parameters that ranks of a CPU host read
+from each other lie there once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cost_models.activations import Phase, StagePass, forward_phases, training_phases
@@ -17,6 +19,7 @@ from cost_models.pipeline import most_in_flight
 from cost_models.zero import resident_elements
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
+from realloc.reallocation import STAGING_BYTES
 from realloc.strategy import Strategy
 
 
@@ -47,13 +50,23 @@ class CallMemory:
         return sum(self.by_cause.values())
 
 
-def call_memory(costs: ComputeCosts, strategy: Strategy, workload: Workload, call: Call) -> CallMemory:
-    """The memory of the stage that needs most of it."""
+def call_memory(
+    costs: ComputeCosts, strategy: Strategy, workload: Workload, call: Call, *, reallocates: bool = False
+) -> CallMemory:
+    """The memory of the stage that needs most of it.
+
+    `reallocates`: parameters may come here before the call, or leave after it, through staging buffers,
+    which exist on a GPU while the call does not run.
+    """
     stages = {0, strategy.pp // 2, strategy.pp - 1}
-    return max(
+    memory = max(
         (_stage_memory(costs, strategy, workload, call, stage) for stage in sorted(stages)),
         key=lambda memory: memory.total,
     )
+    staged = min(STAGING_BYTES, memory.parameters) if reallocates and not costs.is_cpu else 0
+    if staged <= sum(memory.working.values()):
+        return memory
+    return replace(memory, working={"reallocation": staged})
 
 
 def optimizer_bytes(elements: int, element_bytes: int) -> int:

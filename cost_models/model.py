@@ -174,9 +174,16 @@ class CostModel:
                     placement.strategy,
                     self.experiment.workload,
                     call,
+                    reallocates=self._reallocates(call.role),
                 )
             )
         return self._memory[key]
+
+    def _reallocates(self, role: str | None) -> bool:
+        """Whether parameters of the role may have to change their layout within an iteration."""
+        return (
+            role is not None and self.graph.trainer(role) is not None and len(self.graph.calls_of(role)) > 1
+        )
 
     def _priced(self, call: Call, placement: Placement) -> _Priced:
         mesh, strategy = placement.mesh, placement.strategy

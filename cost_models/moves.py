@@ -19,13 +19,17 @@ def reallocate_s(
     """Seconds to bring one role's parameters from the layout of `src` to that of `dst`.
 
     The time of the busiest rank: the bytes that it sends and receives over the links they cross,
-    plus a latency for each message.
+    plus a latency for each message. Ranks of one CPU host read each other's memory instead
+    (`runtime.shared_transport`): the time in which the busiest reader copies what it receives. (But
+    for roles that are offloaded, which is not known here: memory that comes and goes is not shared.)
     """
     traffic = schedule_bytes(shape, src, dst)
     between = traffic.sent_between_nodes + traffic.received_between_nodes
     total = traffic.sent + traffic.received
     if not total.any():
         return 0.0
+    if profile.attention.per_sequence and not between.any():  # a CPU
+        return _read_s(profile, element_bytes * int(traffic.received.max()), src, dst)
     intra, inter = profile.intra_node, profile.inter_node
     seconds = element_bytes * (between / inter.bytes_per_s + (total - between) / intra.bytes_per_s)
     busiest = int(seconds.argmax())
@@ -36,6 +40,15 @@ def reallocate_s(
     messages = min(pieces, element_bytes * int(total[busiest]) / COALESCE_BYTES) + 1
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
     return (float(seconds[busiest]) + messages * link.latency_s) * _pair_contention(profile, ranks)
+
+
+def _read_s(profile: HardwareProfile, size_bytes: int, src: Placement, dst: Placement) -> float:
+    """Seconds to copy bytes out of the memory of other ranks; each sender and reader exchange two words."""
+    senders = max(1.0, src.strategy.tp / dst.strategy.tp) * max(1.0, src.strategy.pp / dst.strategy.pp)
+    ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
+    moved = 2.0 * size_bytes  # read and written
+    copied_s = moved / profile.memory.at(moved) * profile.slowdown(ranks)
+    return copied_s + 2 * senders * profile.intra_node.latency_s * _pair_contention(profile, ranks)
 
 
 def transfer_s(

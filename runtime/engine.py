@@ -24,7 +24,7 @@ from runtime.dataset import DataBatch, Dataset
 from runtime.functions import FunctionTable
 from runtime.parallel import Groups
 from runtime.program import Instruction, Program
-from runtime.reallocation import Holding, Reallocator
+from runtime.reallocation import Holding, Reallocator, Staging
 from runtime.roles import DTYPES, RankRole
 from runtime.stopwatch import Stopwatch
 from runtime.tracing import Recorder
@@ -58,6 +58,7 @@ class Engine:
     ) -> None:
         self._plan, self._rank, self._roles, self._dataset = plan, rank, roles, dataset
         self._groups, self._device = groups, device
+        self._staging = Staging(device)
         self._functions = FunctionTable(plan.experiment.resolve_algorithm().functions)
         self._instructions = program.of(rank)
         self._watch = Stopwatch()
@@ -181,6 +182,7 @@ class Engine:
                 *held,
                 src_dtype=dtype,
                 dst_dtype=dtype,
+                staging=self._staging,
                 shared=role.shared,
             )
 

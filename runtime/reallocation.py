@@ -17,7 +17,7 @@ layouts, 0.71-1.08), 1 MiB 0.90x, 4 MiB 1.00x.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import zip_longest
 
 import torch
@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from realloc.layout import Box
 from realloc.reallocation import COALESCE_BYTES, STAGING_BYTES, Copy, Schedule
+from runtime.reallocation_rounds import messages, peaks, rounds
 from runtime.shared_memory import SharedMemory
 from runtime.shared_transport import Ends, SharedTransport
 
@@ -55,59 +56,6 @@ def wire_dtype(src: torch.dtype, dst: torch.dtype) -> torch.dtype:
     return src if src.itemsize < dst.itemsize else dst
 
 
-def split(copy: Copy, max_elements: int) -> Iterable[Copy]:
-    """The copy in parts of at most `max_elements`, cut along its outermost dims."""
-    if copy.box.num_elements <= max_elements:
-        yield copy
-        return
-    start, stop = copy.box.start, copy.box.stop
-    dim = next(d for d, n in enumerate(copy.box.shape) if n > 1)
-    row = copy.box.num_elements // copy.box.shape[dim]
-    step = max(1, max_elements // row)
-    for low in range(start[dim], stop[dim], step):
-        high = min(low + step, stop[dim])
-        box = Box((*start[:dim], low, *start[dim + 1 :]), (*stop[:dim], high, *stop[dim + 1 :]))
-        yield from split(replace(copy, box=box), max_elements)
-
-
-Rounds = Mapping[tuple[bool, int, int], Sequence[Copy]]
-"""Copies by round: direct ones before relays, parameters in order, parts of large ones in order."""
-
-
-def rounds(copies: Iterable[Copy], peaks: Mapping[str, int], max_elements: int) -> Rounds:
-    """The copies in rounds in which no rank stages more than `max_elements`.
-
-    `peaks` says how much any rank stages for each parameter. A parameter that exceeds the bound is
-    cut into parts, each in a round of its own.
-    """
-    groups: dict[str, tuple[int, int]] = {}
-    group, under_way = 0, 0
-    for param, peak in peaks.items():
-        if under_way + peak > max_elements and under_way:
-            group, under_way = group + 1, 0
-        under_way += peak
-        groups[param] = group, -(-peak // max_elements) if max_elements else 1
-    result: dict[tuple[bool, int, int], list[Copy]] = {}
-    for copy in copies:
-        group, parts = groups[copy.param]
-        limit = max(1, copy.box.num_elements // max(1, parts))
-        for i, part in enumerate(split(copy, limit)):
-            result.setdefault((copy.relay, group, i), []).append(part)
-    return dict(sorted(result.items()))
-
-
-def messages(copies: Iterable[Copy], coalesce_elements: int) -> list[tuple[Copy, ...]]:
-    """The copies of a round as messages: large ones alone, small ones together per pair of ranks."""
-    large: list[tuple[Copy, ...]] = []
-    small: dict[tuple[int, int], list[Copy]] = {}
-    for copy in copies:
-        if copy.box.num_elements >= coalesce_elements:
-            large.append((copy,))
-        else:
-            small.setdefault((copy.src, copy.dst), []).append(copy)
-    return large + [tuple(together) for together in small.values()]
-
-
 @dataclass(frozen=True)
 class _Message:
     """One message of this rank: the parts of its tensors that it carries, one after the other."""
@@ -128,9 +76,10 @@ class _Message:
 
 
 class Staging:
-    """Memory for the messages of one round, kept between rounds and runs: fresh pages are slow.
+    """Memory for the messages of one round, kept between rounds.
 
-    Reallocators of one process may share one, as they do not run at the same time.
+    On a CPU also between runs, as fresh pages are slow; a GPU's goes back to its allocator, and calls
+    may have it. Reallocators of one process may share one, as they do not run at the same time.
     """
 
     _ALIGN = 64
@@ -148,8 +97,13 @@ class Staging:
             del self._memory  # the old memory goes before the new one comes
             self._memory = torch.empty(needed, dtype=torch.uint8, device=device)
 
+    def end(self) -> None:
+        """After a run."""
+        if self._memory.is_cuda:
+            self._memory = self._memory.new_empty(0)
+
     def take(self, num_elements: int, dtype: torch.dtype) -> torch.Tensor:
-        """A flat buffer, valid until the next `start`."""
+        """A flat buffer, valid until the next `start` or `end`."""
         end = self._used + num_elements * dtype.itemsize
         buffer = self._memory[self._used : end].view(dtype)
         self._used = -(-end // self._ALIGN) * self._ALIGN
@@ -193,7 +147,7 @@ class Reallocator:
         width = self._wire.itemsize
         self._max_elements, self._coalesce = max_staging_bytes // width, coalesce_bytes // width
         self._cross = [copy for copy in schedule.cross if rank in (copy.src, copy.dst)]
-        self._peaks = _peaks(schedule, casts=src_dtype != dst_dtype)
+        self._peaks = peaks(schedule, casts=src_dtype != dst_dtype)
         self._local = [
             (self._target(copy), self._source(copy)) for copy in schedule.local if copy.dst == rank
         ]
@@ -248,6 +202,7 @@ class Reallocator:
                 self._transport.read(bool(relay))
         if self._transport is not None:
             self._transport.finish()
+        self._staging.end()
         return self.sent_bytes
 
     def _connect(self) -> None:
@@ -339,18 +294,6 @@ def _device(*holdings: Holding | None) -> torch.device | None:
     """Where the tensors are; None for a rank without any."""
     tensors = (tensor for holding in holdings if holding for tensor in holding.tensors.values())
     return next((tensor.device for tensor in tensors), None)
-
-
-def _peaks(schedule: Schedule, casts: bool) -> Mapping[str, int]:
-    """How much any rank stages for each parameter: all of it when it is cast."""
-    if schedule.peaks:
-        return {param: peak.elements if casts else peak.staged for param, peak in schedule.peaks.items()}
-    load: dict[str, dict[int, int]] = {}
-    for copy in schedule.cross:
-        by_rank = load.setdefault(copy.param, {})
-        for rank in (copy.src, copy.dst):
-            by_rank[rank] = by_rank.get(rank, 0) + copy.box.num_elements
-    return {param: max(by_rank.values()) for param, by_rank in load.items()}
 
 
 def _parts(

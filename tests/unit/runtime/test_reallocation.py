@@ -10,7 +10,8 @@ import torch
 
 from realloc.layout import Box
 from realloc.reallocation import Copy, Schedule
-from runtime.reallocation import Holding, Reallocator, messages, rounds, split, wire_dtype
+from runtime.reallocation import Holding, Reallocator, wire_dtype
+from runtime.reallocation_rounds import messages, rounds, split
 from runtime.shared_memory import SharedMemory
 
 
