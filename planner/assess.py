@@ -67,9 +67,7 @@ class Assessment:
         self.order = plan.node_order
         self.plan = replace(plan, order=self.order)
         self.overlaps_loads = costs.overlaps_host_copies
-        shared = simulate_shared(
-            plan.augmented, self.node_s, self.order, costs, plan.cluster.gpus_per_node
-        )
+        shared = simulate_shared(plan.augmented, self.node_s, self.order, costs, plan.cluster.gpus_per_node)
         self.simulation: Simulation = shared.simulation
         self.node_s = dict(shared.node_s)
         self.call_memory = {
@@ -138,8 +136,12 @@ class Assessment:
         ranks = {node.name: len(node.ranks) for node in self.plan.augmented.nodes}
         return {name: seconds / ranks[name] for name, seconds in total.items()}
 
+    def call_terms(self, name: str) -> Mapping[str, float]:
+        """Seconds of a call by term (of `cost_models.calls`); they sum to its `node_s`."""
+        return call_terms(self.plan, self.costs, name, self.node_s[name])
+
     def call_time(self, name: str) -> CallTime:
-        terms = call_terms(self.plan, self.costs, name, self.node_s[name])
+        terms = self.call_terms(name)
         kinds = dict.fromkeys(KINDS, 0.0)
         for term, seconds in terms.items():
             kinds[kind_of(term)] += seconds

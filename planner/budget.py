@@ -41,8 +41,7 @@ def budget(assessment: Assessment) -> Mapping[Cause, float]:
             continue
         share = len(node.ranks) / gpus
         if node.kind is NodeKind.CALL:
-            terms = assessment.costs.call_terms(plan.graph.by_name[node.name], plan.placements[node.name])
-            for term, seconds in terms.items():
+            for term, seconds in assessment.call_terms(node.name).items():
                 cause = Cause(f"{term.replace('_', ' ')} in {node.name}", kind_of(term))
                 found[cause] = found.get(cause, 0.0) + seconds * share
             continue

@@ -31,10 +31,9 @@ from realloc.cli import (
     search,
     simulate,
 )
+from realloc.cli.values import INTERRUPTED
 from realloc.errors import ReallocError
 
-INTERRUPTED = 130
-"""What a shell reports for a program that SIGINT ended."""
 BROKEN_PIPE = 141
 """What a shell reports for a program that SIGPIPE ended."""
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from realloc.cli.cluster import add_cluster, chosen_cluster
-from realloc.cli.values import Commands, check_output, count, seconds
+from realloc.cli.values import INTERRUPTED, Commands, check_output, count, seconds
 
 
 def add(commands: Commands) -> None:
@@ -48,9 +49,16 @@ def _search(arguments: argparse.Namespace) -> int:
     )
     if output is not None:
         write_plan(result.plan, output)
+    if result.interrupted:
+        print(
+            f"realloc: interrupted after {result.elapsed_s:.1f} s; this is the best plan so far, "
+            f"{result.gap:.1%} or less above the best one.",
+            file=sys.stderr,
+        )
+    code = INTERRUPTED if result.interrupted else 0
     if arguments.json:
         print(report_json(result))
-        return 0
+        return code
     print(report_text(result))
     if output is None:
         print("The plan was not written; give -o plan.yaml to keep it.")
@@ -60,4 +68,4 @@ def _search(arguments: argparse.Namespace) -> int:
             f"Why it is so: realloc explain {output}, realloc report {output} -o report.html, "
             f"realloc compare {arguments.experiment}"
         )
-    return 0
+    return code

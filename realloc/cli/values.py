@@ -12,6 +12,9 @@ from realloc.errors import InputError
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 """What a command's module adds its parser to."""
 
+INTERRUPTED = 130
+"""The exit code that a shell reports for a program that SIGINT ended."""
+
 
 def seconds(text: str) -> float:
     """A positive number of seconds."""
