@@ -1,27 +1,32 @@
 """Tokens per second of generation against `transformers`, on one rank and one thread of a CPU.
 
 Ours runs as the runtime runs it: parameters as views of one flat buffer, `runtime.generation.generate`.
-`transformers` runs `generate` and, where it works, `generate_batch` (continuous batching), with the
-same weights, prompts, lengths, dtype and sampling. All take turns within one run, so that other work
-on the machine hits all alike; medians. Equal: every response has the full length. Ragged: responses
-end anywhere between 10% and 100% of it, each sequence at the same length on all sides.
+`transformers` runs `generate` with the same weights, prompts, lengths, dtype and sampling; so do, where
+they run, its `generate_batch` (continuous batching) and vLLM (see `rollout_peers`). All take turns
+within one run, so that other work on the machine hits all alike; medians of ratios.
 
-    python benchmarks/rollout.py [--quick] [--json]
+equal            as many sequences as slots, every response has the full length
+ragged           four times as many sequences as slots, responses end anywhere between 10% and 100% of
+                 the limit, in a fixed order that no side may know beforehand. `generate` takes them in
+                 batches of as many as there are slots, each of which runs until its longest response
+                 ends; ours lets the next sequence in when one ends. `steps` says what that alone can bring.
+ragged_at_once   the hard variant: no more sequences than slots, so that nobody waits for a free one
+
+    python benchmarks/rollout.py [--quick] [--json] [--vllm-venv DIR]
 
 `bandwidth_share` is the bytes that decoding must read (all weights and the cached keys and values,
-once per step) over the bytes that a plain read of as much memory moves in the same time. Ratios
-are of elapsed time; `cpu_ratio_*` of the time the process had a core, which other work on the machine
-disturbs less. The ratio to vLLM's CPU build is not measured here, since it needs an environment of its
-own: `ratio_vllm` is null. The last line is one JSON object.
+once per step) over the bytes that a plain read of as much memory moves in the same time;
+`compute_share` the same for the multiply-adds of the weights, against a product of large matrices. At 16
+rows a core that multiplies fast is bound by the second before the first. Ratios are of elapsed time;
+`cpu_ratio_*` of the time the process had a core, which other work on the machine disturbs less. The
+top level has the worst over the models; `ratio_vllm` is null where vLLM does not run. The last line
+is one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import json
-import logging
 import os
 import sys
 import tempfile
@@ -39,9 +44,11 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch  # noqa: E402
 
 from benchmarks.provenance import provenance  # noqa: E402
+from benchmarks.rollout_bounds import shares, steps_continuous, steps_in_batches  # noqa: E402
+from benchmarks.rollout_peers import Peer, PeerProblem  # noqa: E402
 from realloc.experiment import Sampling  # noqa: E402
 from realloc.layout import compute_boxes  # noqa: E402
-from realloc.model_shape import resolve_shape  # noqa: E402
+from realloc.model_shape import ModelShape, resolve_shape  # noqa: E402
 from runtime.decoder import Decoder  # noqa: E402
 from runtime.generation import generate  # noqa: E402
 from runtime.hf import load_boxes  # noqa: E402
@@ -55,23 +62,24 @@ Run = Callable[[Sequence[int]], float]
 
 @dataclass(frozen=True)
 class Case:
-    """A model folder and what is generated with it."""
+    """A model folder and what is generated with it: `slots` sequences at a time."""
 
     name: str
     folder: Path
-    batch: int
+    slots: int
     prompt: int
     response: int
 
-    def ragged(self) -> list[int]:
+    def ragged(self, num: int) -> list[int]:
         """Evenly spread over 10% to 100% of the limit, in an order that is no order."""
-        step = 0.9 / max(1, self.batch - 1)
-        lengths = [round(self.response * (0.1 + step * i)) for i in range(self.batch)]
-        return [lengths[(7 * i + 3) % self.batch] for i in range(self.batch)]
+        step = 0.9 / (num - 1)
+        lengths = [round(self.response * (0.1 + step * i)) for i in range(num)]
+        order = torch.randperm(num, generator=torch.Generator().manual_seed(0))
+        return [lengths[i] for i in order.tolist()]
 
-    def prompts(self, vocab: int) -> torch.Tensor:
-        """int64 [batch, prompt] of ordinary tokens."""
-        return torch.randint(3, vocab, (self.batch, self.prompt), generator=torch.Generator().manual_seed(0))
+    def prompts(self, vocab: int, num: int) -> torch.Tensor:
+        """int64 [num, prompt] of ordinary tokens."""
+        return torch.randint(3, vocab, (num, self.prompt), generator=torch.Generator().manual_seed(0))
 
 
 def write_llama(folder: Path) -> Path:
@@ -96,8 +104,8 @@ def write_llama(folder: Path) -> Path:
     return folder
 
 
-def ours(case: Case) -> tuple[Run, int, Decoder]:
-    """How we generate, and the bytes of the weights that a decode step reads."""
+def ours(case: Case) -> tuple[Run, int, ModelShape]:
+    """How we generate, and how many weights a decode step reads."""
     shape, context = resolve_shape(str(case.folder), "benchmark"), single_rank()
     boxes = compute_boxes(shape, context.strategy, context.at)
     params = allocate(boxes, torch.float32, context.device)
@@ -105,35 +113,34 @@ def ours(case: Case) -> tuple[Run, int, Decoder]:
     for name, view in params.views.items():
         view.copy_(loaded[name])
     decoder = Decoder(shape, context, torch.float32, dict(params.views))
-    prompts = case.prompts(shape.vocab).flatten()
 
     def run(lengths: Sequence[int]) -> float:
+        num = len(lengths)
+        prompts = case.prompts(shape.vocab, num).flatten()
         start = time.perf_counter()
         result = generate(
             decoder,
             prompts=prompts,
-            prompt_lengths=[case.prompt] * case.batch,
-            sequence_ids=range(case.batch),
+            prompt_lengths=[case.prompt] * num,
+            sequence_ids=range(num),
             max_new_tokens=case.response,
             limits=lengths,
             eos_ids=(),
             sampling=Sampling(),
             seed=0,
             iteration=0,
+            micro_batches=num // case.slots,
         )
         seconds = time.perf_counter() - start
         assert result.response_lengths == tuple(lengths)
         return seconds
 
-    return run, 4 * params.flat.numel(), decoder
+    return run, params.flat.numel(), shape
 
 
 def transformers_generate(case: Case, model: Any) -> Run:
-    """`generate`: the whole batch runs until its last sequence is done, as it does in practice."""
+    """`generate`, a batch at a time: each runs until its last sequence is done, as it does in practice."""
     import transformers as hf
-
-    prompts = case.prompts(model.config.vocab_size)
-    mask = torch.ones_like(prompts)
 
     class Lengths(hf.StoppingCriteria):  # type: ignore[misc]
         def __init__(self, lengths: Sequence[int]) -> None:
@@ -142,11 +149,10 @@ def transformers_generate(case: Case, model: Any) -> Run:
         def __call__(self, input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
             return input_ids.shape[1] >= self.totals
 
-    def run(lengths: Sequence[int]) -> float:
-        start = time.perf_counter()
+    def run_batch(prompts: torch.Tensor, lengths: Sequence[int]) -> None:
         out = model.generate(
             prompts,
-            attention_mask=mask,
+            attention_mask=torch.ones_like(prompts),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -156,158 +162,151 @@ def transformers_generate(case: Case, model: Any) -> Run:
             pad_token_id=0,
             stopping_criteria=hf.StoppingCriteriaList([Lengths(lengths)]),
         )
-        seconds = time.perf_counter() - start
-        assert out.shape == (case.batch, case.prompt + max(lengths)), out.shape
-        return seconds
-
-    return run
-
-
-def transformers_generate_batch(case: Case, model: Any) -> Run:
-    """`generate_batch`: continuous batching over a paged cache. Equal lengths only."""
-    import transformers as hf
-
-    prompts = case.prompts(model.config.vocab_size).tolist()
-    config = hf.GenerationConfig(
-        do_sample=True,
-        temperature=1.0,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=case.response,
-        eos_token_id=-1,
-        pad_token_id=0,
-        num_blocks=case.batch * (case.prompt + case.response) // 16 + case.batch,
-        max_batch_tokens=case.batch * case.prompt,
-    )
+        assert out.shape == (len(lengths), case.prompt + max(lengths)), out.shape
 
     def run(lengths: Sequence[int]) -> float:
-        assert min(lengths) == case.response
+        prompts = case.prompts(model.config.vocab_size, len(lengths))
         start = time.perf_counter()
-        with contextlib.redirect_stderr(io.StringIO()):
-            outputs = model.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-        seconds = time.perf_counter() - start
-        counts = [len(output.generated_tokens) for output in outputs.values()]
-        assert counts == [case.response] * case.batch, counts
-        return seconds
+        for first in range(0, len(lengths), case.slots):
+            rows = slice(first, first + case.slots)
+            run_batch(prompts[rows], lengths[rows])
+        return time.perf_counter() - start
 
     return run
 
 
-def read_bandwidth(size_bytes: int) -> float:
-    """Bytes per second of reading a buffer of this size from front to back, again and again.
-
-    The fastest of the ways that torch offers: a matrix-vector product, a sum, a copy.
-    """
-    rows = max(1, size_bytes // 4 // 1024)
-    buffer, vector = torch.ones(rows, 1024), torch.ones(1024)
-    target = torch.empty_like(buffer)
-    ways: Sequence[tuple[Callable[[], object], int]] = (
-        (lambda: torch.mv(buffer, vector), 1),
-        (buffer.sum, 1),
-        (lambda: target.copy_(buffer), 2),
-    )
-    best = 0.0
-    for way, passes in ways:
-        times = []
-        for _ in range(5):
-            start = time.perf_counter()
-            way()
-            times.append(time.perf_counter() - start)
-        best = max(best, passes * 4 * buffer.numel() / min(times))
-    return best
+def workloads(case: Case) -> Mapping[str, tuple[list[int], int]]:
+    """Lengths of the responses and how many sequences run at a time."""
+    return {
+        "equal": ([case.response] * case.slots, case.slots),
+        "ragged": (case.ragged(4 * case.slots), case.slots),
+        "ragged_at_once": (case.ragged(case.slots), case.slots),
+    }
 
 
-def decode_bytes(case: Case, weights_bytes: int, decoder: Decoder, lengths: Sequence[int]) -> float:
-    """Bytes that all decode steps must read: weights once per step, keys and values of live sequences."""
-    shape = decoder.shape
-    token = 2 * shape.num_layers * shape.num_kv_heads * shape.head_dim * 4
-    total = 0.0
-    for step in range(1, max(lengths)):
-        live = sum(length > step for length in lengths)
-        total += weights_bytes + live * (case.prompt + step) * token
-    return total
+@dataclass
+class Times:
+    """Seconds of each repeat, by side and workload."""
+
+    elapsed: dict[tuple[str, str], list[float]]
+    cpu: dict[tuple[str, str], list[float]]
+
+    def ratio(self, side: str, work: str, *, cpu: bool = False) -> float | None:
+        """How many times longer `side` takes than we do; None if it has not run."""
+        values = self.cpu if cpu else self.elapsed
+        if (side, work) not in values:
+            return None
+        pairs = zip(values["ours", work], values[side, work], strict=True)
+        return round(median(theirs / ours for ours, theirs in pairs), 3)
 
 
-def measure(case: Case, repeats: int, *, with_batch: bool) -> Mapping[str, Any]:
+def take_turns(case: Case, sides: Mapping[str, Run], repeats: int) -> tuple[Times, dict[str, str]]:
+    """Runs every side on every workload, again and again; a peer with a problem is left out."""
+    times, problems = Times({}, {}), dict[str, str]()
+    live = dict(sides)
+    for repeat in range(repeats + 1):  # the first warms up
+        for work, (lengths, _) in workloads(case).items():
+            for side in list(live):
+                start = time.process_time()
+                try:
+                    seconds = live[side](lengths)
+                except PeerProblem as problem:
+                    problems[side] = str(problem)
+                    del live[side]
+                    for values in (times.elapsed, times.cpu):
+                        for key in [key for key in values if key[0] == side]:
+                            del values[key]
+                    continue
+                if repeat:
+                    times.elapsed.setdefault((side, work), []).append(seconds)
+                    times.cpu.setdefault((side, work), []).append(time.process_time() - start)
+    return times, problems
+
+
+def measure(case: Case, repeats: int, peers: Mapping[str, Path]) -> Mapping[str, Any]:
+    """`peers`: which to run, with the Python of each."""
     import transformers as hf
 
     model = hf.AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).eval()
-    mine, weights, decoder = ours(case)
-    theirs = transformers_generate(case, model)
-    runs: dict[str, tuple[Run, list[int]]] = {
-        "ours_equal": (mine, [case.response] * case.batch),
-        "theirs_equal": (theirs, [case.response] * case.batch),
-        "ours_ragged": (mine, case.ragged()),
-        "theirs_ragged": (theirs, case.ragged()),
-    }
-    problem = _try_generate_batch(case, runs) if with_batch else "left out of a quick run"
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    cpu_times: dict[str, list[float]] = {name: [] for name in runs}
-    bandwidths: list[float] = []
-    for run, lengths in runs.values():
-        run(lengths)
-    for _ in range(repeats):
-        for name, (run, lengths) in runs.items():
-            start = time.process_time()
-            times[name].append(run(lengths))
-            cpu_times[name].append(time.process_time() - start)
-        bandwidths.append(read_bandwidth(weights))
-    seconds = {name: median(values) for name, values in times.items()}
-    speed = {name: sum(runs[name][1]) / value for name, value in seconds.items()}
-
-    def ratio(a: str, b: str, values: Mapping[str, Sequence[float]] = times) -> float:
-        return round(median(y / x for x, y in zip(values[a], values[b], strict=True)), 3)
-
+    mine, num_weights, shape = ours(case)
+    sides: dict[str, Run] = {"ours": mine, "generate": transformers_generate(case, model)}
+    started: list[Peer] = []
+    problems: dict[str, str] = {}
+    for kind, python in peers.items():
+        try:
+            started.append(Peer(kind, python, case.folder, case.slots, case.prompt + case.response))
+            sides[kind] = peer_run(case, shape.vocab, started[-1])
+        except (PeerProblem, OSError) as problem:
+            problems[kind] = str(problem)
+    try:
+        times, failed = take_turns(case, sides, repeats)
+    finally:
+        for peer in started:
+            peer.close()
+    equal = times.elapsed["ours", "equal"]
     # the prompts' pass is not decoding
-    prefill = median(mine([1] * case.batch) for _ in range(3))
-    moved = decode_bytes(case, weights, decoder, [case.response] * case.batch)
-    share = moved / (seconds["ours_equal"] - prefill) / median(bandwidths)
-    batch = "batch_equal" in runs
+    prefill = median(mine([1] * case.slots) for _ in range(3))
+    decoding = [seconds - prefill for seconds in equal]
+    works = workloads(case)
+    tokens = {work: sum(lengths) for work, (lengths, _) in works.items()}
+    batches, continuous = (
+        {work: count(*works[work]) for work in works} for count in (steps_in_batches, steps_continuous)
+    )
     return {
-        "batch": case.batch,
+        "sequences": {work: len(lengths) for work, (lengths, _) in works.items()},
+        "slots": case.slots,
         "prompt_tokens": case.prompt,
-        "response_tokens": case.response,
-        "parameters": weights // 4,
-        "ratio_equal": ratio("ours_equal", "theirs_equal"),
-        "ratio_ragged": ratio("ours_ragged", "theirs_ragged"),
-        "cpu_ratio_equal": ratio("ours_equal", "theirs_equal", cpu_times),
-        "cpu_ratio_ragged": ratio("ours_ragged", "theirs_ragged", cpu_times),
-        "ratio_generate_batch": ratio("ours_equal", "batch_equal") if batch else None,
-        "generate_batch_problem": problem,
-        "bandwidth_share": round(share, 3),
-        "read_bytes_per_s": round(median(bandwidths)),
-        "tokens_per_s": {name: round(value, 1) for name, value in speed.items()},
-        "spread": {name: round(max(v) / min(v), 2) for name, v in times.items()},
+        "response_tokens_limit": case.response,
+        "parameters": num_weights,
+        **{f"ratio_{work}": times.ratio("generate", work) for work in works},
+        **{f"cpu_ratio_{work}": times.ratio("generate", work, cpu=True) for work in works},
+        "steps": {"generate": batches, "ours": continuous},
+        **{f"ratio_{kind}": {w: times.ratio(kind, w) for w in works} for kind in ("generate_batch", "vllm")},
+        "problems": problems | failed,
+        **shares(shape, num_weights, case.prompt, works["equal"][0], decoding),
+        "prefill_s": round(prefill, 4),
+        "tokens_per_s": {
+            f"{side}_{work}": round(tokens[work] / median(values), 1)
+            for (side, work), values in times.elapsed.items()
+        },
+        "spread": {f"{s}_{w}": round(max(v) / min(v), 2) for (s, w), v in times.elapsed.items()},
         "repeats": repeats,
     }
 
 
-def _try_generate_batch(case: Case, runs: dict[str, tuple[Run, list[int]]]) -> str | None:
-    """Adds `generate_batch` to the runs; returns why not."""
-    import transformers as hf
+def peer_run(case: Case, vocab: int, peer: Peer) -> Run:
+    return lambda lengths: peer.run(case.prompts(vocab, len(lengths)).tolist(), lengths)
 
-    logging.disable(logging.CRITICAL)
-    try:
-        model = hf.AutoModelForCausalLM.from_pretrained(
-            case.folder, dtype=torch.float32, attn_implementation="sdpa"
-        ).eval()
-        run = transformers_generate_batch(case, model)
-        run([case.response] * case.batch)
-    except Exception as error:  # noqa: BLE001 (whatever keeps the peer from running is the result)
-        return f"{type(error).__name__}: {error}".splitlines()[0]
-    finally:
-        logging.disable(logging.NOTSET)
-    runs["batch_equal"] = (run, [case.response] * case.batch)
-    return None
+
+def find_peers(quick: bool, vllm_venv: Path) -> tuple[Mapping[str, Path], Mapping[str, str]]:
+    """Peers that can be tried, with their Pythons; why the others cannot."""
+    if quick:
+        return {}, {"generate_batch": "left out of a quick run", "vllm": "left out of a quick run"}
+    peers, python = {"generate_batch": Path(sys.executable)}, vllm_venv / "bin" / "python"
+    if not python.exists():
+        return peers, {"vllm": f"there is no {python}"}
+    return {**peers, "vllm": python}, {}
+
+
+def summary(shapes: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+    """The worst over the models."""
+    keys = ("ratio_equal", "ratio_ragged", "ratio_ragged_at_once", "bandwidth_share", "compute_share")
+    worst: dict[str, Any] = {key: min(shape[key] for shape in shapes.values()) for key in keys}
+    for kind in ("generate_batch", "vllm"):
+        ratios = [r for shape in shapes.values() for r in shape[f"ratio_{kind}"].values() if r is not None]
+        worst[f"ratio_{kind}"] = min(ratios, default=None)
+    return worst
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer repeats, no generate_batch")
+    parser.add_argument("--quick", action="store_true", help="fewer repeats, `generate` alone")
     parser.add_argument("--json", action="store_true", help="print only the JSON line")
+    default = Path.home() / ".cache" / "realloc-benchmarks" / "vllm"
+    parser.add_argument("--vllm-venv", type=Path, default=default, help=f"where vLLM is (default: {default})")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    repeats = 3 if arguments.quick else 7
+    peers, missing = find_peers(arguments.quick, arguments.vllm_venv)
     shapes: dict[str, Mapping[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         cases = [Case("llama-15m", write_llama(Path(folder) / "llama-15m"), 16, 64, 64)]
@@ -315,16 +314,15 @@ def main() -> None:
         if (stories / "model.safetensors").exists():
             cases.append(Case("stories260k", stories, 16, 64, 64))
         for case in cases:
-            shapes[case.name] = measure(case, repeats, with_batch=not arguments.quick)
+            shapes[case.name] = measure(case, 3 if arguments.quick else 7, peers)
             if not arguments.json:
                 print(case.name, json.dumps(shapes[case.name], indent=1))
-    worst = {key: min(s[key] for s in shapes.values()) for key in ("ratio_equal", "ratio_ragged")}
     result = {
-        **worst,
-        "bandwidth_share": shapes["llama-15m"]["bandwidth_share"],
-        "ratio_vllm": None,
+        **summary(shapes),
+        "set_up": "ragged: 4 x slots sequences; `generate` in batches of `slots`, each until its longest ends",
+        "not_tried": missing,
         "shapes": shapes,
-        "provenance": provenance(),
+        "provenance": provenance(("torch", "transformers")),
     }
     print(json.dumps(result))
 
