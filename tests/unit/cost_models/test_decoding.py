@@ -14,7 +14,8 @@ from realloc.lengths import Lengths, lengths_of
 
 def stepped(lengths: Sequence[int], slots: int) -> tuple[int, int]:
     """(decode steps with anybody alive, rows over all of them) of one lane with refilled slots."""
-    waiting, live = deque(lengths), []
+    waiting = deque(lengths)
+    live: list[int] = []
     steps = rows = 0
     while waiting or live:
         live = [n - 1 for n in live if n > 1]
