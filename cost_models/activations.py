@@ -19,10 +19,8 @@ from cost_models.compute import GRADIENT_BYTES, ComputeCosts
 from realloc.strategy import Recompute, Schedule, Strategy
 
 # What the runtime computes and keeps at a time (runtime.tensor_parallel), in elements.
-LOGITS_CHUNK = 1 << 22
+LOGITS_CHUNK = 1 << 23
 LOGITS_KEPT = 1 << 25
-# Gradients whose fp64 norm is taken at a time (runtime.training), in elements.
-NORM_ELEMENTS = 1 << 20
 
 IN_FLIGHT = "gradients in flight"
 Phase = Mapping[str, float]
@@ -90,7 +88,8 @@ def activation_bytes(
 
     Counted as in Korthikanti et al. (MLSys 2023, section 4.1) for fused attention and norms: the two
     residual inputs and the two norm outputs, q, k, v and the attention's output, its log-sum-exp in
-    fp32, and the inputs of the MLP's activation, product and last projection. Selective recomputation
+    fp32, and the inputs of the MLP's activation, product and last projection (a gated silu is one
+    operator, and keeps its two inputs alone). Selective recomputation
     keeps the residual inputs and the norm outputs (section 5 there), full recomputation the layer's
     input. Sequence parallelism splits what is kept outside the matrices over tp (section 4.2.2); the
     norm outputs are kept as gathered, all rows on each rank.
@@ -104,9 +103,15 @@ def activation_bytes(
     outside = (2 + costs.norm_vectors) * residual + 2 * tokens * shape.hidden * costs.element_bytes
     if recompute is Recompute.SELECTIVE:
         return outside
-    mlp = (4 if shape.gated_mlp else 2) * costs.ffn
-    vectors = 2 * q + 2 * kv + mlp
+    vectors = 2 * q + 2 * kv + _mlp_vectors(costs) * costs.ffn
     return outside + tokens * (vectors * costs.element_bytes + 4 * costs.heads)
+
+
+def _mlp_vectors(costs: ComputeCosts) -> int:
+    """Vectors of the MLP's width: inputs of the activation, the gated product and the last matrix."""
+    if not costs.shape.gated_mlp:
+        return 2
+    return 3 if costs.shape.activation == "silu" else 4
 
 
 def forward_phases(at: StagePass) -> list[Phase]:
@@ -115,7 +120,7 @@ def forward_phases(at: StagePass) -> list[Phase]:
     An MLP's vectors are those of its activation's inputs and outputs. Outside of it lie the layer's
     input, the two norms' outputs, the attention's output and the sum of it and the input.
     """
-    mlp = (4 if at.costs.shape.gated_mlp else 2) * at.inner
+    mlp = _mlp_vectors(at.costs) * at.inner
     outside = 3 * at.hidden + 5 * at.rows if at.strategy.sequence_parallel else 5 * at.hidden
     phases: list[Phase] = [{"activations": mlp + outside, **_messages(at)}]
     if at.has_logits:
@@ -135,16 +140,16 @@ def training_phases(at: StagePass) -> list[Phase]:
     if at.is_last:
         phases.append(_head_phase(at, kept, waiting))
     if at.is_first:
-        # a dense gradient of the whole table; the activations of this micro-batch are gone, but for those
-        # that weight gradients wait for
-        made = (2 if at.ties else 1) * width * at.table
+        # under ZeRO 2 and 3 a dense gradient of the whole table; the activations of this micro-batch are
+        # gone, but for those that weight gradients wait for
+        made = (2 if at.ties else 1) * width * at.table if strategy.zero >= 2 else 0.0
         others = at.kept if strategy.schedule is Schedule.ZERO_BUBBLE else at.kept - 1
         phase = {"activations": others * kept + 2 * at.hidden, IN_FLIGHT: made}
         phases.append(phase | (exchange if strategy.zero >= 2 else {}))
     if strategy.zero >= 2 and at.has_logits and not at.ties:
         phases.append({"activations": at.kept * kept, IN_FLIGHT: width * at.table} | exchange)
-    norm = 8.0 * min(NORM_ELEMENTS, largest)
-    phases.append({"staging": norm + (exchange["staging"] if strategy.zero else 0.0)})
+    if strategy.zero:
+        phases.append({"staging": exchange["staging"]})
     if strategy.zero == 1:
         phases.append(exchange)
     return phases
@@ -174,7 +179,8 @@ def _layer_phase(at: StagePass, kept: float, waiting: float) -> Phase:
     layer = float(costs.layer_elements)
     matrix = float(costs.ffn * costs.shape.hidden)
     made = layer if strategy.zero >= 2 or width < GRADIENT_BYTES else matrix
-    held = width * at.table if at.ties else 0.0  # the head's gradient waits for the embedding's
+    # under ZeRO 2 and 3 the head's gradient waits for the embedding's
+    held = width * at.table if at.ties and strategy.zero >= 2 else 0.0
     phase = {"activations": at.kept * kept + again + at_work, IN_FLIGHT: width * made + held}
     if strategy.zero < 2:
         return phase
@@ -199,7 +205,8 @@ def _head_phase(at: StagePass, kept: float, waiting: float) -> Phase:
         # products on CPUs copy what is transposed; narrow parameters want narrow gradients
         copied = width * chunk if at.costs.is_cpu or width < GRADIENT_BYTES else 0.0
         phase["logits"] = GRADIENT_BYTES * (passes * logits if logits <= LOGITS_KEPT else chunk) + copied
-        phase[IN_FLIGHT] = (GRADIENT_BYTES + width) * at.table
+        # what one chunk adds to the gradient, which under ZeRO 2 and 3 is not yet in its place
+        phase[IN_FLIGHT] = (width + (GRADIENT_BYTES if strategy.zero >= 2 else 0)) * at.table
     if strategy.zero == 3:
         whole = at.units[-1] + (at.units[0] if at.ties else 0)
         received = width * (max(at.units) + -(-max(at.units) // strategy.dp))

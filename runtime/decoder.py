@@ -20,7 +20,8 @@ from realloc.params import EMBED, FINAL_NORM, HEAD, chunk_layers, stage_layers
 from realloc.strategy import Recompute, Schedule
 from runtime import tensor_parallel as tp
 from runtime.attention import PackedSequences, packed_attention
-from runtime.linear import Backward, WeightGradients, linear
+from runtime.elementwise import gated_silu, rms_norm
+from runtime.linear import Backward, WeightGradients, linear, linears
 from runtime.parallel import ParallelContext
 from runtime.recompute import Part, recomputed
 from runtime.rope import Rotary, inverse_frequencies
@@ -97,6 +98,8 @@ class Decoder:
         self._how = Backward(self.weight_gradients) if special else None
         self.num_heads = shape.num_heads // strategy.tp
         self.num_kv_heads = max(1, shape.num_kv_heads // strategy.tp)
+        self.gradients: Mapping[str, torch.Tensor] = {}
+        """fp32 memory of parameters' gradients, to which backward passes may add past autograd."""
         self._tp = context.tp_group
         self._source = source
         self._freqs = inverse_frequencies(shape).to(context.device)
@@ -106,6 +109,9 @@ class Decoder:
     def vocab_start(self) -> int:
         """First vocabulary row of this shard's embedding or head."""
         return self.boxes[self._head_name if self.context.is_last else EMBED].start[0]
+
+    def _gradient(self, name: str) -> torch.Tensor | None:
+        return self.gradients.get(name)
 
     @property
     def _head_name(self) -> str:
@@ -147,7 +153,13 @@ class Decoder:
         logits: these are the log-probabilities that sampling at that temperature reports.
         """
         return tp.target_logprobs(
-            hidden, self.head_weight(), targets, self.vocab_start, self._tp, temperature
+            hidden,
+            self.head_weight(),
+            targets,
+            self.vocab_start,
+            self._tp,
+            temperature,
+            self._gradient(self._head_name),
         )
 
     def scalar(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -176,7 +188,8 @@ class Decoder:
         region = tp.Region(self._tp, positions.shape[0] if split else None)
         if self.embeds(chunk):
             self._before(EMBEDDING_UNIT)
-            x = tp.embedding(x, self.params[EMBED], self.boxes[EMBED].start[0], region)
+            start = self.boxes[EMBED].start[0]
+            x = tp.embedding(x, self.params[EMBED], start, region, self._gradient(EMBED))
             self._after(EMBEDDING_UNIT, x)
         rotary = Rotary(self._freqs, positions, x.dtype)
         first = sum(map(len, self._chunks[:chunk]))
@@ -241,31 +254,41 @@ class Decoder:
         k, v = (part.view(-1, self.num_kv_heads, dim) for part in (k, v))
         if self.shape.qk_norm:
             q, k = self._norm(q, f"{name}.q_norm"), self._norm(k, f"{name}.k_norm")
-        out = attend(index, rotary(q), rotary(k), v)
+        q, k = rotary(q, k)
+        out = attend(index, q, k, v)
         return self._last_product(out.flatten(-2), f"{name}.o", again)
 
     def _mlp(self, x: torch.Tensor, name: str, again: bool) -> torch.Tensor:
         """This shard's part of the MLP output, to be summed over shards, without down's bias."""
         if self.shape.gated_mlp:
             gate, up = self._products(x, (f"{name}.gate", f"{name}.up"))
-            inner = self._activation(gate) * up
+            silu = self.shape.activation == "silu"
+            inner = gated_silu(gate, up) if silu else self._activation(gate) * up
         else:
             inner = self._activation(self._products(x, (f"{name}.up",))[0])
         return self._last_product(inner, f"{name}.down", again)
 
     def _products(self, x: torch.Tensor, names: Sequence[str]) -> Sequence[torch.Tensor]:
         """`x` times several column-split matrices, biases added."""
-        params, how = self.params, self._how
-        return [linear(x, params[f"{n}.weight"], params.get(f"{n}.bias"), how) for n in names]
+        weights = [f"{name}.weight" for name in names]
+        return linears(
+            x,
+            [self.params[name] for name in weights],
+            [self.params.get(f"{name}.bias") for name in names],
+            self._how,
+            [self._gradient(name) for name in weights],
+        )
 
     def _product(self, x: torch.Tensor, name: str) -> torch.Tensor:
         """`x` times a row-split matrix, without its bias."""
-        return linear(x, self.params[f"{name}.weight"], None, self._how)
+        weight = f"{name}.weight"
+        return linear(x, self.params[weight], None, self._how, self._gradient(weight))
 
     def _last_product(self, x: torch.Tensor, name: str, again: bool) -> torch.Tensor:
         """The product that ends a part: when the part runs again, nobody needs the result."""
         if again:
-            return linear(x, self.params[f"{name}.weight"], None, Backward(only_keep=True))
+            weight = f"{name}.weight"
+            return linear(x, self.params[weight], None, Backward(only_keep=True), self._gradient(weight))
         return self._product(x, name)
 
     def _add_bias(self, x: torch.Tensor, name: str) -> torch.Tensor:
@@ -278,7 +301,7 @@ class Decoder:
         eps = self.shape.norm_eps
         if self.shape.norm == "layer" and f"{name}.bias" in self.params:
             return F.layer_norm(x, weight.shape, weight, self.params[f"{name}.bias"], eps)
-        return F.rms_norm(x, weight.shape, weight, eps)
+        return rms_norm(x, weight, eps)
 
 
 def activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -12,13 +12,15 @@ when, is the pipeline's affair.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+
+from runtime.parameters import adjacent, beside
 
 SMALL = 1 << 20
 """Multiply-adds up to which MKL's lower call overhead wins."""
@@ -92,61 +94,137 @@ class Backward:
 
 
 class _Linear(torch.autograd.Function):
-    """`product` with its gradients, which are products of the same kind."""
+    """`product` of one input with one weight, or with several that lie next to each other as one."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
-        weight: torch.Tensor,
         bias: torch.Tensor | None,
         product: Product,
         how: Backward | None,
-    ) -> torch.Tensor:
-        ctx.save_for_backward(x, weight)
-        ctx.has_bias, ctx.product = bias is not None, product
-        # the leaf itself: a part that is computed again saves copies without history
-        ctx.later = None if how is None or how.later is None else (how.later, weight)
+        into: Sequence[torch.Tensor] | None,
+        *weights: torch.Tensor,
+    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(x, *weights)
+        ctx.has_bias, ctx.product, ctx.into = bias is not None, product, into
+        # the leaves themselves: a part that is computed again saves copies without history
+        ctx.later = None if how is None or how.later is None else (how.later, weights)
+        whole = _whole(weights)
         if how is not None and how.only_keep:
-            return x.new_empty(x.shape[0], weight.shape[0])
-        return product(x, weight, bias)
+            result = x.new_empty(x.shape[0], whole.shape[0])
+        else:
+            result = product(x, whole, bias)
+        if len(weights) == 1:
+            return result
+        return torch.split_with_sizes(result, [weight.shape[0] for weight in weights], dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
+        x, *weights = ctx.saved_tensors
+        product, into = ctx.product, ctx.into
         # oneDNN takes no broadcast gradients
-        grad, product = grads[0].contiguous(), ctx.product
-        grad_weight = None
-        if ctx.needs_input_grad[1]:
-            if ctx.later is None:
-                grad_weight = product(grad.t(), x.t(), None)
+        grad = (grads[0] if len(grads) == 1 else _beside(grads)).contiguous()
+        grad_weights: Sequence[torch.Tensor | None] = [None] * len(weights)
+        if ctx.needs_input_grad[5]:
+            if ctx.later is not None:
+                later, leaves = ctx.later
+                later.add(lambda: _add_gradient(leaves, product(grad.t(), x.t(), None), into))
             else:
-                later, leaf = ctx.later
-                later.add(lambda: _add_gradient(leaf, product, grad, x))
+                value = product(grad.t(), x.t(), None)
+                if into is None:
+                    grad_weights = _rows_of(value, weights)
+                else:
+                    _add(into, value)
         return (
-            product(grad, weight.t(), None) if ctx.needs_input_grad[0] else None,
-            grad_weight,
-            grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[2] else None,
+            product(grad, _whole(weights).t(), None) if ctx.needs_input_grad[0] else None,
+            grad.sum(0) if ctx.has_bias and ctx.needs_input_grad[1] else None,
             None,
             None,
+            None,
+            *grad_weights,
         )
 
 
-def _add_gradient(weight: torch.Tensor, product: Product, grad: torch.Tensor, x: torch.Tensor) -> None:
-    """Adds grad^T @ x to the gradient of a leaf, by autograd, so that the leaf's hooks run."""
-    with torch.no_grad():
-        value = product(grad.t(), x.t(), None)
-    torch.autograd.backward(weight, value)
+def _whole(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    whole = adjacent(weights)
+    assert whole is not None, "weights have moved"
+    return whole
+
+
+def _beside(grads: Sequence[torch.Tensor]) -> torch.Tensor:
+    """The gradients' columns side by side, without a copy where they lie so."""
+    whole = beside(grads)
+    return torch.cat(list(grads), dim=1) if whole is None else whole
+
+
+def _rows_of(value: torch.Tensor, weights: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """The rows of a gradient that belong to each weight."""
+    return torch.split_with_sizes(value, [weight.shape[0] for weight in weights])
+
+
+def _add(into: Sequence[torch.Tensor], value: torch.Tensor) -> None:
+    whole = adjacent(into)
+    if whole is not None:
+        whole.add_(value)
+        return
+    for target, part in zip(into, _rows_of(value, into), strict=True):
+        target.add_(part)
+
+
+@torch.no_grad()
+def _add_gradient(
+    weights: Sequence[torch.Tensor], value: torch.Tensor, into: Sequence[torch.Tensor] | None
+) -> None:
+    """Adds a gradient to that of leaves: into its place, or by autograd, so that the leaves' hooks run."""
+    if into is not None:
+        _add(into, value)
+        return
+    torch.autograd.backward(weights, _rows_of(value, weights))
 
 
 def linear(
-    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None, how: Backward | None = None
+    x: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    how: Backward | None = None,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """x [n, in] @ weight [out, in]^T + bias [out] -> [n, out], differentiable in all three."""
+    """x [n, in] @ weight [out, in]^T + bias [out] -> [n, out], differentiable in all three.
+
+    `into` [out, in] is the memory of the weight's gradient: a backward pass may add to it directly.
+    """
     product = _choose(x, weight)
     if not torch.is_grad_enabled() or (product is F.linear and how is None):
         return product(x, weight, bias)
     if not (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         return product(x, weight, bias)
-    result: torch.Tensor = _Linear.apply(x, weight, bias, product, how)  # type: ignore[no-untyped-call]
+    places = None if into is None else [into]
+    result: torch.Tensor = _Linear.apply(x, bias, product, how, places, weight)  # type: ignore[no-untyped-call]
     return result
+
+
+def linears(
+    x: torch.Tensor,
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    how: Backward | None = None,
+    into: Sequence[torch.Tensor | None] | None = None,
+) -> Sequence[torch.Tensor]:
+    """`linear` of one input with several weights: one product where they follow each other in memory.
+
+    The results may then be columns of one matrix.
+    """
+    places = into or [None] * len(weights)
+    whole = adjacent(weights) if all(bias is None for bias in biases) else None
+    product = F.linear if whole is None else _choose(x, whole)
+    learns = torch.is_grad_enabled() and (x.requires_grad or any(w.requires_grad for w in weights))
+    if whole is None or (learns and product is F.linear and how is None):
+        each = zip(weights, biases, places, strict=True)
+        return [linear(x, weight, bias, how, place) for weight, bias, place in each]
+    if not learns:
+        return torch.split_with_sizes(product(x, whole, None), [w.shape[0] for w in weights], dim=1)
+    known = [place for place in places if place is not None]
+    direct = known if len(known) == len(weights) else None
+    result: Sequence[torch.Tensor] = _Linear.apply(x, None, product, how, direct, *weights)  # type: ignore[no-untyped-call]
+    return (result,) if isinstance(result, torch.Tensor) else result

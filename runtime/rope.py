@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 from math import pi
+from typing import Any
 
 import torch
 
 from realloc.model_shape import ModelShape
+from runtime.parameters import beside
 
 
 def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
@@ -30,6 +33,35 @@ def inverse_frequencies(shape: ModelShape) -> torch.Tensor:
     return unscaled * freqs + (1.0 - unscaled) * freqs / scaling.factor
 
 
+class _Rotate(torch.autograd.Function):
+    """Rotates some [T, heads, dim] by the same angles; gradients turn the other way round."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, cos: torch.Tensor, signed_sin: torch.Tensor, *parts: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        ctx.save_for_backward(cos, signed_sin)
+        return _rotated(parts, cos, signed_sin)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, signed_sin = ctx.saved_tensors
+        return (None, None, *_rotated(grads, cos, signed_sin, sign=-1.0))
+
+
+def _rotated(
+    parts: Sequence[torch.Tensor], cos: torch.Tensor, signed_sin: torch.Tensor, sign: float = 1.0
+) -> tuple[torch.Tensor, ...]:
+    """x cos + (x with its halves swapped) sin; parts that lie beside each other as one."""
+    flat = beside([part.flatten(1) for part in parts])
+    joined = parts if flat is None else [flat.view(flat.shape[0], -1, parts[0].shape[2])]
+    half = cos.shape[-1] // 2
+    turned = [torch.addcmul(x * cos, x.roll(half, -1), signed_sin, value=sign) for x in joined]
+    if flat is None:
+        return tuple(turned)
+    return torch.split_with_sizes(turned[0], [part.shape[1] for part in parts], dim=1)
+
+
 class Rotary:
     """Cosines and sines of a batch of positions, made once and used by all layers."""
 
@@ -45,17 +77,17 @@ class Rotary:
         """Cosines of all dimensions; their sines, negative for the first half."""
         return torch.cat([self._cos, self._cos], -1), torch.cat([-self._sin, self._sin], -1)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Rotates the first rotary_dim dimensions of x [T, heads, dim].
+    def __call__(self, *parts: torch.Tensor) -> Sequence[torch.Tensor]:
+        """Rotates the first rotary_dim dimensions of each [T, heads, dim]."""
+        if parts[0].shape[-1] > 2 * self._half:
+            return [self._partly(part) for part in parts]
+        if torch.is_grad_enabled() and any(part.requires_grad for part in parts):
+            result: tuple[torch.Tensor, ...] = _Rotate.apply(*self._whole, *parts)  # type: ignore[no-untyped-call]
+            return result
+        return _rotated(parts, *self._whole)
 
-        Without gradients three operators do what seven do with them; results agree to rounding.
-        """
-        half, dim = self._half, x.shape[-1]
-        if dim == 2 * half and not torch.is_grad_enabled():
-            cos, signed_sin = self._whole
-            return torch.addcmul(x * cos, x.roll(half, -1), signed_sin)
+    def _partly(self, x: torch.Tensor) -> torch.Tensor:
+        half = self._half
         a, b = x[..., :half], x[..., half : 2 * half]
-        parts = [a * self._cos - b * self._sin, b * self._cos + a * self._sin]
-        if dim > 2 * half:
-            parts.append(x[..., 2 * half :])
+        parts = [a * self._cos - b * self._sin, b * self._cos + a * self._sin, x[..., 2 * half :]]
         return torch.cat(parts, dim=-1)

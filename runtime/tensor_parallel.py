@@ -25,7 +25,7 @@ from runtime.linear import linear
 
 Group = dist.ProcessGroup | None
 
-CHUNK_ELEMENTS = 1 << 22
+CHUNK_ELEMENTS = 1 << 23
 """Logits computed at a time by `target_logprobs` (tokens x local vocabulary)."""
 KEEP_ELEMENTS = 1 << 25
 """Up to this many logits are kept for the backward pass; beyond, they are computed twice."""
@@ -167,15 +167,43 @@ class Region:
         return _apply(_JoinRows, x, self.num_rows, self.group)
 
 
-def embedding(tokens: torch.Tensor, weight: torch.Tensor, vocab_start: int, region: Region) -> torch.Tensor:
+class _Rows(torch.autograd.Function):
+    """Rows of a table, whose gradient is added to `into` alone: no table of zeros is made for it."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.into = into
+        return F.embedding(tokens, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
+        (tokens,) = ctx.saved_tensors
+        ctx.into.index_add_(0, tokens, grads[0].to(ctx.into.dtype))
+        return None, None, None
+
+
+def embedding(
+    tokens: torch.Tensor,
+    weight: torch.Tensor,
+    vocab_start: int,
+    region: Region,
+    into: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Rows of a vocabulary-split embedding: tokens [T] int64 -> [T, hidden], or this rank's rows.
 
-    `weight` holds the rows from `vocab_start` on.
+    `weight` holds the rows from `vocab_start` on. `into`, if given, is the memory of its gradient.
     """
+
+    def rows(tokens: torch.Tensor) -> torch.Tensor:
+        if into is None or not torch.is_grad_enabled():
+            return F.embedding(tokens, weight)
+        return _apply(_Rows, tokens, weight, into)
+
     if region.group is None:
-        return F.embedding(tokens, weight)
+        return rows(tokens)
     local, inside = _local_tokens(tokens, vocab_start, weight.shape[0])
-    return region.leave(F.embedding(local, weight).masked_fill(~inside[:, None], 0.0))
+    return region.leave(rows(local).masked_fill(~inside[:, None], 0.0))
 
 
 def _local_tokens(
@@ -202,6 +230,7 @@ class _TargetLogprobs(torch.autograd.Function):
         vocab_start: int,
         inv_temperature: float,
         group: Group,
+        into: torch.Tensor | None,
     ) -> torch.Tensor:
         vocab = weight.shape[0]
         local, inside = _local_tokens(targets, vocab_start, vocab)
@@ -227,7 +256,7 @@ class _TargetLogprobs(torch.autograd.Function):
             dist.all_reduce(stats[1:], group=group)
         log_total = stats[0] + stats[1].log()
         ctx.save_for_backward(hidden, weight, local, inside, log_total, largest, *kept)
-        ctx.inv_temperature = inv_temperature
+        ctx.inv_temperature, ctx.into = inv_temperature, into
         return stats[2] - log_total
 
     @staticmethod
@@ -236,7 +265,9 @@ class _TargetLogprobs(torch.autograd.Function):
         hidden, weight, local, inside, log_total, largest, *kept = ctx.saved_tensors
         grad = grads[0].float() * ctx.inv_temperature
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = ctx.into
+        if grad_weight is None:
+            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i, part in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
             if kept:
                 scale = -grad[part] * torch.exp(largest[part] - log_total[part])
@@ -251,7 +282,8 @@ class _TargetLogprobs(torch.autograd.Function):
             grad_hidden[part] = linear(grad_logits, weight.t())
             grad_weight += linear(grad_logits.t(), hidden[part].t())
             del grad_logits  # before the next chunk's come
-        return grad_hidden, grad_weight.to(weight.dtype), None, None, None, None
+        result = grad_weight.to(weight.dtype) if ctx.into is None else None
+        return grad_hidden, result, None, None, None, None, None
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float) -> torch.Tensor:
@@ -272,15 +304,17 @@ def target_logprobs(
     vocab_start: int,
     group: Group,
     temperature: float = 1.0,
+    into: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Log-probability of each target under softmax(hidden @ weight^T / temperature).
 
     hidden [T, hidden], weight [local vocabulary, hidden] from row `vocab_start` on, targets [T]
     int64 (global ids) -> [T] float32, the same on all ranks of the group. Differentiable in
-    hidden and weight. Communicates 3 numbers per token in two all-reduces.
+    hidden and weight, whose gradient is added to `into` where that is given. Communicates 3
+    numbers per token in two all-reduces.
     """
     hidden = copy_to_region(hidden, group)
-    return _apply(_TargetLogprobs, hidden, weight, targets, vocab_start, 1.0 / temperature, group)
+    return _apply(_TargetLogprobs, hidden, weight, targets, vocab_start, 1.0 / temperature, group, into)
 
 
 def gather_columns(x: torch.Tensor, widths: list[int], group: Group) -> torch.Tensor:

@@ -39,8 +39,8 @@ from runtime.parameters import FlatParameters, allocate
 from runtime.pipeline import MicroBatch, run_training
 from runtime.zero import GatheredParameters, GradientSharder, Staging, exchanges, own_views
 
-NORM_ELEMENTS = 1 << 20
-"""Gradients whose norm is taken at a time."""
+NORM_ELEMENTS = 1 << 12
+"""Gradients whose norm is taken in fp32; the sum over more is one of fp64."""
 
 
 class Trainer:
@@ -89,6 +89,7 @@ class Trainer:
             release = gathered.release if gathered else None
             self._sharder = GradientSharder(self._units, leaves, self._own_gradients, release)
         else:
+            decoder.gradients = self._gradients.views
             _collect(leaves, self._gradients.views)
 
     @property
@@ -183,12 +184,18 @@ class Trainer:
         """Norm over the whole model: every element counted once, wherever it is replicated."""
         total = torch.zeros((), dtype=torch.float64, device=self._context.device)
         for name, copies in self._copies.items():
-            # in parts, since each is copied to fp64
-            for part in self._own_gradients[name].view(-1).split(NORM_ELEMENTS):
-                total += torch.linalg.vector_norm(part, dtype=torch.float64).square() / copies
+            total += _square_sum(self._own_gradients[name].view(-1)) / copies
         if self._context.mesh_group is not None:
             dist.all_reduce(total, group=self._context.mesh_group)
         return total.sqrt().float()
+
+
+def _square_sum(flat: torch.Tensor) -> torch.Tensor:
+    """fp64 scalar; no fp64 copy is made of what may be a large matrix."""
+    whole = flat.numel() - flat.numel() % NORM_ELEMENTS
+    parts = (flat[:whole].view(-1, NORM_ELEMENTS), flat[None, whole:])
+    norms = [torch.linalg.vector_norm(part, dim=1).double() for part in parts if part.numel()]
+    return torch.cat(norms).square().sum() if norms else flat.new_zeros((), dtype=torch.float64)
 
 
 def _collect(leaves: Mapping[str, torch.Tensor], gradients: Mapping[str, torch.Tensor]) -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from cost_models.activations import IN_FLIGHT, activation_bytes
+from cost_models.activations import IN_FLIGHT, Phase, StagePass, activation_bytes, training_phases
 from cost_models.memory import optimizer_bytes
 from cost_models.profile import Attention, load_profile
 from tests.unit.cost_models.cases import cost_model, experiment, place, profile
@@ -86,8 +86,8 @@ def test_activations_by_hand():
     model = cost_model(experiment(sequences=4, prompt=128, response=128), profile())
     call = model.graph.by_name["critic_train"]
     costs = model._costs("critic", 1)
-    # bf16: 4 hidden, q, k, v and the output, 4 MLP widths; fp32 log-sum-exp of each head
-    assert activation_bytes(costs, 1) == 2 * (4 * 4096 + 4 * 4096 + 4 * 11008) + 4 * 32
+    # bf16: 4 hidden, q, k, v and the output, 3 MLP widths; fp32 log-sum-exp of each head
+    assert activation_bytes(costs, 1) == 2 * (4 * 4096 + 4 * 4096 + 3 * 11008) + 4 * 32
     tokens = 4 // call.mini_batches * 256
     memory = model.call_memory(call, place("d1t1p1"))
     kept = 32 * tokens * activation_bytes(costs, 1)
@@ -97,28 +97,32 @@ def test_activations_by_hand():
     assert memory.working == {"activations": kept + at_work, IN_FLIGHT: 2 * layer}
 
 
+def head_phase(strategy: str, rows: int, micro_batches: int = 1) -> Phase:
+    """The moment of the head's backward pass on a last stage, of a 7B actor in bf16."""
+    chosen = place(strategy).strategy
+    costs = cost_model(experiment(sequences=4), profile())._costs("actor", 1)
+    units = costs.stage_units(chosen.pp, chosen.pp - 1, 1)
+    at = StagePass(costs, chosen, rows, rows, 32, chosen.pp == 1, True, units, 1.0, micro_batches)
+    (phase,) = (phase for phase in training_phases(at) if "logits" in phase)
+    return phase
+
+
 def test_logits_and_the_gradient_of_the_head_by_hand():
     """Rows of a micro-batch times the vocabulary in fp32, kept; a chunk is narrowed for its products."""
+    phase = head_phase("d1t1p1", 512)
+    chunk = (1 << 23) // 32000
+    assert phase["logits"] == 4 * 512 * 32000 + 2 * chunk * 32000
+    # a product in bf16, added to the gradient; ZeRO 2 sums products in fp32 first
+    assert phase[IN_FLIGHT] == 2 * 32000 * 4096
+    assert head_phase("d2t1p1z2", 512)[IN_FLIGHT] == 6 * 32000 * 4096
     model = cost_model(experiment(sequences=4, prompt=8, response=128), profile())
-    call = model.graph.by_name["actor_train"]
-    working = model.call_memory(call, place("d1t1p1")).working
-    rows = 4 // call.mini_batches * 128
-    chunk = min(rows, (1 << 22) // 32000)
-    assert working["logits"] == 4 * rows * 32000 + 2 * chunk * 32000
-    # a sum in fp32 and a product in bf16
-    assert working[IN_FLIGHT] == 6 * 32000 * 4096
     inference = model.call_memory(model.graph.by_name["ref_inf"], place("d1t1p1m4")).working
     assert inference["logits"] == (2 + 4) * 128 * 32000
 
 
 def test_gpipe_keeps_the_logits_of_all_micro_batches():
-    model = cost_model(experiment(sequences=64, prompt=8, response=16), profile())
-    call = model.graph.by_name["actor_train"]
-    kept, one = (
-        model.call_memory(call, place(f"d1t1p2m4{schedule}")).working["logits"] for schedule in ("+gpipe", "")
-    )
-    rows = 64 // call.mini_batches // 4 * 16
-    assert kept - one == 3 * 4 * rows * 32000
+    kept, one = (head_phase(f"d1t1p2m4{schedule}", 64, 4)["logits"] for schedule in ("+gpipe", ""))
+    assert kept - one == 3 * 4 * 64 * 32000
 
 
 def test_zero_3_holds_the_unit_at_work_and_a_buffer_for_its_exchange():
