@@ -319,7 +319,7 @@ def main() -> None:
                 print(case.name, json.dumps(shapes[case.name], indent=1))
     result = {
         **summary(shapes),
-        "set_up": "ragged: 4 x slots sequences; `generate` in batches of `slots`, each until its longest ends",
+        "set_up": "ragged: 4 x slots sequences; `generate` takes slots at a time, until the longest ends",
         "not_tried": missing,
         "shapes": shapes,
         "provenance": provenance(("torch", "transformers")),
