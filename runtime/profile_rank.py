@@ -24,6 +24,7 @@ from realloc import __version__
 from realloc.errors import InputError
 from runtime import microbenchmarks as bench
 from runtime.collectives import all_gather
+from runtime.host_memory import keep_freed_memory
 from runtime.machine import device_name
 from runtime.nvml import find_gpus
 
@@ -155,6 +156,7 @@ def _host_mark() -> int:
 
 def _device(local_rank: int) -> torch.device:
     torch.set_num_threads(1)
+    keep_freed_memory()
     if not torch.cuda.is_available():
         return torch.device("cpu")
     device = torch.device("cuda", local_rank)

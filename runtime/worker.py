@@ -28,6 +28,7 @@ from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
 from runtime.export import export_role
+from runtime.host_memory import keep_freed_memory
 from runtime.machine import pin
 from runtime.metrics import MetricsChannel
 from runtime.parallel import Groups, make_groups
@@ -72,6 +73,7 @@ def run_worker(spec: WorkerSpec) -> None:
     """Runs one rank; RANK and WORLD_SIZE come from the environment, set by the launcher's agent."""
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     _die_with(spec.launcher_pid)
+    keep_freed_memory()
     try:
         _run(spec, rank, world_size)
     except BaseException as error:
