@@ -24,11 +24,13 @@ from cost_models.profile import HardwareProfile, load_profile
 from planner.candidates import Candidate, CandidateSet
 from planner.options import Option
 from planner.problem import Problem
+from planner.result import SearchResult
 from planner.search import methods
 from planner.simulator import list_order, period_s
 from realloc.augmented import Placement, augment
 from realloc.cluster import GIB, Cluster
 from realloc.dataflow import Call, CallKind
+from realloc.errors import InfeasibleError
 from realloc.mesh import DeviceMesh, all_meshes
 from realloc.strategy import Recompute, Strategy, forbidden, parse_strategy
 
@@ -131,6 +133,7 @@ class Real:
             "searched_predicted": best.iteration_s,
             "gain_measured": row.measured / searched if row.measured and searched else None,
             "gain_predicted": heuristic_s / best.iteration_s,
+            "gain_predicted_mcmc": self._by_sampling(costs, heuristic_s),
             "plan": {name: str(placement) for name, placement in best.plan.placements.items()},
         }
         if self._known_plan(row) is not None:
@@ -197,12 +200,20 @@ class Real:
             placements[call.name] = Placement(mesh, strategy)
         return placements
 
-    def searched(self, costs: CostModel) -> Any:
+    def searched(self, costs: CostModel, method: str = "auto") -> SearchResult:
+        """The best plan found among ReaL's candidates."""
         counted = _RealMemory(costs)
         problem = Problem(
             costs.experiment, costs.graph, costs.cluster, counted, real_candidates(counted), CAPACITY
         )
-        return methods()["auto"](problem, self._search_s, 0)
+        return methods()[method](problem, self._search_s, 0)
+
+    def _by_sampling(self, costs: CostModel, heuristic_s: float) -> float | None:
+        """The gain of what a Metropolis search, such as ReaL's, finds in the same time; None if nothing."""
+        try:
+            return heuristic_s / self.searched(costs, "mcmc").iteration_s
+        except InfeasibleError:
+            return None
 
     def _known_plan(self, row: Row) -> str | None:
         return self._plans.get(

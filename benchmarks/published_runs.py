@@ -64,7 +64,7 @@ class Runs:
         system = str(row.fields["system"])
         costs = self._real.costs(row, values)
         if system == "real":
-            return float(self._real.searched(costs).iteration_s)
+            return self._real.searched(costs).iteration_s
         if system not in OTHERS:
             raise Unsupported(f"no rule is known for the system '{system}'")
         placements = BASELINES[OTHERS[system]].place(costs.experiment, costs.cluster, costs)
