@@ -71,6 +71,8 @@ class Problem:
                     for c in graph.calls_of(role)
                     if c.kind is not CallKind.TRAIN_STEP
                 ]
+        self.users = tuple(self._users)
+        self.data_edges = tuple((src, dst) for src, dst, _ in self._edges)
         self._layouts: dict[object, int] = {}
         self.rows: tuple[tuple[Row, ...], ...] = tuple(
             tuple(self._row(i, candidate) for candidate in candidates)

@@ -10,7 +10,6 @@ from planner.precedence import Precedence, earliest_starts, list_schedule, rank_
 from planner.simulator import period_s, steady_state
 from realloc.augmented import AugmentedGraph, Residence
 
-
 MOST_ORDERS = 4
 
 
@@ -29,7 +28,8 @@ class Structure:
 
     `slots[i]` says what node i is: a call (its index), a transfer (edge index + number of calls), or
     a reallocation (call index + number of calls + number of edges); loads, offloads and offloads of
-    parameters follow, each block with one slot for every call. `moves`: the reallocations. `graph`: of a choice with offload.
+    parameters follow, each block with one slot for every call. `moves`: the
+    reallocations. `graph`: of a choice with offload.
     """
 
     slots: tuple[int, ...]
@@ -51,7 +51,8 @@ def steady_order(
     before, for as long as they are faster.
     """
     precedence, least = structure.precedence, busiest_s(seconds, masks)
-    best_s, best = inf, range(0)
+    best_s: float = inf
+    best: Sequence[int] = ()
     for urgent in ((), structure.moves) if structure.moves else ((),):
         order, ends = list_schedule(precedence, seconds, masks, urgent=urgent)
         steady = steady_state(order, rank_arcs(precedence, order, masks), seconds, ends)

@@ -1,22 +1,26 @@
-"""The default search: many starts, each improved call by call, then a seeded random walk.
+"""The default search: a few starts improved call by call, then branch and bound, then a seeded walk.
 
-`greedy` is its first part alone: one start and no walk.
+Small problems end with the proof. On large ones branch and bound finds most of the plan and a bound,
+and the rest of the time goes to walks and descents. `greedy` is one start alone.
 """
 
 from __future__ import annotations
 
 import random
 
-from planner.bounds import lower_bound_s
-from planner.problem import Choice, Problem
+from planner.problem import Problem
 from planner.result import SearchResult
-from planner.search.descent import descend, descend_pairs, fit, starts
+from planner.search.branch import FIRST_STARTS, Prover, begin
+from planner.search.descent import Descent
 from planner.search.exhaustive import exhaustive
 from planner.search.mcmc import walk
 from planner.search.method import Record
+from planner.search.space import Spaces
 
 EXHAUSTIVE_UP_TO = 4000
-RANDOM_STARTS = 4
+PROOF_ROWS = 12_000_000
+"""Partial choices that branch and bound looks at before walks begin."""
+STARTS = 24
 MOVES_PER_CALL = 600
 BETAS = (20.0, 200.0)
 STALE_ROUNDS = 5
@@ -26,45 +30,44 @@ SHORTLIST = 24
 def greedy(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
     """The first start that fits, each call in turn at its best."""
     record = Record(problem, time_limit_s)
-    generator = random.Random(seed)
-    for start in starts(problem, generator, 0):
-        choice = fit(record, start)
-        if choice is not None:
-            descend(record, choice, record.evaluate(choice), generator)
-            break
+    with record.interruptible():
+        begin(record, Descent(record, Spaces(problem), random.Random(seed)), STARTS, enough=1)
     return record.conclude("greedy")
 
 
 def auto(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
-    """All starts, then rounds of walk and descent until several find nothing or the time is up.
+    """Starts, branch and bound, walks: until the proof, until several rounds find nothing, or the time is up.
 
-    Tries every plan where there are few. Ends early when the lower bound is reached.
+    Deterministic for a seed when it ends by itself; a time limit cuts it where the machine got to.
+    Tries every plan where there are few.
     """
     if problem.candidate_set.num_plans <= EXHAUSTIVE_UP_TO:
         return exhaustive(problem, time_limit_s, seed)
-    record = Record(problem, time_limit_s)
-    generator = random.Random(seed)
-    bound_s = lower_bound_s(problem) * (1 + 1e-9)
-    optima: dict[Choice, float] = {}
-    for start in starts(problem, generator, RANDOM_STARTS):
-        if record.best_s <= bound_s or (record.expired and record.best is not None):
-            break
-        choice = fit(record, start)
-        if choice is not None:
-            choice, seconds = descend(record, choice, record.evaluate(choice), generator)
-            optima[choice] = seconds
+    record, proven = Record(problem, time_limit_s), False
+    with record.interruptible():
+        proven = _auto(record, random.Random(seed))
+    return record.conclude("auto", proven=proven)
+
+
+def _auto(record: Record, generator: random.Random) -> bool:
+    """Whether the best plan of the record is proven to be the best of all."""
+    spaces = Spaces(record.problem)
+    descent = Descent(record, spaces, generator)
+    optima = begin(record, descent, FIRST_STARTS)
+    if record.best is None:  # nothing fits so easily
+        optima = begin(record, descent, STARTS)
+    if Prover(record, spaces).run(PROOF_ROWS):
+        return True
     stale = 0
-    while record.best is not None and stale < STALE_ROUNDS and record.best_s > bound_s:
-        if record.expired:
-            break
+    while record.best is not None and stale < STALE_ROUNDS and not record.expired:
         before = record.best_s
-        # the best local optimum that no walk has started from yet; then the best plan again
-        start = min(optima, key=lambda c: (optima[c], c), default=record.best)
+        # the best plan first; then the local optima that no walk has started from yet
+        start = min(optima, key=lambda c: (optima[c], c), default=record.best) if stale else record.best
         seconds = optima.pop(start, record.best_s)
         choice, seconds = walk(record, start, seconds, generator, MOVES_PER_CALL * len(start), BETAS)
-        choice, seconds = descend(record, choice, seconds, generator)
-        if seconds <= before:
-            choice, seconds = descend_pairs(record, choice, seconds, SHORTLIST)
-            descend(record, choice, seconds, generator)
+        choice, seconds = descent.run(choice, seconds)
+        if seconds >= before:
+            choice, seconds = descent.pairs(choice, seconds, SHORTLIST)
+            descent.run(choice, seconds)
         stale = 0 if record.best_s < before * (1 - 1e-9) else stale + 1
-    return record.conclude("auto")
+    return False

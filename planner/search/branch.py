@@ -1,104 +1,126 @@
-"""Branch and bound: the optimum with proof, where it is within reach.
+"""Branch and bound: the optimum with proof, where it is within reach, and a proven bound where it is not.
 
-Calls are placed one after the other. A partial plan is given up when it does not fit in memory, or
-when the calls placed so far, with the least that the others can add, prove that no completion beats
-the best plan known. All bounds leave out transfers, reallocations and the order of calls, so they
-hold for every completion.
+On small problems, a tree over candidates. On large ones, a tree over kinds of candidates (numbers of
+GPUs, layouts), and below each complete choice of kinds that could still be better a tree over the
+candidates of those kinds. Both find plans on the way, the most promising first.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import product
 
-from planner.problem import Problem
+from planner.problem import Choice, Problem
 from planner.result import SearchResult
-from planner.rows import Row, load
-from planner.search.descent import descend, fit, starts
+from planner.search.descent import Descent, fit, starts
 from planner.search.method import Record
+from planner.search.space import Space, Spaces
+from planner.search.tree import Tree
+
+FLAT_UP_TO = 5000
+"""Candidates of all calls together, up to which they are looked at one by one."""
+ROWS = 50_000_000
+LEAF_ROWS = 400_000
+FIRST_STARTS = 4
 
 
-class _Tree:
-    """Depth-first over calls in a fixed order."""
+class Prover:
+    """Improves a record by branch and bound, and raises its bound."""
 
-    def __init__(self, record: Record) -> None:
-        self.record, self.problem = record, record.problem
-        rows = self.problem.rows
-        count = len(rows)
-        self.calls = sorted(range(count), key=lambda i: -min(row[0] for row in rows[i]))
-        position = {call: at for at, call in enumerate(self.calls)}
-        fastest = [min(row[0] for row in table) for table in rows]
-        smallest = [min(row[0] * (row[2] - row[1]) for row in table) for table in rows]
-        # at each depth: the least GPU-seconds of the calls not placed yet
-        self.area_left = [sum(smallest[c] for c in self.calls[depth + 1 :]) for depth in range(count)]
-        # at each depth: cycles through that call as (calls placed before it, seconds of the others)
-        self.cycles: list[list[tuple[tuple[int, ...], float]]] = [[] for _ in range(count)]
-        for cycle in self.problem.cycles:
-            for call in cycle:
-                depth = position[call]
-                placed = tuple(c for c in cycle if position[c] < depth)
-                rest = sum(fastest[c] for c in cycle if position[c] > depth)
-                self.cycles[depth].append((placed, rest))
-        self.placed: list[Row | None] = [None] * count
-        self.choice = [0] * count
-        self.complete = True
+    def __init__(self, record: Record, spaces: Spaces) -> None:
+        self._record, self._spaces = record, spaces
+        self._rows = 0
+        self._open_s = float("inf")
 
-    def search(self, depth: int, area: float) -> None:
-        """Tries all candidates of the call at this depth; `area` are GPU-seconds placed so far."""
-        record, problem = self.record, self.problem
-        if record.expired:
-            self.complete = False
-            return
-        call = self.calls[depth]
-        last = depth + 1 == len(self.calls)
-        for index, row in enumerate(problem.rows[call]):
-            best_s = record.best_s
-            seconds = row[0]
-            if any(self._busy(placed) + seconds + rest >= best_s for placed, rest in self.cycles[depth]):
-                break  # sorted by seconds: the same holds for all that follow
-            spent = area + seconds * (row[2] - row[1])
-            if (spent + self.area_left[depth]) / problem.cluster.num_gpus >= best_s:
-                continue
-            self.placed[call], self.choice[call] = row, index
-            if self._fits(row, best_s):
-                if last:
-                    record.evaluate(tuple(self.choice), best_s)
-                else:
-                    self.search(depth + 1, spent)
-            self.placed[call] = None
-            if not self.complete:
-                return
+    def run(self, most_rows: int = ROWS) -> bool:
+        """Whether the best plan of the record is now proven to be the best of all.
 
-    def _busy(self, calls: Sequence[int]) -> float:
-        total = 0.0
-        for call in calls:
-            row = self.placed[call]
-            if row is not None:
-                total += row[0]
-        return total
-
-    def _fits(self, new: Row, best_s: float) -> bool:
-        """Whether the calls placed so far fit in memory and leave every GPU time to spare.
-
-        Only GPUs of the new call can have become worse.
+        `most_rows`: how many partial choices to look at; the record's time limit counts too.
         """
-        rows = [row for row in self.placed if row is not None]
-        for gpu in {max(row[1], new[1]) for row in rows}:
-            if new[1] <= gpu < new[2]:
-                size, busy = load(rows, gpu)
-                if size > self.problem.capacity_bytes or busy >= best_s:
-                    return False
-        return True
+        if sum(map(len, self._record.problem.rows)) <= FLAT_UP_TO:
+            space = self._spaces.one_by_one()
+            left_s = self._tree(space, self._evaluated(space), most_rows, self._record.raise_bound)
+        else:
+            space = self._spaces.many_as_one()
+            self._open_s = float("inf")
+            left_s = self._tree(space, self._opened(space), most_rows, self._reached)
+            left_s = min(left_s, self._open_s)
+        self._record.raise_bound(left_s)
+        return left_s >= self._record.best_s * (1 - 1e-9)
+
+    def _tree(
+        self,
+        space: Space,
+        visit: Callable[[Sequence[int], float], None],
+        most_rows: int,
+        reached: Callable[[float], None],
+    ) -> float:
+        calls = self._spaces.calls
+        room = space.room
+        tree = Tree(
+            self._spaces.windows,
+            space.items,
+            space.prices,
+            calls,
+            None if room.always_fits else lambda rows, depth: room.allows(rows, calls[: depth + 1]),
+            visit,
+            lambda: self._record.best_s,
+            lambda: self._record.expired,
+        )
+        return tree.run(most_rows, reached)
+
+    def _reached(self, bound_s: float) -> None:
+        self._record.raise_bound(min(bound_s, self._open_s))
+
+    def _evaluated(self, space: Space) -> Callable[[Sequence[int], float], None]:
+        """What to do with a choice of candidates: offload where memory asks for it, as little as does."""
+        record = self._record
+
+        def visit(row: Sequence[int], _: float) -> None:
+            members = [space.members[call][item] for call, item in enumerate(row)]
+            plain: Choice = tuple(group[0] for group in members)
+            record.evaluate(plain, record.best_s)
+            if all(len(group) == 1 for group in members) or not record.problem.overflow_bytes(plain):
+                return
+            for choice in product(*members):
+                if choice != plain:
+                    record.evaluate(choice, record.best_s)
+
+        return visit
+
+    def _opened(self, space: Space) -> Callable[[Sequence[int], float], None]:
+        """What to do with a choice of kinds: a tree over their candidates."""
+
+        def visit(row: Sequence[int], bound_s: float) -> None:
+            below = self._spaces.one_by_one([space.members[call][item] for call, item in enumerate(row)])
+            left_s = self._tree(below, self._evaluated(below), LEAF_ROWS, lambda _: None)
+            if left_s < self._record.best_s * (1 - 1e-9):
+                self._open_s = min(self._open_s, max(left_s, bound_s))
+
+        return visit
 
 
 def branch(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
     """The best of all choices; proven unless the time limit cut the search."""
-    record = Record(problem, time_limit_s)
-    generator = random.Random(seed)
-    for start in starts(problem, generator, 2):
+    record, proven = Record(problem, time_limit_s), False
+    with record.interruptible():
+        spaces = Spaces(problem)
+        begin(record, Descent(record, spaces, random.Random(seed)), FIRST_STARTS)
+        proven = Prover(record, spaces).run()
+    return record.conclude("branch", proven=proven)
+
+
+def begin(record: Record, descent: Descent, most: int, enough: int | None = None) -> dict[Choice, float]:
+    """Local optima from the `most` most promising starting points; `enough`: so many that fit will do."""
+    optima: dict[Choice, float] = {}
+    for start in starts(record.problem)[:most]:
+        if record.expired and record.best is not None:
+            break
         choice = fit(record, start)
         if choice is not None:
-            descend(record, choice, record.evaluate(choice), generator)
-    tree = _Tree(record)
-    tree.search(0, 0.0)
-    return record.conclude("branch", proven=tree.complete)
+            choice, seconds = descent.run(choice, record.evaluate(choice))
+            optima[choice] = seconds
+            if len(optima) == enough:
+                break
+    return optima

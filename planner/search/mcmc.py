@@ -128,12 +128,14 @@ def mcmc(
     num_moves: int = 100_000,
     beta: float = BETA,
 ) -> SearchResult:
-    """One long walk from the fastest candidates that fit."""
+    """One long walk from the fastest candidates, or the first other starting point that fits."""
     record = Record(problem, time_limit_s)
-    generator = random.Random(seed)
-    for start in starts(problem, generator, 4):
-        choice = fit(record, start)
-        if choice is not None:
-            walk(record, choice, record.evaluate(choice), generator, num_moves, (beta, beta))
-            break
+    with record.interruptible():
+        fastest = tuple(0 for _ in problem.rows)
+        for start in (fastest, *starts(problem)):
+            choice = fit(record, start)
+            if choice is not None:
+                seconds = record.evaluate(choice)
+                walk(record, choice, seconds, random.Random(seed), num_moves, (beta, beta))
+                break
     return record.conclude("mcmc")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from math import inf
 from typing import Protocol
 
@@ -40,6 +42,8 @@ class Record:
         self._began = time.monotonic()
         self._deadline = self._began + time_limit_s
         self._least_overflow: tuple[int, Choice] | None = None
+        self.bound_s = lower_bound_s(problem)
+        self.interrupted = False
 
     @property
     def evaluated(self) -> int:
@@ -61,6 +65,20 @@ class Record:
             self.history.append(Progress(self.evaluated, self.elapsed_s, seconds))
         return seconds
 
+    def raise_bound(self, bound_s: float) -> None:
+        """Every plan was proven to take at least so long."""
+        self.bound_s = max(self.bound_s, bound_s)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Within, an interrupt (Ctrl-C) ends the search; what was found is kept, if anything was."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.best is None:
+                raise
+            self.interrupted = True
+
     def overflows(self, choice: Choice, over_bytes: int) -> None:
         """Remembers the choice that came nearest to fitting."""
         if self._least_overflow is None or over_bytes < self._least_overflow[0]:
@@ -81,7 +99,7 @@ class Record:
             overlaps_loads=problem.costs.overlaps_host_copies,
         )
         peak = worst_gpu(problem.graph, placements, problem.memory(best), schedule.order)
-        bound = self.best_s if proven else min(lower_bound_s(problem), self.best_s)
+        bound = self.best_s if proven else min(self.bound_s, self.best_s)
         plan = ExecutionPlan(
             experiment=problem.experiment,
             cluster=problem.cluster,
@@ -111,6 +129,7 @@ class Record:
             history=tuple(self.history),
             runners_up=runners_up(problem, best, self.best_s, self._deadline),
             rejections=problem.candidate_set.rejections,
+            interrupted=self.interrupted,
         )
 
     def _infeasible(self) -> InfeasibleError:

@@ -1,0 +1,174 @@
+"""What branch and bound chooses from, as tables of numbers: candidates one by one, or many as one.
+
+One by one, an item is a candidate with its variant that offloads: a plan in which a call keeps what it
+could offload waits for no copies, so the variant counts only where memory asks for it. Many as one,
+an item stands for all candidates of a call with one number of GPUs and, where its role is trained, one
+layout: for the least that any of them takes, needs and covers. What is proven of items holds for
+every choice of candidates that they stand for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+
+import numpy as np
+
+from planner.costs import MoveCosts
+from planner.problem import Problem
+from planner.room import Bytes, Room
+from planner.rows import Row
+from planner.search.tree import Items, MovePrices
+from planner.windows import Windows
+from realloc.augmented import Placement
+
+MOST_POSITIONS = 32
+"""Above so many relative positions, the least move between two kinds of meshes counts as free."""
+
+
+@dataclass(frozen=True)
+class Space:
+    """`members[call][item]`: the candidates that an item stands for, fastest first."""
+
+    items: Sequence[Items]
+    members: Sequence[Sequence[Sequence[int]]]
+    room: Room
+    prices: MovePrices
+
+
+class Spaces:
+    """The spaces of one problem."""
+
+    def __init__(self, problem: Problem) -> None:
+        self._problem = problem
+        calls = problem.graph.calls
+        self.windows = Windows(len(calls), problem.data_edges, problem.users, problem.cluster.num_gpus)
+        names = [call.role or call.name for call in calls]
+        self._groups = [names.index(name) for name in names]
+        self._trained = {call for pair in problem.users for call in pair}
+        self._moves = MoveCosts(problem.costs)
+        self.calls = self._calls()
+
+    def _calls(self) -> list[int]:
+        """The order in which to decide calls: those that a move joins, then others, largest first."""
+        rows = self._problem.rows
+        area = [min(row[0] * (row[2] - row[1]) for row in table) for table in rows]
+        joined = [
+            call for pair in sorted(self._problem.users, key=lambda p: -area[p[1]]) for call in pair[::-1]
+        ]
+        others = sorted(range(len(rows)), key=lambda call: -area[call])
+        return list(dict.fromkeys((*joined, *others)))
+
+    def one_by_one(self, chosen: Sequence[Sequence[int]] | None = None) -> Space:
+        """Items are candidates: all of them, or those `chosen` of each call."""
+        keys: list[dict[int, Hashable]] = []
+        for call, candidates in enumerate(self._problem.candidates):
+            of: dict[int, Hashable] = {}
+            for index in range(len(candidates)) if chosen is None else chosen[call]:
+                placement = candidates[index].placement
+                of[index] = replace(placement, strategy=replace(placement.strategy, offload=False))
+            keys.append(of)
+        space = self._space(keys)
+        if space.room.always_fits:
+            space = self._fastest(keys)
+        return space
+
+    def every_candidate(self) -> Space:
+        """Item i of a call is its candidate i."""
+        return self._space([{i: i for i in range(len(rows))} for rows in self._problem.rows])
+
+    def many_as_one(self) -> Space:
+        """Items are numbers of GPUs, and layouts where a role is trained."""
+        return self._space(
+            [
+                {index: self._kind(call, candidate.placement) for index, candidate in enumerate(candidates)}
+                for call, candidates in enumerate(self._problem.candidates)
+            ]
+        )
+
+    def _fastest(self, keys: Sequence[dict[int, Hashable]]) -> Space:
+        """With memory to spare, the fastest of each mesh and layout: it hurts no order of nodes."""
+        kept = []
+        for call, of in enumerate(keys):
+            first: dict[int, int] = {}
+            for index in of:
+                first.setdefault(self._problem.rows[call][index][4], index)
+            kept.append({index: of[index] for index in first.values()})
+        return self._space(kept)
+
+    def _kind(self, call: int, placement: Placement) -> Hashable:
+        if call not in self._trained:
+            return (placement.mesh.size,)
+        return (placement.mesh.size, *placement.layout_key[1:])
+
+    def _space(self, keys: Sequence[dict[int, Hashable]]) -> Space:
+        layouts: dict[Hashable, int] = {}
+        placed: dict[tuple[int, int], list[Placement]] = {}
+        items, bytes_, members = [], [], []
+        for call, of in enumerate(keys):
+            groups: dict[Hashable, list[int]] = {}
+            for index, key in of.items():
+                groups.setdefault(key, []).append(index)
+            table = self._problem.rows[call]
+            rows = [[table[index] for index in group] for group in groups.values()]
+            layout = [
+                layouts.setdefault(self._layout(call, key, group[0]), len(layouts))
+                for key, group in groups.items()
+            ]
+            for number, group in zip(layout, groups.values(), strict=True):
+                where = placed.setdefault((call, number), [])
+                where += [self._problem.candidates[call][index].placement for index in group]
+            items.append(_items(rows, layout))
+            bytes_.append(_bytes(rows, layout))
+            members.append(list(groups.values()))
+        room = Room(
+            bytes_,
+            [item.sizes for item in items],
+            [item.first for item in items],
+            [item.stop for item in items],
+            self._groups,
+            self._problem.cluster.num_gpus,
+            self._problem.capacity_bytes,
+        )
+        prices = MovePrices(self.windows, len(layouts), partial(self._least_move_s, placed))
+        return Space(items, members, room, prices)
+
+    def _layout(self, call: int, key: Hashable, index: int) -> Hashable:
+        """Equal where a call and its trainer hold parameters alike."""
+        if isinstance(key, (Placement, int)):
+            return self._problem.rows[call][index][4]
+        return key
+
+    def _least_move_s(
+        self, placed: dict[tuple[int, int], list[Placement]], user: int, layout: int, trainer_layout: int
+    ) -> float:
+        """Of all positions at both ends; those that differ by whole nodes alone cost the same."""
+        trainer = next(t for u, t in self._problem.users if u == user)
+        role = str(self._problem.graph.calls[user].role)
+        found: dict[tuple[int, ...], tuple[Placement, Placement]] = {}
+        for a, b in product(placed[trainer, trainer_layout], placed[user, layout]):
+            (node_a, gpu_a), (node_b, gpu_b) = (divmod(p.mesh.first, p.mesh.gpus_per_node) for p in (a, b))
+            found.setdefault((node_a - node_b, gpu_a, gpu_b), (a, b))
+        if len(found) > MOST_POSITIONS:
+            return 0.0
+        return min(self._moves.reallocate_s(role, a, b) for a, b in found.values())
+
+
+def _items(rows: Sequence[Sequence[Row]], layouts: Sequence[int]) -> Items:
+    return Items(
+        np.array([min(row[0] for row in group) for group in rows]),
+        np.array([group[0][2] - group[0][1] for group in rows], dtype=np.int32),
+        np.array([max(row[1] for row in group) for group in rows], dtype=np.int32),
+        np.array([min(row[2] for row in group) for group in rows], dtype=np.int32),
+        np.array(layouts, dtype=np.int32),
+    )
+
+
+def _bytes(rows: Sequence[Sequence[Row]], layouts: Sequence[int]) -> Bytes:
+    """The least of each kind; what offload frees needs no room."""
+    parameters, state, working = (
+        np.array([min(row[at] for row in group) for group in rows], dtype=np.int64) for at in (7, 8, 9)
+    )
+    return Bytes(parameters, state, working, np.array(layouts, dtype=np.int32))
