@@ -235,7 +235,8 @@ def pace_sentences(a: Assessment) -> tuple[str, ...]:
     idle = []
     for shared in a.shared:
         busy = sum(a.node_s[name] for name in shared.nodes if a.occupies(name))
-        idle.append(f"GPUs {shared.name} {share(max(0.0, a.iteration_s - busy), a.iteration_s)}")
+        name = f"GPU{'s' if len(shared.ranks) > 1 else ''} {shared.name}"
+        idle.append(f"{name} {share(max(0.0, a.iteration_s - busy), a.iteration_s)}")
     unused = f"; {a.unused_gpus} GPUs have nothing to do" if a.unused_gpus else ""
     return way, f"Idle: {', '.join(idle)}{unused}; {share(a.idle_share, 1.0)} of all GPUs' time."
 

@@ -12,7 +12,7 @@ from planner.options import gib
 from planner.page import colours as palette
 from planner.page.cluster_map import cluster_map
 from planner.page.memory_chart import causes_of, charted, memory_chart, steps
-from planner.page.split_chart import SPLIT_COLOURS, bars, split_chart, split_kinds, whole_chart
+from planner.page.split_chart import SPLIT_COLOURS, bars, split_chart, split_kinds, whole_chart, whole_kinds
 from planner.page.style import SCRIPT, STYLE
 from planner.page.timeline import MOST_ROWS, timeline
 from planner.words import seconds, share
@@ -94,7 +94,8 @@ def _timeline(a: Assessment, colours: Mapping[str, str]) -> str:
 def _split(a: Assessment, trace: Trace | None) -> str:
     found = bars(a, trace)
     parts = {part: SPLIT_COLOURS[part] for part in split_kinds(found)}
-    text = "<h3>All GPUs' time</h3>" + whole_chart(a)
+    kinds = {kind: SPLIT_COLOURS[kind] for kind in whole_kinds(a)}
+    text = f"<h3>All GPUs' time</h3>{_legend(kinds)}{whole_chart(a)}"
     return f"{text}<h3>Call by call</h3>{_legend(parts)}{split_chart(found)}"
 
 

@@ -13,6 +13,7 @@ from planner.words import seconds, share
 from realloc.comparison import TIMED, WAITING, measured_terms, timed_terms
 from realloc.trace import Trace
 
+UNDIVIDED = "not timed by term"
 SPLIT_COLOURS: Mapping[str, str] = {
     "compute": PALETTE[0],
     "communication": PALETTE[1],
@@ -25,6 +26,7 @@ SPLIT_COLOURS: Mapping[str, str] = {
     "moves": PALETTE[5],
     WAITING: NEUTRAL,
     "idle": NEUTRAL,
+    UNDIVIDED: NEUTRAL,
 }
 BAR, GAP = 20.0, 4.0
 _WORDS = {"tp_communication": "tp", "dp_communication": "dp", "communication": "comm."}
@@ -54,14 +56,14 @@ def bars(assessment: Assessment, trace: Trace | None) -> tuple[Bar, ...]:
             found.append(Bar(name, "predicted", time.kinds))
             continue
         found.append(Bar(name, "predicted", timed_terms(time.terms)))
-        found.append(Bar(name, "measured", measured.get(name, {"compute": whole.get(name, 0.0)})))
+        found.append(Bar(name, "measured", measured.get(name, {UNDIVIDED: whole.get(name, 0.0)})))
     return tuple(found)
 
 
 def split_kinds(found: tuple[Bar, ...]) -> tuple[str, ...]:
     """The parts that any bar has, in a fixed order."""
     present = {part for bar in found for part, spent in bar.parts.items() if spent > 0}
-    order = ("compute", "communication", *TIMED, "bubble", "overhead", WAITING)
+    order = ("compute", "communication", *TIMED, "bubble", "overhead", WAITING, UNDIVIDED)
     return tuple(part for part in order if part in present)
 
 
@@ -99,15 +101,20 @@ def split_chart(found: tuple[Bar, ...]) -> str:
     return drawing.markup()
 
 
+def whole_kinds(assessment: Assessment) -> tuple[str, ...]:
+    """What all GPUs' time is spent on, as far as it can be seen."""
+    least = 0.0001 * assessment.iteration_s
+    return tuple(kind for kind, spent in kinds_of(budget(assessment)).items() if spent > least)
+
+
 def whole_chart(assessment: Assessment) -> str:
     """All GPUs' time as one bar."""
     totals = kinds_of(budget(assessment))
     drawing = Drawing(34, "what all GPUs' time is spent on")
     x = 0.0
-    for kind, spent in totals.items():
+    for kind in whole_kinds(assessment):
+        spent = totals[kind]
         wide = spent / assessment.iteration_s * WIDTH
-        if wide < 0.1:
-            continue
         colour = SPLIT_COLOURS[kind]
         text = f"{kind} {share(spent, assessment.iteration_s)}"
         drawing.rect(x, 2, wide, 30, colour, title=text)
