@@ -118,7 +118,7 @@ class CallPricer:
     def terms(self, call: Call) -> Mapping[str, float]:
         """Seconds by term (every one of TERMS); they sum to the call's seconds."""
         terms = dict.fromkeys(TERMS, 0.0)
-        terms["overhead"] = self._profile.call_s
+        terms["overhead"] = self._beside_model_s(call)
         if call.kind is CallKind.GENERATE:
             self._generate(terms)
         elif call.kind is CallKind.INFERENCE:
@@ -130,6 +130,15 @@ class CallPricer:
             sequences = share(self._workload.sequences, self._strategy.dp)
             terms["compute"] = sequences * self._profile.sequence_s * self._slowdown
         return terms
+
+    def _beside_model_s(self, call: Call) -> float:
+        """Batches assembled, losses, metrics. A call without a model has no tables."""
+        if call.kind in (CallKind.COMPUTE, CallKind.GENERATE):
+            return self._profile.call_s
+        sequences = share(self._workload.sequences, self._strategy.dp)
+        micro_batches = min(self._strategy.micro_batches, sequences)
+        computes = str(call.loss or call.output)
+        return self._costs.call_s(call.name, computes, sequences, micro_batches) * self._slowdown
 
     def _generate(self, terms: dict[str, float]) -> None:
         """As many lanes as there are stages take a step in turn, each with one group's slots.

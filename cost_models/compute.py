@@ -294,6 +294,10 @@ class ComputeCosts:
             products = [*products, (self.vocab, self.shape.hidden)]
         return 4 * sum(-(-n // PACK_BLOCK) * PACK_BLOCK * k for n, k in products if n * k > PACK_ELEMENTS)
 
+    def call_s(self, name: str, computes: str, sequences: float, micro_batches: float) -> float:
+        """Seconds of a call beside its model: one number by this model, whatever the call."""
+        return self._profile.call_s
+
     def generate_s(self, layers: int) -> float:
         """Seconds of a generate call beside its steps: what is packed is read once and written once."""
         packed = self.packed_bytes(1, 0, PACK_STEPS + 1)

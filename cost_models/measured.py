@@ -14,11 +14,13 @@ from cost_models.compute import ComputeCosts, Pack, Pass
 from cost_models.profile import HardwareProfile
 from cost_models.tables import Table
 from realloc.model_shape import ModelShape
-from realloc.signature import ends_signature, layer_signature
+from realloc.signature import call_signature, ends_signature, layer_signature
 from realloc.strategy import Recompute
 
 RAGGED_SQUARES = 13 / 12
 """Mean square over squared mean of lengths that lie evenly between a half and one and a half of it."""
+
+_PER_MICRO_BATCH = 8.0
 
 # What stands in for a quantity that was not measured, scaled by the roofline's ratio of the two.
 _RELATED: Mapping[str, tuple[str, ...]] = {
@@ -122,6 +124,15 @@ class MeasuredCosts(ComputeCosts):
 
     def sample_s(self, batch: float) -> float:
         return self._of_ends("sample", batch, lambda x: super(MeasuredCosts, self).sample_s(x))
+
+    def call_s(self, name: str, computes: str, sequences: float, micro_batches: float) -> float:
+        table = self._tables.get((call_signature(name, computes), "call", False))
+        if table is None:
+            return self._analytic("call", super().call_s(name, computes, sequences, micro_batches))
+        # a micro-batch costs about as much as a few sequences; nothing here has a model of its own
+        return self._at(
+            table, "call", sequences, micro_batches, lambda x, y: x + _PER_MICRO_BATCH * y, known=True
+        )
 
     def generate_s(self, layers: int) -> float:
         """Seconds of a generate call beside its steps, on a stage of so many layers."""

@@ -44,6 +44,8 @@ VARIABLES: Mapping[str, tuple[str, ...]] = {
     "head_train": ("rows",),
     "head_backward": ("rows",),
     "sample": ("batch",),
+    # of a call, beside its model
+    "call": ("sequences", "micro_batches"),
     # of the parameters that a rank steps
     "optimizer": ("elements",),
 }

@@ -141,7 +141,7 @@ class ShardBenchmarks:
             )
             return self.timer.passes()[0]
 
-        return self._samples(once, effort)
+        return self.samples(once, effort)
 
     def _drop(self, decoder: TimedDecoder, hidden: torch.Tensor, batch: MicroBatch, rows: int) -> None:
         self._output(decoder, hidden, batch, rows)
@@ -167,7 +167,7 @@ class ShardBenchmarks:
             run_training(decoder, decoder.context, [self.batch(lengths)], loss)
             return self.timer.passes()[0]
 
-        return self._samples(once, effort)
+        return self.samples(once, effort)
 
     def weight_gradients(self, lengths: Sequence[int], rows: int, effort: Effort) -> list[float]:
         """Seconds, a layer, of the gradients that the zero-bubble schedule puts off."""
@@ -181,9 +181,9 @@ class ShardBenchmarks:
             assert batch.tokens is not None
             self._output(decoder, decoder.forward(batch.tokens, batch.packed), batch, rows).sum().backward()
             put_off.close()
-            return self._timed(put_off.run) / len(decoder.layers)
+            return self.timed(put_off.run) / len(decoder.layers)
 
-        return self._samples(once, effort)
+        return self.samples(once, effort)
 
     def optimizer(self, effort: Effort) -> list[float]:
         """Seconds of one optimizer step with its clearing, norm and clipping."""
@@ -193,7 +193,7 @@ class ShardBenchmarks:
             trainer.zero_gradients()
             trainer.step()
 
-        return self._samples(lambda: self._timed(step), effort)
+        return self.samples(lambda: self.timed(step), effort)
 
     @torch.no_grad()
     def prefill(self, lengths: Sequence[int], effort: Effort) -> list[float]:
@@ -206,7 +206,7 @@ class ShardBenchmarks:
         def run() -> None:
             rollout.step(tokens, Prefill(PackedSequences(tuple(lengths), self.device), slots), None, cache)
 
-        return self._samples(lambda: self._timed(run), effort)
+        return self.samples(lambda: self.timed(run), effort)
 
     @torch.no_grad()
     def decode(self, batch: int, context: int, ragged: bool, effort: Effort) -> list[float]:
@@ -226,7 +226,7 @@ class ShardBenchmarks:
             else:
                 graphs.decode(tokens, decode)
 
-        return self._samples(lambda: self._timed(step), effort)
+        return self.samples(lambda: self.timed(step), effort)
 
     def generate(
         self, batch: int, prompt: int, new_tokens: Sequence[int], sampling: Sampling, effort: Effort
@@ -249,11 +249,11 @@ class ShardBenchmarks:
                     iteration=0,
                 )
 
-            return self._timed(run)
+            return self.timed(run)
 
-        return self._samples(lambda: [call(count) for count in new_tokens], effort)
+        return self.samples(lambda: [call(count) for count in new_tokens], effort)
 
-    def _timed(self, action: Callable[[], object]) -> float:
+    def timed(self, action: Callable[[], object]) -> float:
         """Seconds of one action, until the device is done with it; on CPUs, of this process alone."""
         if self.device.type != "cuda":
             start = process_time()
@@ -265,7 +265,8 @@ class ShardBenchmarks:
         torch.cuda.synchronize(self.device)
         return perf_counter() - start
 
-    def _samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
+    def samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
+        """What `once` gives, as often as the effort says, after a first that does not count."""
         once()
         samples: list[_T] = []
         start = perf_counter()

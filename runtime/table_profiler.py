@@ -12,19 +12,23 @@ import json
 import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from realloc.dataflow import CallKind
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
 from realloc.files import write_text
 from realloc.model_shape import ModelShape, resolve_shape
-from realloc.signature import ends_signature, layer_signature
+from realloc.signature import call_signature, ends_signature, layer_signature
 from realloc.strategy import Recompute
+from runtime.call_benchmarks import CallBenchmarks
+from runtime.host_memory import keep_freed_memory
 from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
 from runtime.measuring_plan import (
     Point,
@@ -41,6 +45,8 @@ from runtime.unit_timer import PassSeconds
 # New tokens of two generate calls: the second's further steps are all alike.
 _FEW, _MANY = 10, 26
 _LEAST_S = 1e-8
+_MOST_SEQUENCES = 64
+"""Of whole calls: what they do beside their models grows evenly with the sequences."""
 
 
 @dataclass(frozen=True)
@@ -181,7 +187,9 @@ class PointRunner:
         bench, effort = self._bench, self._effort
         in_step = typical(bench.decode(point.count, point.length + (_FEW + _MANY) // 2, False, effort))
         prefill_s = typical(bench.prefill((point.length,) * point.count, effort))
-        rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, effort)
+        # differences of long times: more of them
+        often = replace(effort, samples=3 * effort.samples)
+        rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, often)
         few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
         step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))
         sample = [max(_LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
@@ -281,7 +289,7 @@ def measure_tables(
     gpu = device.type == "cuda"
     todo = wanted(spec, gpu=gpu)
     total = sum(len(subject.points) for subject in todo)
-    effort = Effort(3, 0.06) if spec.quick else Effort(5, 0.4)
+    effort = Effort(4, 0.08) if spec.quick else Effort(5, 0.4)
     longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
     kept = Kept(Path(spec.kept), fingerprint)
     collected: list[tuple[str, Entry]] = []
@@ -306,15 +314,45 @@ def measure_tables(
             if found[0] > longest_s:
                 over[point.line] = point.count
             _say(done, total, f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
+    for path in spec.experiments:
+        collected += _calls_of(path, kept, effort, device)
     return {"tables": table_rows(collected), "notes": notes}
+
+
+def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> list[tuple[str, Entry]]:
+    """What the calls of an experiment take beside their models: by sequences and micro-batches."""
+    experiment = read_experiment(path)
+    graph = experiment.graph()
+    whole = min(experiment.workload.sequences, _MOST_SEQUENCES)
+    found: list[tuple[str, Entry]] = []
+    for role in graph.roles:
+        subject = Subject(experiment.role_shape(graph, role), experiment.dtype, 1, ())
+        bench: CallBenchmarks | None = None
+        for call in graph.calls_of(role):
+            if call.kind is CallKind.GENERATE:
+                continue
+            of = call_signature(call.name, str(call.loss or call.output))
+            for sequences, micro_batches in sorted({(max(1, whole // 4), 1), (whole, 1), (whole, 4)}):
+                if sequences < micro_batches * call.mini_batches:
+                    continue
+                key = f"{of}, {subject.name}, {experiment.workload}, {sequences} / {micro_batches}"
+                known = kept.get(key)
+                if known is None:
+                    if bench is None:
+                        shape = _fitting(subject, device)
+                        bench = CallBenchmarks(
+                            experiment, ShardBenchmarks(shape, experiment.dtype, 1, None, device)
+                        )
+                    samples = bench.beside_model(call, sequences, micro_batches, effort)
+                    entry = Entry(of, "call", False, float(sequences), float(micro_batches), samples)
+                    known = (0.0, [entry])
+                    kept.put(key, *known)
+                found += [(experiment.dtype, entry) for entry in known[1]]
+    return found
 
 
 def _fitting(subject: Subject, device: torch.device) -> ModelShape:
     """The shape with as many layers as a third of the memory trains."""
-    from dataclasses import replace
-
-    import psutil
-
     if device.type == "cuda":
         available = torch.cuda.mem_get_info(device)[0]
     else:
@@ -348,6 +386,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     lists = {key: tuple(content.pop(key)) for key in ("models", "experiments", "dtypes")}
     spec = TableSpec(tp=content["tp"], quick=content["quick"], kept=content["kept"], **lists)
     torch.set_num_threads(1)
+    keep_freed_memory()  # as ranks of a run do
     # what stands in for communication leaves numbers as they come
     torch.set_flush_denormal(True)
     device = torch.device("cpu")

@@ -1,0 +1,104 @@
+"""Times whole calls of an experiment on one rank, to learn what they take beside their model.
+
+Assembling micro-batches, advantages, losses, metrics: the call is executed as in a run, on made-up
+data, and what its passes and optimizer steps take by themselves is subtracted. What they lose by
+following each other is so counted with the call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+
+from realloc.dataflow import Call, CallKind, Output, Per
+from realloc.experiment import Experiment
+from runtime.calls import CallExecutor
+from runtime.data_store import DTYPES, IterationData
+from runtime.functions import FunctionTable
+from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
+
+
+class CallBenchmarks:
+    """The inference and train_step calls of one role of an experiment."""
+
+    def __init__(self, experiment: Experiment, bench: ShardBenchmarks) -> None:
+        """`bench` holds the whole model of the role."""
+        self._experiment, self._bench = experiment, bench
+        self._graph = experiment.graph()
+        self._functions = FunctionTable(experiment.resolve_algorithm().functions)
+
+    def beside_model(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
+        """Seconds of the call on so many sequences, in all, less those of its model and optimizer."""
+        bench, trains = self._bench, call.kind is CallKind.TRAIN_STEP
+        data = self._data(sequences)
+        executor = CallExecutor(
+            call=call,
+            context=bench.context(micro_batches=micro_batches),
+            experiment=self._experiment,
+            functions=self._functions,
+            dataset=cast(Any, None),  # generation and rewards alone ask it
+            decoder=bench.decoder(micro_batches=micro_batches),
+            trainer=bench.trainer if trains else None,
+        )
+        model_s = self._model_s(call, data, micro_batches, effort)
+
+        def once() -> float:
+            return max(1e-6, bench.timed(lambda: executor.run(data, 0)) - model_s)
+
+        return bench.samples(once, effort)
+
+    def _model_s(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> float:
+        """Seconds of the call's passes and optimizer steps, timed as those of the tables are."""
+        bench = self._bench
+        layers = bench.shape.num_layers
+        steps = call.mini_batches * call.epochs if call.kind is CallKind.TRAIN_STEP else 1
+        parts = micro_batches * (call.mini_batches if call.kind is CallKind.TRAIN_STEP else 1)
+        totals = data.lengths[str(call.sequence)]
+        each = max(1, len(totals) // parts)
+        lengths = totals[:each]
+        prompts = sum(data.prompt_lengths[:each])
+        rows = each if call.output is Output.SCORES else sum(lengths) - prompts
+        if call.kind is not CallKind.TRAIN_STEP:
+            passes = bench.inference(lengths, rows, effort)
+            return micro_batches * _low([p.total + layers * p.layer for p in passes])
+        passes = bench.training(lengths, rows, effort)
+        one = _low([p.total + layers * (p.layer + p.layer_backward) for p in passes])
+        return steps * (micro_batches * one + _low(bench.optimizer(effort)))
+
+    def _data(self, sequences: int) -> IterationData:
+        """Every key of the graph, of sequences with the workload's mean lengths."""
+        workload, graph = self._experiment.workload, self._graph
+        prompt = max(1, round(workload.prompt.mean))
+        responses = list(
+            pack_lengths(sequences, max(1, round(workload.response.mean)), not workload.response.is_fixed)
+        )
+        samples = workload.samples_per_prompt
+        data = IterationData(
+            graph.key,
+            [prompt] * sequences,
+            samples_per_prompt=samples if sequences % samples == 0 else 1,
+        )
+        for name, key in graph.key.items():
+            lengths = {
+                Per.SEQUENCE: [1] * sequences,
+                Per.PROMPT_TOKEN: [prompt] * sequences,
+                Per.RESPONSE_TOKEN: responses,
+                Per.TOKEN: [prompt + response for response in responses],
+            }[key.per]
+            data.lengths[name] = lengths
+            whole = self._values(sum(lengths), DTYPES[key.dtype])
+            data.values[name] = dict(enumerate(whole.split(lengths)))
+        return data
+
+    def _values(self, count: int, dtype: torch.dtype) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(1)
+        if dtype == torch.int64:
+            return torch.randint(self._bench.shape.vocab, (count,), generator=generator)
+        return torch.rand(count, generator=generator, dtype=dtype) - 1.0
+
+
+def _low(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4]
