@@ -128,12 +128,15 @@ class Real:
     def more(self, row: Row, values: Values) -> Mapping[str, Any]:
         costs = self.costs(row, values)
         heuristic_s = iteration_s(costs, self.heuristic(costs))
-        best, searched = self.searched(costs), number(row.fields.get("searched_s"))
+        best, sampled = self.searched(costs), self._sampled(costs)
+        searched = number(row.fields.get("searched_s"))
+        if sampled is not None and sampled.iteration_s < best.iteration_s:
+            best = sampled
         found: dict[str, Any] = {
             "searched_predicted": best.iteration_s,
             "gain_measured": row.measured / searched if row.measured and searched else None,
             "gain_predicted": heuristic_s / best.iteration_s,
-            "gain_predicted_mcmc": self._by_sampling(costs, heuristic_s),
+            "gain_predicted_mcmc": None if sampled is None else heuristic_s / sampled.iteration_s,
             "plan": {name: str(placement) for name, placement in best.plan.placements.items()},
         }
         if self._known_plan(row) is not None:
@@ -208,10 +211,10 @@ class Real:
         )
         return methods()[method](problem, self._search_s, 0)
 
-    def _by_sampling(self, costs: CostModel, heuristic_s: float) -> float | None:
-        """The gain of what a Metropolis search, such as ReaL's, finds in the same time; None if nothing."""
+    def _sampled(self, costs: CostModel) -> SearchResult | None:
+        """What a Metropolis search, such as ReaL's, finds in the same time; None if nothing."""
         try:
-            return heuristic_s / self.searched(costs, "mcmc").iteration_s
+            return self.searched(costs, "mcmc")
         except InfeasibleError:
             return None
 
