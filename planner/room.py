@@ -30,6 +30,9 @@ class Bytes:
     working: Longs
     owners: Ints
 
+    def only(self, kept: Ints) -> Bytes:
+        return Bytes(self.parameters[kept], self.state[kept], self.working[kept], self.owners[kept])
+
 
 class Room:
     """`groups[call]`: calls of one role have the same. Item k of call i has `sizes[i][k]` GPUs and surely
@@ -45,7 +48,7 @@ class Room:
         num_gpus: int,
         capacity_bytes: int,
     ) -> None:
-        self._items, self._first, self._stop, self._groups = items, first, stop, groups
+        self.items, self._first, self._stop, self._groups = items, first, stop, groups
         self._capacity = capacity_bytes
         self._shares = [[share[size] for size in sizes] for share in shares(num_gpus)]
         self._least_state = [
@@ -74,7 +77,7 @@ class Room:
             stays: Longs | int = 0
             working = np.zeros(len(rows), dtype=np.int64)
             for call in decided:
-                item, index = self._items[call], at[call]
+                item, index = self.items[call], at[call]
                 here = (
                     (self._first[call][index] <= first) & (first < self._stop[call][index]) & (first < stop)
                 )
@@ -87,11 +90,11 @@ class Room:
         """Parameters of each decided call, 0 where one decided before shares them."""
         own = {}
         for position, call in enumerate(decided):
-            item, index = self._items[call], at[call]
+            item, index = self.items[call], at[call]
             value = item.parameters[index]
             for other in decided[:position]:
                 if self._groups[other] == self._groups[call]:
-                    value = value * (self._items[other].owners[at[other]] != item.owners[index])
+                    value = value * (self.items[other].owners[at[other]] != item.owners[index])
             own[call] = value
         return own
 
@@ -107,7 +110,7 @@ class Room:
         total: Floats | float = 0.0
         for call, group in enumerate(self._groups):
             if call in at:
-                total = total + row[call][at[call]] * (self._items[call].state[at[call]] + own[call])
+                total = total + row[call][at[call]] * (self.items[call].state[at[call]] + own[call])
                 continue
             total = total + least_state[call]
             if group not in known:  # calls of a role that nothing is known of may share one copy
@@ -116,6 +119,6 @@ class Room:
                 total = total + min(least_parameters[c] for c in same)
         most: Floats | float = 0.0
         for call, index in at.items():
-            most = np.maximum(most, row[call][index] * self._items[call].working[index])
+            most = np.maximum(most, row[call][index] * self.items[call].working[index])
         found: Bools = np.less_equal(total + most, self._capacity * (1 + 1e-12))
         return found

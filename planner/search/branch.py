@@ -11,6 +11,8 @@ import random
 from collections.abc import Callable, Sequence
 from itertools import product
 
+import numpy as np
+
 from planner.problem import Choice, Problem
 from planner.result import SearchResult
 from planner.search.descent import Descent, fit, starts
@@ -21,7 +23,7 @@ from planner.search.tree import Tree
 FLAT_UP_TO = 5000
 """Candidates of all calls together, up to which they are looked at one by one."""
 ROWS = 50_000_000
-LEAF_ROWS = 400_000
+LEAF_ROWS = 1_000_000
 FIRST_STARTS = 4
 
 
@@ -39,12 +41,13 @@ class Prover:
         `most_rows`: how many partial choices to look at; the record's time limit counts too.
         """
         if sum(map(len, self._record.problem.rows)) <= FLAT_UP_TO:
-            space = self._spaces.one_by_one()
+            space = self._spaces.one_by_one
             left_s = self._tree(space, self._evaluated(space), most_rows, self._record.raise_bound)
         else:
-            space = self._spaces.many_as_one()
+            kinds = self._spaces.many_as_one()
             self._open_s = float("inf")
-            left_s = self._tree(space, self._opened(space), most_rows, self._reached)
+            visit, decided = self._opened(kinds), self._spaces.num_first
+            left_s = self._tree(kinds, visit, most_rows, self._reached, decided)
             left_s = min(left_s, self._open_s)
         self._record.raise_bound(left_s)
         return left_s >= self._record.best_s * (1 - 1e-9)
@@ -55,6 +58,7 @@ class Prover:
         visit: Callable[[Sequence[int], float], None],
         most_rows: int,
         reached: Callable[[float], None],
+        complete: int | None = None,
     ) -> float:
         calls = self._spaces.calls
         room = space.room
@@ -67,6 +71,7 @@ class Prover:
             visit,
             lambda: self._record.best_s,
             lambda: self._record.expired,
+            complete,
         )
         return tree.run(most_rows, reached)
 
@@ -89,12 +94,15 @@ class Prover:
 
         return visit
 
-    def _opened(self, space: Space) -> Callable[[Sequence[int], float], None]:
-        """What to do with a choice of kinds: a tree over their candidates."""
+    def _opened(self, kinds: Space) -> Callable[[Sequence[int], float], None]:
+        """What to do with kinds of some calls: a tree over their candidates, and all of the other calls."""
+        flat, below = self._spaces.one_by_one, self._spaces.below(kinds)
+        every = [np.arange(len(items), dtype=np.int32) for items in flat.items]
 
         def visit(row: Sequence[int], bound_s: float) -> None:
-            below = self._spaces.one_by_one([space.members[call][item] for call, item in enumerate(row)])
-            left_s = self._tree(below, self._evaluated(below), LEAF_ROWS, lambda _: None)
+            kept = [below[call][kind] if kind >= 0 else every[call] for call, kind in enumerate(row)]
+            space = self._spaces.only(flat, kept)
+            left_s = self._tree(space, self._evaluated(space), LEAF_ROWS, lambda _: None)
             if left_s < self._record.best_s * (1 - 1e-9):
                 self._open_s = min(self._open_s, max(left_s, bound_s))
 

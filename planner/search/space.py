@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 from itertools import product
 
 import numpy as np
@@ -21,7 +21,7 @@ from planner.problem import Problem
 from planner.room import Bytes, Room
 from planner.rows import Row
 from planner.search.tree import Items, MovePrices
-from planner.windows import Windows
+from planner.windows import Ints, Windows
 from realloc.augmented import Placement
 
 MOST_POSITIONS = 32
@@ -39,7 +39,11 @@ class Space:
 
 
 class Spaces:
-    """The spaces of one problem."""
+    """The spaces of one problem.
+
+    `calls`: the order in which to decide calls. `num_first`: so many of them, the largest trained role's
+    first ends of a move, are decided by kind before the others are looked at one by one.
+    """
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -50,6 +54,7 @@ class Spaces:
         self._trained = {call for pair in problem.users for call in pair}
         self._moves = MoveCosts(problem.costs)
         self.calls = self._calls()
+        self.num_first = 2 if problem.users else 1
 
     def _calls(self) -> list[int]:
         """The order in which to decide calls: those that a move joins, then others, largest first."""
@@ -61,19 +66,40 @@ class Spaces:
         others = sorted(range(len(rows)), key=lambda call: -area[call])
         return list(dict.fromkeys((*joined, *others)))
 
-    def one_by_one(self, chosen: Sequence[Sequence[int]] | None = None) -> Space:
-        """Items are candidates: all of them, or those `chosen` of each call."""
+    @cached_property
+    def one_by_one(self) -> Space:
+        """Items are candidates, each with its variant that offloads."""
         keys: list[dict[int, Hashable]] = []
-        for call, candidates in enumerate(self._problem.candidates):
+        for candidates in self._problem.candidates:
             of: dict[int, Hashable] = {}
-            for index in range(len(candidates)) if chosen is None else chosen[call]:
-                placement = candidates[index].placement
-                of[index] = replace(placement, strategy=replace(placement.strategy, offload=False))
+            for index, candidate in enumerate(candidates):
+                strategy = replace(candidate.placement.strategy, offload=False)
+                of[index] = replace(candidate.placement, strategy=strategy)
             keys.append(of)
         space = self._space(keys)
-        if space.room.always_fits:
-            space = self._fastest(keys)
-        return space
+        return self._space(self._fastest(keys)) if space.room.always_fits else space
+
+    def below(self, kinds: Space) -> list[list[Ints]]:
+        """`[call][kind]`: the items of `one_by_one` that a kind stands for."""
+        found = []
+        for call, groups in enumerate(kinds.members):
+            item_of = {
+                index: item for item, members in enumerate(self.one_by_one.members[call]) for index in members
+            }
+            found.append(
+                [
+                    np.array(sorted({item_of[index] for index in group if index in item_of}), dtype=np.int32)
+                    for group in groups
+                ]
+            )
+        return found
+
+    def only(self, space: Space, kept: Sequence[Ints]) -> Space:
+        """The space with these items of each call alone."""
+        items = [one.only(some) for one, some in zip(space.items, kept, strict=True)]
+        members = [[groups[i] for i in some] for groups, some in zip(space.members, kept, strict=True)]
+        bytes_ = [one.only(some) for one, some in zip(space.room.items, kept, strict=True)]
+        return Space(items, members, self._room(items, bytes_), space.prices)
 
     def every_candidate(self) -> Space:
         """Item i of a call is its candidate i."""
@@ -88,7 +114,7 @@ class Spaces:
             ]
         )
 
-    def _fastest(self, keys: Sequence[dict[int, Hashable]]) -> Space:
+    def _fastest(self, keys: Sequence[dict[int, Hashable]]) -> list[dict[int, Hashable]]:
         """With memory to spare, the fastest of each mesh and layout: it hurts no order of nodes."""
         kept = []
         for call, of in enumerate(keys):
@@ -96,7 +122,7 @@ class Spaces:
             for index in of:
                 first.setdefault(self._problem.rows[call][index][4], index)
             kept.append({index: of[index] for index in first.values()})
-        return self._space(kept)
+        return kept
 
     def _kind(self, call: int, placement: Placement) -> Hashable:
         if call not in self._trained:
@@ -123,7 +149,11 @@ class Spaces:
             items.append(_items(rows, layout))
             bytes_.append(_bytes(rows, layout))
             members.append(list(groups.values()))
-        room = Room(
+        prices = MovePrices(self.windows, items, partial(self._least_move_s, placed))
+        return Space(items, members, self._room(items, bytes_), prices)
+
+    def _room(self, items: Sequence[Items], bytes_: Sequence[Bytes]) -> Room:
+        return Room(
             bytes_,
             [item.sizes for item in items],
             [item.first for item in items],
@@ -132,8 +162,6 @@ class Spaces:
             self._problem.cluster.num_gpus,
             self._problem.capacity_bytes,
         )
-        prices = MovePrices(self.windows, len(layouts), partial(self._least_move_s, placed))
-        return Space(items, members, room, prices)
 
     def _layout(self, call: int, key: Hashable, index: int) -> Hashable:
         """Equal where a call and its trainer hold parameters alike."""

@@ -51,22 +51,38 @@ class MovePrices:
     `price(user, layout of the user, layout of the trainer)`; a move within one layout is free.
     """
 
-    def __init__(self, windows: Windows, num_layouts: int, price: Callable[[int, int, int], float]) -> None:
+    def __init__(
+        self, windows: Windows, items: Sequence[Items], price: Callable[[int, int, int], float]
+    ) -> None:
         self._users, self._price = windows.users, price
-        self._known = [np.full((num_layouts, num_layouts), np.nan) for _ in self._users]
+        self._ends = [
+            (_Numbers(items[user].layouts), _Numbers(items[trainer].layouts)) for user, trainer in self._users
+        ]
+        self._known = [np.full((u.count, t.count), np.nan) for u, t in self._ends]
 
     def known(self, move: int, user: Ints, trainer: Ints) -> Floats:
         """Seconds where they were asked for, else 0."""
-        found: Floats = np.nan_to_num(self._known[move][user, trainer])
+        u, t = self._ends[move]
+        found: Floats = np.nan_to_num(self._known[move][u.of[user], t.of[trainer]])
         return found
 
     def ask(self, move: int, user: Ints, trainer: Ints) -> bool:
         """Has them priced; whether some were not known."""
-        table = self._known[move]
-        unknown = np.isnan(table[user, trainer])
+        table, (us, ts) = self._known[move], self._ends[move]
+        unknown = np.isnan(table[us.of[user], ts.of[trainer]])
         for u, t in {*zip(user[unknown].tolist(), trainer[unknown].tolist(), strict=True)}:
-            table[u, t] = 0.0 if u == t else self._price(self._users[move][0], u, t)
+            table[us.of[u], ts.of[t]] = 0.0 if u == t else self._price(self._users[move][0], u, t)
         return bool(unknown.any())
+
+
+class _Numbers:
+    """Consecutive numbers for the layouts that occur: `of[layout]`."""
+
+    def __init__(self, layouts: Ints) -> None:
+        found = np.unique(layouts)
+        self.count = len(found)
+        self.of = np.zeros(int(found[-1]) + 1 if self.count else 1, dtype=np.int32)
+        self.of[found] = np.arange(self.count)
 
 
 class Bounder:
@@ -130,7 +146,8 @@ class Tree:
     """`calls`: the order in which they are decided. `rows[:, call]` is an item, or -1.
 
     `allows(rows, depth)`: which partial choices may fit in memory, the call at `depth` being new.
-    `visit(row, bound)`: a complete choice whose bound is below the target.
+    `visit(row, bound)`: a choice whose bound is below the target, with the first `complete` calls
+    decided (None: all).
     """
 
     def __init__(
@@ -143,14 +160,16 @@ class Tree:
         visit: Callable[[Sequence[int], float], None],
         target: Callable[[], float],
         expired: Callable[[], bool],
+        complete: int | None = None,
     ) -> None:
+        self._complete = len(items) if complete is None else complete
         self._bounder = Bounder(windows, items, prices)
         self._windows, self._items, self._prices, self._calls = windows, items, prices, list(calls)
         self._allows, self._visit, self._target, self._expired = allows, visit, target, expired
         self._alive: list[Ints] = []
 
     def run(self, most_rows: int, reached: Callable[[float], None]) -> float:
-        """Visits all complete choices whose bound is below the target, unless the time is up.
+        """Visits all choices whose bound is below the target, unless the time is up.
 
         Returns what every choice that was not visited takes at least: the target at the end, or the
         least bound of what is still open when `most_rows` partial choices were looked at. `reached` is
@@ -177,7 +196,7 @@ class Tree:
                 values = np.maximum(bounds, self._bounder.bounds(rows))
                 made = self._push(heap, depth, rows, values, made)
                 continue
-            if depth == count:
+            if depth == self._complete:
                 for row, least in zip(rows.tolist(), bounds.tolist(), strict=True):
                     if least < self._target() * (1 - _SLACK):
                         self._visit(row, least)
