@@ -106,4 +106,6 @@ class RolloutDecoder(Decoder):
         rotate = self._rotary.at(positions)
         for layer in self._rollout_layers:
             x = layer(x, rotate, attend, exact=exact)
-        return x if self._final_norm is None else self._final_norm(x)
+        if self._final_norm is None:
+            return x
+        return (self._final_norm.exact if exact else self._final_norm.quick)(x)

@@ -8,6 +8,7 @@ looked up once, queries and keys are rotated together, and, where the order of s
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -16,16 +17,41 @@ from runtime.decoder import Attend, Decoder, activation
 from runtime.packed_weights import ReadyWeight
 from runtime.rotary_table import Rotate
 
-Norm = Callable[[torch.Tensor], torch.Tensor]
+Function = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A norm, its parameters looked up: `exact` as `Decoder` computes it, `quick` to rounding."""
+
+    exact: Function
+    quick: Function
 
 
 def norm_of(decoder: Decoder, name: str) -> Norm:
-    """The norm of this name, its parameters looked up."""
+    """The norm of this name."""
     weight, bias = decoder.params[f"{name}.weight"], decoder.params.get(f"{name}.bias")
     size, eps = tuple(weight.shape), decoder.shape.norm_eps
     if decoder.shape.norm == "layer" and bias is not None:
-        return lambda x: torch.layer_norm(x, size, weight, bias, eps)
-    return lambda x: torch.rms_norm(x, size, weight, eps)
+
+        def layer_norm(x: torch.Tensor) -> torch.Tensor:
+            return torch.layer_norm(x, size, weight, bias, eps)
+
+        return Norm(layer_norm, layer_norm)
+
+    def rms_norm(x: torch.Tensor) -> torch.Tensor:
+        return torch.rms_norm(x, size, weight, eps)
+
+    if weight.device.type != "cpu" or weight.dtype != torch.float32:
+        return Norm(rms_norm, rms_norm)
+    # torch takes eight operators to do it on CPUs; with sums for means, sqrt(sum + width * eps) is one
+    scaled, side = weight * weight.shape[0] ** 0.5, torch.tensor((weight.shape[0] * eps) ** 0.5)
+
+    def by_hypotenuse(x: torch.Tensor) -> torch.Tensor:
+        length = torch.linalg.vector_norm(x, 2, 1, True)
+        return torch.div(x, torch.hypot(length, side)).mul_(scaled)
+
+    return Norm(rms_norm, by_hypotenuse)
 
 
 class RolloutLayer:
@@ -67,15 +93,18 @@ class RolloutLayer:
     def __call__(self, x: torch.Tensor, rotate: Rotate, attend: Attend, *, exact: bool) -> torch.Tensor:
         """x [T, hidden] -> the layer's output, in the same memory.
 
-        `exact` adds in `Decoder`'s order, so that results can be equal bit for bit.
+        `exact` computes in `Decoder`'s order, so that results can be equal bit for bit.
         """
-        attn = self._attention(self._attn_norm(x), rotate, attend)
+        attn_norm, mlp_norm = (
+            norm.exact if exact else norm.quick for norm in (self._attn_norm, self._mlp_norm)
+        )
+        attn = self._attention(attn_norm(x), rotate, attend)
         if self._parallel:
-            out = self._summed(self._o(attn).add_(self._down(self._inner(self._mlp_norm(x)))))
+            out = self._summed(self._o(attn).add_(self._down(self._inner(mlp_norm(x)))))
             return _add_bias(_add_bias(x.add_(out), self._o_bias), self._down_bias)
         self._add_product(x, self._o, attn, exact)
         _add_bias(x, self._o_bias)
-        self._add_product(x, self._down, self._inner(self._mlp_norm(x)), exact)
+        self._add_product(x, self._down, self._inner(mlp_norm(x)), exact)
         return _add_bias(x, self._down_bias)
 
     def _attention(self, x: torch.Tensor, rotate: Rotate, attend: Attend) -> torch.Tensor:
@@ -86,8 +115,8 @@ class RolloutLayer:
         if self._qk_norms is None:
             qk = rotate(qkv[:, :both])
             return attend(self._index, qk[:, :heads], qk[:, heads:], v)
-        q_norm, k_norm = self._qk_norms
-        return attend(self._index, rotate(q_norm(qkv[:, :heads])), rotate(k_norm(qkv[:, heads:both])), v)
+        q, k = self._qk_norms[0].exact(qkv[:, :heads]), self._qk_norms[1].exact(qkv[:, heads:both])
+        return attend(self._index, rotate(q), rotate(k), v)
 
     def _inner(self, x: torch.Tensor) -> torch.Tensor:
         """What the MLP's last product takes."""
