@@ -7,6 +7,9 @@ it. TRL runs in the faster of two ways, found out first: one process with a thre
 process a core under torchrun. Then the two sides take turns, one seed a turn; the first iteration of each
 turn warms up and is left out. `ratio` is TRL's median seconds over ours, at the worst of the shapes.
 
+`learning` compares scores and divergences from the reference model over the iterations (see `curves`);
+`same_curves` is the verdict on the shape whose models are trained ones, over enough iterations.
+
 Beside it, `bound_s`: the seconds that the matrix products of an iteration alone take at the rate at which one
 core multiplies large fp32 matrices, measured in the same run, times the cores. Nobody with these models,
 lengths and epochs can be faster in fp32, so `best_ratio`, TRL's seconds over it, bounds `ratio`.
@@ -31,12 +34,13 @@ import time
 from collections.abc import Mapping, Sequence
 from math import prod
 from pathlib import Path
-from statistics import mean, median
+from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.curves import compare_curves  # noqa: E402
 from benchmarks.ppo_runs import (  # noqa: E402
     MAX_PROMPT,
     ROLES,
@@ -53,6 +57,8 @@ from realloc.model_shape import read_config, shape_from_config  # noqa: E402
 from realloc.params import parameters  # noqa: E402
 
 PEER = ROOT / "benchmarks" / "peer_trl_ppo.py"
+TRIAL = 3
+"""Iterations by which TRL's faster way is found; the first is left out."""
 QUICK = ("demo-0.3M", "llama-4M", "llama-4M-1step")
 
 
@@ -63,7 +69,7 @@ class Peer:
         self._shape, self._folder, self._python = shape, folder, python
         self.versions: Mapping[str, str] = {}
         # the fastest iteration: other work on the machine only ever adds to one
-        trials = {ways: min(self.run(0, 5, ways).steady) for ways in self._ways()}
+        trials = {ways: min(self.run(0, TRIAL, ways).steady) for ways in self._ways()}
         self.trials = {f"{p} x {t} threads": seconds for (p, t), seconds in trials.items()}
         self._best = min(trials, key=lambda ways: trials[ways])
 
@@ -87,7 +93,7 @@ class Peer:
             "threads": threads,
             "iterations": iterations,
             "seed": seed,
-            **{k: v for k, v in vars(shape).items() if k not in ("name", "random")},
+            **{k: v for k, v in vars(shape).items() if k not in ("name", "random", "curves")},
         }
         source, result = folder / "peer.json", folder / "peer-result.json"
         source.write_text(json.dumps(settings), encoding="utf-8")
@@ -98,7 +104,7 @@ class Peer:
         checked([*command, str(PEER), str(source), str(result)], folder, environment)
         found = json.loads(result.read_text(encoding="utf-8"))
         self.versions = found["versions"]
-        return Turn(tuple(found["seconds"]), tuple(found["scores"]))
+        return Turn(tuple(found["seconds"]), tuple(found["scores"]), tuple(found["kls"]))
 
 
 def ensure_peer(folder: Path) -> tuple[Path | None, str]:
@@ -125,7 +131,10 @@ def ensure_peer(folder: Path) -> tuple[Path | None, str]:
 def compare(
     shape: Shape, profile: Path, python: Path | None, *, seeds: int, iterations: int, flops: float
 ) -> dict[str, Any]:
-    """One shape: both sides in turns."""
+    """One shape: both sides in turns.
+
+    Other algorithms need their own experiment (`ppo_runs.Ours`) and peer script; all else stays.
+    """
     with tempfile.TemporaryDirectory(prefix="realloc-iteration-") as name:
         folder = Path(name)
         prepare_models(shape, folder)
@@ -199,27 +208,27 @@ def _side(turns: Sequence[Turn]) -> dict[str, Any]:
 
 
 def _learning(mine: Sequence[Turn], theirs: Sequence[Turn]) -> dict[str, Any]:
-    """Mean scores at the end beside what they were at the start and how far seeds lie apart."""
-    ours, peers = [t.final_score for t in mine], [t.final_score for t in theirs]
-    spread = max(max(ours) - min(ours), max(peers) - min(peers))
     return {
-        "start": mean(t.scores[0] for t in (*mine, *theirs)),
-        "final_ours": mean(ours),
-        "final_trl": mean(peers),
-        "difference": mean(ours) - mean(peers),
-        "spread_of_seeds": spread,
+        "scores": compare_curves([t.scores for t in mine], [t.scores for t in theirs]),
+        "kl": compare_curves([t.kls for t in mine], [t.kls for t in theirs]),
     }
+
+
+def effort(shape: Shape, quick: bool) -> tuple[int, int]:
+    """(seeds, iterations)."""
+    if quick:
+        return (2, 6) if shape.curves else (1, 5)
+    return (3, 30) if shape.curves else (2, 8)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="no large shape, two seeds, few iterations")
+    parser.add_argument("--quick", action="store_true", help="no large shape, few seeds and iterations")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     parser.add_argument("--shapes", nargs="+", choices=[s.name for s in SHAPES], help="only these")
     default = Path.home() / ".cache" / "realloc-benchmarks" / "trl"
     parser.add_argument("--peer-venv", type=Path, default=default, help=f"TRL's (default: {default})")
     options = parser.parse_args(argv)
-    seeds, iterations = (2, 5) if options.quick else (3, 20)
     names = options.shapes or (QUICK if options.quick else [s.name for s in SHAPES])
     python, problem = ensure_peer(options.peer_venv)
     shapes: dict[str, Any] = {}
@@ -229,6 +238,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         realloc_command(Path(folder), "profile", "--quick", "--ranks", ranks, "-o", str(profile))
         for shape in SHAPES:
             if shape.name in names:
+                seeds, iterations = effort(shape, options.quick)
                 row = compare(shape, profile, python, seeds=seeds, iterations=iterations, flops=flops)
                 shapes[shape.name] = row
                 if not options.json:
@@ -239,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "benchmark": "iteration",
         "ratio": min(ratios) if ratios else None,
+        "same_curves": _same_curves(shapes),
         "problem": problem or None,
         "shapes": shapes,
         "matmul_flops": flops,
@@ -247,14 +258,21 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(json.dumps(result))
 
 
+def _same_curves(rows: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Whether both sides learn alike wherever that was compared; None where it was not."""
+    compared = {shape.name for shape in SHAPES if shape.curves}
+    found = [row["learning"] for name, row in rows.items() if name in compared and "learning" in row]
+    verdicts = [curve["same"] for row in found for curve in row.values()]
+    return None if not verdicts or None in verdicts else all(verdicts)
+
+
 def _line(name: str, row: Mapping[str, Any]) -> str:
     text = f"{name:14}  bound {row['bound_s']:7.3f} s   realloc {row['ours']['median_s']:7.3f} s"
     if row["ratio"] is not None:
-        learning = row["learning"]
+        final = row["learning"]["scores"]["final"]
         text += (
             f"   TRL {row['trl']['median_s']:7.3f} s ({row['trl']['way']})   ratio {row['ratio']:5.2f}   "
-            f"final score {learning['final_ours']:+.3f} and {learning['final_trl']:+.3f} "
-            f"from {learning['start']:+.3f}"
+            f"final score {final['ours']:+.3f} and {final['trl']:+.3f}"
         )
     return text
 

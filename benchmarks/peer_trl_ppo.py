@@ -1,7 +1,7 @@
 """TRL's PPOTrainer on the models and prompts of a realloc experiment; runs in an environment of its own.
 
 Started by `benchmarks/iteration.py`, alone or under torchrun. Reads one JSON file of settings and writes
-one with the seconds and the mean score of each iteration. Imports nothing of this project.
+one with each iteration's seconds, mean score and mean divergence. Imports nothing of this project.
 """
 
 from __future__ import annotations
@@ -114,10 +114,11 @@ def main(settings_path: str, result_path: str) -> None:
     trainer.train()
     if int(os.environ.get("RANK", "0")):
         return
-    scores = [entry["objective/scores"] for entry in trainer.state.log_history if "objective/scores" in entry]
+    logged = [entry for entry in trainer.state.log_history if "objective/scores" in entry]
     result = {
         "seconds": [b - a for a, b in zip(clock.ends, clock.ends[1:], strict=False)],
-        "scores": scores,
+        "scores": [entry["objective/scores"] for entry in logged],
+        "kls": [entry["objective/kl"] for entry in logged],
         "versions": {
             "trl": trl.__version__,
             "torch": torch.__version__,

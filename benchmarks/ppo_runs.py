@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -40,6 +39,7 @@ class Shape:
     """One comparison. `random` are the arguments of a random Llama; None takes the demo's trained model.
 
     With `ignore_eos` every response has `max_response` tokens, else it ends where the model ends it.
+    `curves`: the models are trained ones, and iterations are cheap enough to compare how both sides learn.
     """
 
     name: str
@@ -53,10 +53,11 @@ class Shape:
     kl_coef: float = 0.05
     beta2: float = 0.95
     eps: float = 1e-5
+    curves: bool = False
 
 
 SHAPES = (
-    Shape("demo-0.3M", None, 64, 48, 5e-4, ignore_eos=False),
+    Shape("demo-0.3M", None, 64, 48, 5e-4, ignore_eos=False, curves=True),
     Shape(
         "llama-4M",
         {"hidden": 256, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 1024, "vocab": 192, "context": 128},
@@ -92,15 +93,12 @@ class Turn:
 
     seconds: tuple[float, ...]
     scores: tuple[float, ...]
+    kls: tuple[float, ...]
+    """Nats a response, from the reference model."""
 
     @property
     def steady(self) -> tuple[float, ...]:
         return self.seconds[1:]
-
-    @property
-    def final_score(self) -> float:
-        """Mean over the last quarter of the iterations."""
-        return mean(self.scores[-max(1, len(self.scores) // 4) :])
 
 
 def prepare_models(shape: Shape, folder: Path) -> Mapping[str, Path]:
@@ -198,7 +196,8 @@ class Ours:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
         seconds = [b - a for a, b in pairwise([0.0, *(ends[i] for i in sorted(ends))])]
         lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return Turn(tuple(seconds), tuple(_score(json.loads(line)) for line in lines))
+        metrics = [json.loads(line) for line in lines]
+        return Turn(tuple(seconds), tuple(map(_score, metrics)), tuple(map(_kl, metrics)))
 
     def _experiment(self) -> None:
         shape = self._shape
@@ -239,6 +238,11 @@ class Ours:
 def _score(metrics: Mapping[str, Any]) -> float:
     """The mean score in a line of metrics.jsonl."""
     return float(next(value for name, value in metrics.items() if name == "rew_inf/scores"))
+
+
+def _kl(metrics: Mapping[str, Any]) -> float:
+    """The mean over responses of the summed log ratio to the reference model."""
+    return float(metrics["actor_train/ref_kl"] * metrics["actor_gen/response_tokens"])
 
 
 def realloc_command(folder: Path, *arguments: str) -> None:
