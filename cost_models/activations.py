@@ -140,9 +140,11 @@ def training_phases(at: StagePass) -> list[Phase]:
     if at.is_last:
         phases.append(_head_phase(at, kept, waiting))
     if at.is_first:
-        # under ZeRO 2 and 3 a dense gradient of the whole table; the activations of this micro-batch are
-        # gone, but for those that weight gradients wait for
-        made = (2 if at.ties else 1) * width * at.table if strategy.zero >= 2 else 0.0
+        # a dense gradient of the whole table, except where CPUs add rows to what stays, and under ZeRO 2
+        # and 3 the head's with it; the activations of this micro-batch are gone, but for those that
+        # weight gradients wait for
+        tables = (2 if at.ties else 1) if strategy.zero >= 2 else int(not at.costs.is_cpu)
+        made = tables * width * at.table
         others = at.kept if strategy.schedule is Schedule.ZERO_BUBBLE else at.kept - 1
         phase = {"activations": others * kept + 2 * at.hidden, IN_FLIGHT: made}
         phases.append(phase | (exchange if strategy.zero >= 2 else {}))

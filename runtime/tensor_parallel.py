@@ -196,7 +196,8 @@ def embedding(
     """
 
     def rows(tokens: torch.Tensor) -> torch.Tensor:
-        if into is None or not torch.is_grad_enabled():
+        # on GPUs rows are added in any order, so that a run would not repeat itself bit for bit
+        if into is None or into.device.type != "cpu" or not torch.is_grad_enabled():
             return F.embedding(tokens, weight)
         return _apply(_Rows, tokens, weight, into)
 
