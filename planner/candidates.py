@@ -8,12 +8,15 @@ mesh of that size.
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
+from functools import partial
 
+from planner.cores import on_all_cores
 from planner.costs import Costs
 from planner.infeasible import infeasible_call
 from planner.options import FORBIDDEN, TOO_LARGE, Option, Options, thinned
 from planner.permits import Permitted
+from planner.rejections import Rejection, Rejections
 from realloc.augmented import Placement
 from realloc.backend import OWN, untrainable
 from realloc.cluster import Cluster
@@ -53,16 +56,6 @@ class Candidate:
 
 
 @dataclass(frozen=True)
-class Rejection:
-    """Why `count` placements of a call were left out, with the numbers of one of them."""
-
-    call: str
-    reason: str
-    count: int
-    example: str
-
-
-@dataclass(frozen=True)
 class CandidateSet:
     """`candidates[call name]`, fastest first."""
 
@@ -75,33 +68,6 @@ class CandidateSet:
         for candidates in self.candidates.values():
             total *= len(candidates)
         return total
-
-
-@dataclass
-class _Rejections:
-    counts: dict[tuple[str, str], int] = field(default_factory=dict)
-    examples: dict[tuple[str, str], str] = field(default_factory=dict)
-
-    def add(self, call: Call, reason: str, count: int, example: str) -> None:
-        self.count(call, reason, count, lambda: example)
-
-    def count(self, call: Call, reason: str, count: int, example: Callable[[], str]) -> None:
-        """`example` is asked for the first time alone."""
-        key = (call.name, reason)
-        if key not in self.counts:
-            self.examples[key] = example()
-        self.counts[key] = self.counts.get(key, 0) + count
-
-    def of(self, call: Call, reason: str) -> Mapping[str, int]:
-        """An example of a call's rejections for one reason -> how many there were."""
-        key = (call.name, reason)
-        return {self.examples[key]: self.counts[key]} if key in self.counts else {}
-
-    def result(self) -> tuple[Rejection, ...]:
-        return tuple(
-            Rejection(call, reason, count, self.examples[call, reason])
-            for (call, reason), count in self.counts.items()
-        )
 
 
 def build_candidates(
@@ -118,7 +84,7 @@ def build_candidates(
     and InputError when these contradict each other.
     """
     limits = limits or Limits()
-    rejections = _Rejections()
+    rejections = Rejections()
     permitted = Permitted(experiment, graph, cluster)
     meshes = [*_meshes(graph, cluster, limits, rejections)]
     meshes += [mesh for mesh in permitted.pinned(graph) if mesh not in meshes]
@@ -127,20 +93,30 @@ def build_candidates(
         by_size.setdefault(mesh.size, []).append(mesh)
     places = _places(graph, permitted, by_size, rejections)
     options: dict[str, dict[int, list[Option]]] = {}
-    for call in graph.calls:
-        options[call.name] = {
+
+    def priced(call: Call) -> tuple[dict[int, list[Option]], Rejections]:
+        rejected = Rejections()
+        found = {
             size: _options(
-                experiment, graph, call, same, costs, capacity_bytes, limits, rejections, cluster.num_gpus,
+                experiment, graph, call, same, costs, capacity_bytes, limits, rejected, cluster.num_gpus,
                 permitted,
             )
             for size, same in places[call.name].items()
         }  # fmt: skip
+        return found, rejected
+
+    pieces = [partial(priced, call) for call in graph.calls]
+    is_large = len(meshes) > limits.keep_all_up_to
+    every_call = on_all_cores(pieces) if is_large else [piece() for piece in pieces]
+    for call, (found, rejected) in zip(graph.calls, every_call, strict=True):
+        options[call.name] = found
+        rejections.join(rejected)
         if not any(options[call.name].values()):
             shape = None if call.role is None else experiment.role_shape(graph, call.role)
             every: dict[DeviceMesh, Sequence[Option]] = {}
             for same in by_size.values():
                 fitting = _options(
-                    experiment, graph, call, same, costs, capacity_bytes, limits, _Rejections(),
+                    experiment, graph, call, same, costs, capacity_bytes, limits, Rejections(),
                     cluster.num_gpus, None,
                 )  # fmt: skip
                 every |= dict.fromkeys(same, fitting)
@@ -149,25 +125,25 @@ def build_candidates(
                 raise blamed
             degrees = {
                 same[0]: _degrees(
-                    experiment, call, shape, same, limits.most_micro_batches, _Rejections(), cluster.num_gpus
+                    experiment, call, shape, same, limits.most_micro_batches, Rejections(), cluster.num_gpus
                 )
                 for same in by_size.values()
             }
             raise infeasible_call(experiment, call, shape, degrees, costs, capacity_bytes)
-    if len(meshes) > limits.keep_all_up_to:
+    if is_large:
         options = _bounded(graph, options, by_size, limits, rejections)
     forced = {call.name for call in graph.calls if permitted.needs_offload(call)}
     if forced or taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
         options = _with_offload(graph, options, forced)
     candidates = {}
     for call in graph.calls:
-        found = [
+        listed = [
             Candidate(Placement(mesh, option.strategy), option)
             for size, same in places[call.name].items()
             for option in permitted.final(call, options[call.name][size], by_size[size][0])
             for mesh in same
         ]
-        candidates[call.name] = sorted(found, key=lambda candidate: candidate.option.seconds)
+        candidates[call.name] = sorted(listed, key=lambda candidate: candidate.option.seconds)
     return CandidateSet(candidates, rejections.result())
 
 
@@ -175,7 +151,7 @@ def _places(
     graph: DataflowGraph,
     permitted: Permitted,
     by_size: Mapping[int, Sequence[DeviceMesh]],
-    rejections: _Rejections,
+    rejections: Rejections,
 ) -> Mapping[str, Mapping[int, Sequence[DeviceMesh]]]:
     """Call -> size -> the meshes on which constraints let it run."""
     found: dict[str, dict[int, Sequence[DeviceMesh]]] = {}
@@ -189,7 +165,7 @@ def _places(
 
 
 def _meshes(
-    graph: DataflowGraph, cluster: Cluster, limits: Limits, rejections: _Rejections
+    graph: DataflowGraph, cluster: Cluster, limits: Limits, rejections: Rejections
 ) -> Sequence[DeviceMesh]:
     """All meshes; on a very large cluster, runs of nodes only where they are aligned."""
     every = all_meshes(cluster)
@@ -223,7 +199,7 @@ def _degrees(
     shape: ModelShape | None,
     meshes: Sequence[DeviceMesh],
     most_micro_batches: int,
-    rejections: _Rejections,
+    rejections: Rejections,
     num_gpus: int,
     wanted: Sequence[int] = (),
 ) -> list[tuple[Strategy, list[int]]]:
@@ -279,7 +255,7 @@ def _options(
     costs: Costs,
     capacity_bytes: int,
     limits: Limits,
-    rejections: _Rejections,
+    rejections: Rejections,
     num_gpus: int,
     permitted: Permitted | None,
 ) -> list[Option]:
@@ -307,7 +283,7 @@ def _bounded(
     options: Mapping[str, Mapping[int, Sequence[Option]]],
     by_size: Mapping[int, Sequence[DeviceMesh]],
     limits: Limits,
-    rejections: _Rejections,
+    rejections: Rejections,
 ) -> dict[str, dict[int, list[Option]]]:
     """Keeps few strategies for each mesh: see `Limits`."""
 

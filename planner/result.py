@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from planner.candidates import Rejection
 from planner.memory import GpuMemory
+from planner.rejections import Rejection
 from planner.simulator import Simulation
 from realloc.augmented import Placement
 from realloc.plan import ExecutionPlan
