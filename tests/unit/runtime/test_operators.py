@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from runtime import tensor_parallel
 from runtime.attention import pack, packed_attention
 from runtime.elementwise import gated_silu, rms_norm
 from runtime.linear import linears
@@ -112,3 +113,25 @@ def test_buckets_hold_each_sequence_once_and_waste_little() -> None:
         assert padded * 8 <= MAX_WEIGHTS or len(bucket.members) == 1
     assert len(found) < 40
     assert len(buckets([64] * 16, 4)) == 1
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_table_gradients_add_to_the_memory_given(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Of an embedding that is the head too, in chunks, kept or computed twice."""
+    monkeypatch.setattr(tensor_parallel, "CHUNK_ELEMENTS", 3 * 17)
+    monkeypatch.setattr(tensor_parallel, "KEEP_ELEMENTS", 10 * 17)
+    (data,) = normal((17, 8))
+    tokens = torch.arange(rows) * 5 % 17
+
+    def pass_over(table: torch.Tensor, into: torch.Tensor | None) -> None:
+        region = tensor_parallel.Region(None)
+        hidden = tensor_parallel.embedding(tokens, table, 0, region, into)
+        tensor_parallel.target_logprobs(hidden, table, tokens.roll(1), 0, None, 0.7, into).sum().backward()
+
+    whole, table = data.clone().requires_grad_(), data.clone().requires_grad_()
+    memory = torch.ones_like(data)
+    pass_over(whole, None)
+    pass_over(table, memory)
+    assert table.grad is None
+    assert whole.grad is not None
+    torch.testing.assert_close(memory - 1.0, whole.grad, rtol=1e-4, atol=1e-4)
