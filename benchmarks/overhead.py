@@ -16,9 +16,10 @@ durations of its nodes account for. `unexplained_share` is that of the worst ran
 a rank spends inside a call waiting for its peers (a pipeline's bubble, uneven shares) belongs to the call's
 seconds, which the planner prices; it is not counted here.
 
-Two plans run, each as a user runs it: the searched one, and a hand-written one that trains actor and critic
-on disjoint meshes. For the latter `overlap_share` says how much of the shorter of the two training calls runs
-while the other does.
+Two plans run, each as a user runs it, checkpoints included: the searched one, and a hand-written one that
+trains actor and critic on disjoint meshes. For the latter `overlap_share` says how much of the shorter of the
+two training calls runs while the other does. A short run first says how many sequences make iterations of
+ITERATION_S seconds.
 
     python benchmarks/overhead.py [--quick] [--json]
 
@@ -29,6 +30,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import tempfile
 from collections import defaultdict
@@ -45,6 +47,9 @@ from benchmarks.ppo_runs import SHAPES, Ours, prepare_models, realloc_command  #
 from benchmarks.provenance import provenance  # noqa: E402
 from realloc.trace import Trace, TraceRecord, read_trace  # noqa: E402
 
+QUICK_SEQUENCES = 16
+ITERATION_S = 14.0
+"""What iterations shall take in full: above ten seconds with some room, as the split plan is another."""
 SPLIT = {
     "actor_gen": ("node[0]", "d2t1p1"),
     "rew_inf": ("node0:gpu[0]", "d1t1p1"),
@@ -136,20 +141,23 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true", help="iterations of about a second")
     parser.add_argument("--json", action="store_true", help="only the JSON object")
     options = parser.parse_args(argv)
-    shape = next(s for s in SHAPES if s.name == "llama-4M")
-    # about 60 ms a sequence on two cores of 2024: 10 s and more for the full size
-    shape = replace(shape, sequences=16 if options.quick else 224)
+    shape = replace(next(s for s in SHAPES if s.name == "llama-4M"), sequences=QUICK_SEQUENCES)
     plans: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="realloc-overhead-") as name:
         folder = Path(name)
         profile = folder / "profile.yaml"
         realloc_command(folder, "profile", "--quick", "--ranks", "2", "-o", str(profile))
         prepare_models(shape, folder)
-        ours = Ours(shape, folder, profile, iterations=6 if options.quick else 4, ranks=2)
+        ours = Ours(shape, folder, profile, iterations=6 if options.quick else 3, ranks=2)
+        if not options.quick:
+            ours.run(seed=0)
+            times = ITERATION_S / read_trace(ours.trace).iteration_seconds()
+            shape = replace(shape, sequences=QUICK_SEQUENCES * math.ceil(times))
+            ours = Ours(shape, folder, profile, iterations=4, ranks=2)
         for label, placements in (("searched", None), ("split", SPLIT)):
             if placements is not None:
                 ours.place(placements)
-            ours.run(seed=0)
+            ours.run(seed=0, saves=True)
             trace = read_trace(ours.trace)
             row = dict(unexplained(trace, ours.order))
             row["iteration_s"] = trace.iteration_seconds()
@@ -162,6 +170,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     result = {
         "benchmark": "overhead",
         "unexplained_share": max(row["unexplained_share"] for row in plans.values()),
+        "sequences": shape.sequences,
         "iteration_s": min(row["iteration_s"] for row in plans.values()),
         "overlap_share": plans["split"]["overlap_share"],
         "plans": plans,

@@ -179,7 +179,8 @@ class Ours:
         predictions = read_plan(self._folder / "plan.yaml").predictions
         return None if predictions is None else predictions.iteration_s
 
-    def run(self, seed: int) -> Turn:
+    def run(self, seed: int, *, saves: bool = False) -> Turn:
+        """Runs the plan. `saves`: with checkpoints as they are by default, else with the last one alone."""
         plan = self._folder / "plan.yaml"
         text = plan.read_text(encoding="utf-8")
         if seed:
@@ -188,8 +189,7 @@ class Ours:
             if read_plan(plan).experiment.seed != seed:
                 raise AssertionError("the plan's seed was not replaced")
         out = self._folder / "out"
-        # neither side saves while it is timed
-        options = ("--out", str(out), "--overwrite", "--save-every", "0")
+        options = ("--out", str(out), "--overwrite", *(() if saves else ("--save-every", "0")))
         realloc_command(self._folder, "run", str(plan), *options)
         ends: dict[int, float] = {}
         for record in read_trace(self.trace).records:

@@ -16,7 +16,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 
+from realloc.cli import main
 from realloc.layout import shard_boxes
 from realloc.model_shape import read_config, shape_from_config
 from realloc.params import parameters
@@ -118,6 +120,30 @@ def test_bad_input_ends_before_the_ranks_start(workplace: Workplace, name: str) 
     assert code == 2
     assert message in err
     assert "Traceback" not in err
+
+
+FORBIDDEN: Mapping[str, str] = {
+    "d1t8p1": "tp 8 does not divide the 4 attention heads",
+    "d2t1p4": "pp 4 exceeds the 2 layers",
+    "d2t2p1": "dp 2 x tp 2 x pp 1 = 4, but mesh node[0] has 8",
+}
+
+
+@pytest.mark.parametrize("strategy", FORBIDDEN)
+def test_a_strategy_that_the_model_forbids(
+    workplace: Workplace, strategy: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a plan written by hand: one message, and no folder is made."""
+    plan = workplace.plan("forbidden", gpus=8, placements={"*": ("node0", "d8t1p1")})
+    content = yaml.safe_load(plan.read_text())
+    content["placements"]["actor_train"]["strategy"] = strategy
+    plan.write_text(yaml.safe_dump(content))
+    assert main(["run", str(plan), "--out", str(workplace.folder / "nowhere")]) == 2
+    message = capsys.readouterr().err
+    assert "actor_train" in message
+    assert FORBIDDEN[strategy] in message
+    assert "Traceback" not in message
+    assert not (workplace.folder / "nowhere").exists()
 
 
 FAILURES: Mapping[str, tuple[str, str]] = {
