@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from planner.baselines import savings
 from planner.budget import budget, kinds_of
 from planner.compare import Comparison, Contender
 from planner.options import gib
@@ -32,6 +33,9 @@ def comparison_text(found: Comparison) -> str:
     ]
     for contender in found.others:
         lines += ["", paragraph(f"{contender.name}: {contender.description}.", "    ", "  ")]
+        done = savings(contender.assessment.plan.placements) if contender.assessment else ()
+        if done:
+            lines.append(paragraph(f"Runs with: {'; '.join(done)}.", "    "))
         slower = found.slower(contender)
         if slower is None:
             text = f"does not fit: {' '.join(contender.why)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 from cost_models.model import CostModel
 from planner.baselines.degrees import all_gpus, divisors, model_parallel, split, zero
@@ -43,8 +44,12 @@ class _Steps:
         offload: int = 0,
         meshes: Mapping[str, DeviceMesh] | None = None,
         recompute: tuple[Recompute, ...] = tuple(Recompute),
+        waves: bool = True,
     ) -> Step:
-        """One step. `offload` 1: frozen roles; 2: what trains too. `meshes`: all GPUs where None."""
+        """One step. `offload` 1: frozen roles; 2: what trains too. `meshes`: all GPUs where None.
+
+        `waves`: generation may take the batch in waves, where its cache has no room for all at once.
+        """
         graph = self.costs.graph
         found = {}
         for call in graph.calls:
@@ -54,6 +59,8 @@ class _Steps:
             if (frozen and offload) or (call.kind is CallKind.TRAIN_STEP and offload > 1):
                 chosen = replace(chosen, offload=True)
             found[call.name] = variants(self.experiment, self.costs, call, mesh, chosen, recompute)
+            if call.kind is CallKind.GENERATE and not waves:
+                found[call.name] = [p for p in found[call.name] if p.strategy.micro_batches <= chosen.pp]
         return found
 
     def split(self, call: Call, mesh: DeviceMesh, tp: int, pp: int = 1) -> Strategy:
@@ -89,8 +96,8 @@ def _deepspeed_chat(experiment: Experiment, cluster: Cluster, costs: CostModel) 
 
     def ladder() -> Iterator[MakeStep]:
         for offload in (0, 1, 2):
-            for tp in divisors(cluster.gpus_per_node):
-                yield partial(steps.step, partial(steps.data_parallel, tp=tp), offload)
+            for waves, tp in product((False, True), divisors(cluster.gpus_per_node)):
+                yield partial(steps.step, partial(steps.data_parallel, tp=tp), offload, waves=waves)
 
     return first_fit("deepspeed-chat", experiment, cluster, costs, ladder())
 
@@ -102,8 +109,9 @@ def _openrlhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Map
     def ladder() -> Iterator[MakeStep]:
         for meshes in found:
             for offload in (0, 2) if meshes is not None else ():
-                for tp in divisors(cluster.gpus_per_node):
-                    yield partial(steps.step, partial(steps.data_parallel, tp=tp), offload, meshes)
+                for waves, tp in product((False, True), divisors(cluster.gpus_per_node)):
+                    rule = partial(steps.data_parallel, tp=tp)
+                    yield partial(steps.step, rule, offload, meshes, waves=waves)
 
     return first_fit("openrlhf", experiment, cluster, costs, ladder())
 
@@ -118,10 +126,10 @@ def _verl(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping
 
     def ladder() -> Iterator[MakeStep]:
         for offload in (0, 1, 2):
-            for tp, pp in model_parallel(steps.whole):
-                for small in [d for d in divisors(cluster.gpus_per_node) if d <= tp or pp > 1]:
+            for waves, (tp, pp) in product((False, True), model_parallel(steps.whole)):
+                for small in divisors(cluster.gpus_per_node):
                     rule = partial(strategy, tp=tp, pp=pp, generate_tp=small)
-                    yield partial(steps.step, rule, offload)
+                    yield partial(steps.step, rule, offload, waves=waves)
 
     return first_fit("verl", experiment, cluster, costs, ladder())
 
@@ -139,7 +147,10 @@ def _realhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mappi
 
 
 def savings(placements: Mapping[str, Placement]) -> tuple[str, ...]:
-    """What a plan does to fit in memory, call by call: `actor_train: 8 micro-batches, recompute full`."""
+    """What a plan does to fit in memory and to fill pipelines, beside its degrees, call by call.
+
+    Such as `actor_train: 8 micro-batches, recompute full`.
+    """
     found = []
     for name, placement in placements.items():
         strategy = placement.strategy
@@ -177,7 +188,7 @@ _ALL = (
     Baseline(
         "verl",
         "every call on all GPUs: the least model parallelism that fits (tp, then pp) in training and "
-        "inference, resharded to a tp as small for generation",
+        "inference, resharded to the smallest tp that fits for generation",
         _verl,
     ),
     Baseline(
