@@ -7,7 +7,6 @@ following each other is so counted with the call.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
@@ -18,6 +17,7 @@ from runtime.calls import CallExecutor
 from runtime.data_store import DTYPES, IterationData
 from runtime.functions import FunctionTable
 from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
+from runtime.table_rows import typical
 
 
 class CallBenchmarks:
@@ -31,8 +31,16 @@ class CallBenchmarks:
 
     def beside_model(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
         """Seconds of the call on so many sequences, in all, less those of its model and optimizer."""
-        bench, trains = self._bench, call.kind is CallKind.TRAIN_STEP
         data = self._data(sequences)
+        model_s = self._model_s(call, data, micro_batches, effort)
+        return [max(1e-6, s - model_s) for s in self._whole(call, data, micro_batches, effort)]
+
+    def whole(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
+        """Seconds of the call on so many sequences."""
+        return self._whole(call, self._data(sequences), micro_batches, effort)
+
+    def _whole(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> list[float]:
+        bench = self._bench
         executor = CallExecutor(
             call=call,
             context=bench.context(micro_batches=micro_batches),
@@ -40,14 +48,9 @@ class CallBenchmarks:
             functions=self._functions,
             dataset=cast(Any, None),  # generation and rewards alone ask it
             decoder=bench.decoder(micro_batches=micro_batches),
-            trainer=bench.trainer if trains else None,
+            trainer=bench.trainer if call.kind is CallKind.TRAIN_STEP else None,
         )
-        model_s = self._model_s(call, data, micro_batches, effort)
-
-        def once() -> float:
-            return max(1e-6, bench.timed(lambda: executor.run(data, 0)) - model_s)
-
-        return bench.samples(once, effort)
+        return bench.samples(lambda: bench.timed(lambda: executor.run(data, 0)), effort)
 
     def _model_s(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> float:
         """Seconds of the call's passes and optimizer steps, timed as those of the tables are."""
@@ -62,10 +65,10 @@ class CallBenchmarks:
         rows = each if call.output is Output.SCORES else sum(lengths) - prompts
         if call.kind is not CallKind.TRAIN_STEP:
             passes = bench.inference(lengths, rows, effort)
-            return micro_batches * _low([p.total + layers * p.layer for p in passes])
+            return micro_batches * typical([p.total + layers * p.layer for p in passes])
         passes = bench.training(lengths, rows, effort)
-        one = _low([p.total + layers * (p.layer + p.layer_backward) for p in passes])
-        return steps * (micro_batches * one + _low(bench.optimizer(effort)))
+        one = typical([p.total + layers * (p.layer + p.layer_backward) for p in passes])
+        return steps * (micro_batches * one + typical(bench.optimizer(effort)))
 
     def _data(self, sequences: int) -> IterationData:
         """Every key of the graph, of sequences with the workload's mean lengths."""
@@ -97,8 +100,3 @@ class CallBenchmarks:
         if dtype == torch.int64:
             return torch.randint(self._bench.shape.vocab, (count,), generator=generator)
         return torch.rand(count, generator=generator, dtype=dtype) - 1.0
-
-
-def _low(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 4]

@@ -10,9 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ import torch.distributed as dist
 from realloc.dataflow import CallKind
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
-from realloc.files import write_text
 from realloc.model_shape import ModelShape, resolve_shape
 from realloc.signature import call_signature, ends_signature, layer_signature
 from realloc.strategy import Recompute
@@ -40,25 +38,13 @@ from runtime.measuring_plan import (
     subjects,
 )
 from runtime.supported import check_runs
+from runtime.table_rows import LEAST_S, Entry, Kept, table_rows, typical
 from runtime.unit_timer import PassSeconds
 
 # New tokens of two generate calls: the second's further steps are all alike.
 _FEW, _MANY = 10, 26
-_LEAST_S = 1e-8
 _MOST_SEQUENCES = 64
 """Of whole calls: what they do beside their models grows evenly with the sequences."""
-
-
-@dataclass(frozen=True)
-class Entry:
-    """Samples of one row of one table."""
-
-    of: str
-    quantity: str
-    ragged: bool
-    x: float
-    y: float
-    samples: list[float]
 
 
 @dataclass(frozen=True)
@@ -85,33 +71,6 @@ def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
     for shape, _, _ in sizes:
         check_runs(shape, "realloc profile")
     return subjects(sizes, spec.tp, quick=spec.quick)
-
-
-class Kept:
-    """Results by point, in a JSON file that is written anew after every point."""
-
-    def __init__(self, path: Path, fingerprint: str) -> None:
-        """Results of another `fingerprint` (machine, versions, effort) are not used."""
-        self._path, self._fingerprint = path, fingerprint
-        self._points: dict[str, dict[str, Any]] = {}
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["fingerprint"] == fingerprint:
-                self._points = dict(content["points"])
-        except (FileNotFoundError, ValueError, KeyError, TypeError):
-            pass  # nothing that could be used: measured anew
-
-    def get(self, key: str) -> tuple[float, list[Entry]] | None:
-        """Seconds of one pass, and the entries; None when the point has not been measured."""
-        found = self._points.get(key)
-        if found is None:
-            return None
-        return float(found["pass_s"]), [Entry(**entry) for entry in found["entries"]]
-
-    def put(self, key: str, pass_s: float, entries: Iterable[Entry]) -> None:
-        self._points[key] = {"pass_s": pass_s, "entries": [asdict(entry) for entry in entries]}
-        content = {"fingerprint": self._fingerprint, "points": self._points}
-        write_text(self._path, json.dumps(content))
 
 
 class PointRunner:
@@ -192,9 +151,9 @@ class PointRunner:
         rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, often)
         few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
         step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))
-        sample = [max(_LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
+        sample = [max(LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
         last_s = step_s - in_step
-        fixed = [max(_LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
+        fixed = [max(LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
         entries = [
             self._of_ends("sample", point.count, sample),
             Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
@@ -215,71 +174,6 @@ class PointRunner:
 def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
     layers = bench.shape.num_layers
     return max(p.total + layers * (p.layer + p.layer_backward) for p in passes)
-
-
-def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
-    """`tables` of a `profile/1` file: typical seconds, never falling as a variable grows."""
-    samples: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
-    for dtype, entry in dtype_entries:
-        key = (entry.of, dtype, entry.quantity, entry.ragged)
-        samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
-    tables: list[Mapping[str, Any]] = []
-    for (of, dtype, quantity, ragged), points in samples.items():
-        seconds = rising({at: max(_LEAST_S, typical(values)) for at, values in points.items()})
-        two = not quantity.startswith(_ONE_VARIABLE)
-        rows = [
-            [_plain(x), *([_plain(y)] if two else []), seconds[x, y], _spread(points[x, y])]
-            for x, y in sorted(points)
-        ]
-        tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
-    return tables
-
-
-# Tables of one variable: of the ends, the optimizer, and what a generate call does once.
-_ONE_VARIABLE = ("enter", "head", "sample", "optimizer", "pack_weights")
-
-
-def _plain(size: float) -> float:
-    """Sizes are whole numbers, which are not rounded."""
-    return int(size) if size == int(size) else size
-
-
-def typical(values: Sequence[float]) -> float:
-    """The lower quartile: what else the machine does only ever adds to a sample."""
-    ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 4]
-
-
-def _spread(values: Sequence[float]) -> float:
-    """Distance between the quartiles as a share of the lower one."""
-    ordered = sorted(values)
-    quarter = len(ordered) // 4
-    return min(100.0, (ordered[-1 - quarter] - ordered[quarter]) / max(_LEAST_S, typical(ordered)))
-
-
-def rising(values: Mapping[tuple[float, float], float]) -> dict[tuple[float, float], float]:
-    """The values, evened out where they fall along x at one y, or along y at one x.
-
-    Each becomes the mean of the largest up to it and the smallest from it on: values that rise stay.
-    """
-    result = dict(values)
-    for axis in (0, 1):
-        lines: dict[float, list[tuple[float, float]]] = defaultdict(list)
-        for at in sorted(result):
-            lines[at[1 - axis]].append(at)
-        for line in lines.values():
-            ordered = sorted(line, key=lambda at: at[axis])
-            evened = _rising([result[at] for at in ordered])
-            result.update(zip(ordered, evened, strict=True))
-    return result
-
-
-def _rising(values: Sequence[float]) -> list[float]:
-    up, down = list(values), list(values)
-    for i in range(1, len(values)):
-        up[i] = max(up[i], up[i - 1])
-        down[-1 - i] = min(down[-1 - i], down[-i])
-    return [(a + b) / 2 for a, b in zip(up, down, strict=True)]
 
 
 def measure_tables(

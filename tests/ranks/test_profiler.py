@@ -3,13 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
+from statistics import median
 
 import pytest
+import torch
+import yaml
 
+from cost_models.model import CostModel
 from cost_models.profile import read_profile
+from realloc.augmented import Placement
+from realloc.cluster import Cluster
+from realloc.dataflow import CallKind
 from realloc.errors import InputError, RunError
+from realloc.experiment import read_experiment
+from realloc.mesh import DeviceMesh
+from realloc.signature import ends_signature, layer_signature
+from realloc.strategy import Strategy
 from runtime import microbenchmarks as bench
+from runtime.call_benchmarks import CallBenchmarks
+from runtime.layer_benchmarks import Effort, ShardBenchmarks
 from runtime.profiler import ProfileOptions, run_profile
+from tests.ranks.engine import ppo_content, write_models
 
 
 @pytest.mark.slow
@@ -34,14 +48,6 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
         assert [x for x, _ in profile.concurrency.points] == [1, 2]
 
 
-def test_one_rank_needs_no_links(tmp_path: Path):
-    path = tmp_path / "alone.yaml"
-    run_profile(path, ProfileOptions(ranks=1, quick=True))
-    profile = read_profile(path)
-    assert profile.concurrency is None
-    assert any("placeholders" in note for note in profile.provenance.notes)
-
-
 def test_ranks_are_checked(tmp_path: Path):
     with pytest.raises(InputError, match="--ranks is 0"):
         run_profile(tmp_path / "p.yaml", ProfileOptions(ranks=0, quick=True))
@@ -58,3 +64,42 @@ def test_group_sizes_are_powers_of_two_and_everybody():
     assert bench.group_sizes(2, first=2) == [2]
     assert bench.group_sizes(6, first=2) == [2, 4, 6]
     assert bench.group_sizes(4, first=1) == [1, 2, 4]
+
+
+@pytest.mark.slow
+def test_tables_of_an_experiment_predict_its_calls(tmp_path: Path):
+    """Measured and predicted by the same profile, on one rank: within a factor of two on any machine."""
+    models = write_models(tmp_path, hidden=32, layers=2, heads=4, kv_heads=2, ffn=64)
+    content = ppo_content(tmp_path, models)
+    path, output = tmp_path / "experiment.yaml", tmp_path / "here.yaml"
+    path.write_text(yaml.safe_dump({"realloc": "experiment/1", **content}), encoding="utf-8")
+    assert run_profile(output, ProfileOptions(ranks=1, quick=True, experiments=(str(path),), tp=2))
+    assert sorted(p.name for p in tmp_path.glob(".here*")) == []  # nothing kept is left behind
+
+    experiment, profile = read_experiment(path), read_profile(output)
+    assert profile.concurrency is None  # one rank has no links either
+    assert any("placeholders" in note for note in profile.provenance.notes)
+    graph = experiment.graph()
+    shape = experiment.role_shape(graph, "actor")
+    measured = {table.of for table in profile.tables}
+    assert {layer_signature(shape, 1), layer_signature(shape, 2), ends_signature(shape, 2)} <= measured
+    costs = CostModel(experiment, graph, Cluster(1, 2, "here"), profile)
+    alone, sharded = (Placement(DeviceMesh(0, tp, 2), Strategy(tp=tp)) for tp in (1, 2))
+    effort = Effort(5, 0.2)
+    for call in graph.calls:
+        if call.role is None:
+            continue
+        for placement in (alone, sharded):
+            assert "analytic" not in costs.call_sources(call, placement), call.name
+        bench = ShardBenchmarks(
+            experiment.role_shape(graph, call.role), "float32", 1, None, torch.device("cpu")
+        )
+        if call.kind is CallKind.GENERATE:
+            # as many steps as the longest response takes
+            longest = experiment.workload.response.maximum
+            rounds = bench.generate(12, 10, (longest,), experiment.sampling, effort)
+            seconds = median(spent for (spent,) in rounds)
+        else:
+            seconds = median(CallBenchmarks(experiment, bench).whole(call, 12, 1, effort))
+        assert costs.call_s(call, alone) == pytest.approx(seconds, rel=1.0), call.name
+        assert seconds < 2 * costs.call_s(call, alone), call.name

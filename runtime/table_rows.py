@@ -1,0 +1,112 @@
+"""Rows of measured tables: samples kept as they come, and put together into what a profile holds.
+
+Decides what is typical of samples, and evens out what noise has made fall. Which sizes are measured,
+and how, is not known here.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from realloc.files import write_text
+
+LEAST_S = 1e-8
+"""What a difference of two times counts as when noise has made it less."""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Samples of one row of one table."""
+
+    of: str
+    quantity: str
+    ragged: bool
+    x: float
+    y: float
+    samples: list[float]
+
+
+class Kept:
+    """Results by point, in a JSON file that is written anew after every point."""
+
+    def __init__(self, path: Path, fingerprint: str) -> None:
+        """Results of another `fingerprint` (machine, versions, effort) are not used."""
+        self._path, self._fingerprint = path, fingerprint
+        self._points: dict[str, dict[str, Any]] = {}
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["fingerprint"] == fingerprint:
+                self._points = dict(content["points"])
+        except (FileNotFoundError, ValueError, KeyError, TypeError):
+            pass  # nothing that could be used: measured anew
+
+    def get(self, key: str) -> tuple[float, list[Entry]] | None:
+        """Seconds of one pass, and the entries; None when the point has not been measured."""
+        found = self._points.get(key)
+        if found is None:
+            return None
+        return float(found["pass_s"]), [Entry(**entry) for entry in found["entries"]]
+
+    def put(self, key: str, pass_s: float, entries: Iterable[Entry]) -> None:
+        self._points[key] = {"pass_s": pass_s, "entries": [asdict(entry) for entry in entries]}
+        content = {"fingerprint": self._fingerprint, "points": self._points}
+        write_text(self._path, json.dumps(content))
+
+
+def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
+    """`tables` of a `profile/1` file: typical seconds, never falling as a variable grows."""
+    samples: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
+    for dtype, entry in dtype_entries:
+        key = (entry.of, dtype, entry.quantity, entry.ragged)
+        samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
+    tables: list[Mapping[str, Any]] = []
+    for (of, dtype, quantity, ragged), points in samples.items():
+        seconds = rising({at: max(LEAST_S, typical(values)) for at, values in points.items()})
+        two = not quantity.startswith(_ONE_VARIABLE)
+        rows = [
+            [_plain(x), *([_plain(y)] if two else []), seconds[x, y], _spread(points[x, y])]
+            for x, y in sorted(points)
+        ]
+        tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
+    return tables
+
+
+# Tables of one variable: of the ends, the optimizer, and what a generate call does once.
+_ONE_VARIABLE = ("enter", "head", "sample", "optimizer", "pack_weights")
+
+
+def _plain(size: float) -> float:
+    """Sizes are whole numbers, which are not rounded."""
+    return int(size) if size == int(size) else size
+
+
+def typical(values: Sequence[float]) -> float:
+    """The lower quartile: what else the machine does only ever adds to a sample."""
+    ordered = sorted(values)
+    return ordered[(len(ordered) - 1) // 4]
+
+
+def _spread(values: Sequence[float]) -> float:
+    """Distance between the quartiles as a share of the lower one."""
+    ordered = sorted(values)
+    quarter = len(ordered) // 4
+    return min(100.0, (ordered[-1 - quarter] - ordered[quarter]) / max(LEAST_S, typical(ordered)))
+
+
+def rising(values: Mapping[tuple[float, float], float]) -> dict[tuple[float, float], float]:
+    """The values, evened out where one falls although neither x nor y does.
+
+    Each becomes the mean of the largest at sizes up to its own and the smallest from there on: both
+    rise, and values that rise stay.
+    """
+    found = {}
+    for x, y in values:
+        up = max(value for (a, b), value in values.items() if a <= x and b <= y)
+        down = min(value for (a, b), value in values.items() if a >= x and b >= y)
+        found[x, y] = (up + down) / 2
+    return found

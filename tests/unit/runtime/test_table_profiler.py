@@ -1,0 +1,116 @@
+"""What is measured of which models, and what is kept of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from realloc.errors import InputError
+from realloc.model_zoo import named_shapes
+from runtime.layer_benchmarks import pack_lengths
+from runtime.measuring_plan import Sizes, Work, subjects
+from runtime.table_profiler import PointRunner, TableSpec, measure_tables, wanted
+from runtime.table_rows import Kept, rising, table_rows
+from tests.ranks.engine import ppo_content, write_models
+
+SHAPE = named_shapes()["qwen2.5-0.5b"]
+SIZES = Sizes(64, 100, 50, ragged=True, mini_batch=16, longest=200)
+
+
+@given(st.integers(1, 64), st.integers(1, 500), st.booleans())
+def test_packs_have_the_mean_asked_for(sequences: int, tokens: int, ragged: bool):
+    lengths = pack_lengths(sequences, tokens, ragged)
+    assert len(lengths) == sequences
+    assert min(lengths) >= 1
+    if tokens >= 8:
+        assert sum(lengths) == pytest.approx(sequences * tokens, abs=1)
+    if ragged and sequences > 1 and tokens >= 8 * sequences:
+        assert len(set(lengths)) == sequences
+        assert tokens * 0.49 <= min(lengths) <= max(lengths) <= tokens * 1.51
+
+
+@given(st.dictionaries(st.tuples(*[st.integers(1, 5).map(float)] * 2), st.floats(1e-6, 10), min_size=1))
+def test_evened_seconds_rise_and_risen_ones_stay(values: dict[tuple[float, float], float]):
+    result = rising(values)
+    assert result.keys() == values.keys()
+    assert min(values.values()) <= min(result.values())
+    assert max(result.values()) <= max(values.values())
+    for (x, y), seconds in result.items():
+        assert all(seconds <= other for (a, b), other in result.items() if a >= x and b >= y)
+    assert rising(result) == result
+
+
+def test_a_layer_is_measured_once_for_all_models_that_have_it():
+    critic = replace(SHAPE, head="scalar")
+    made = subjects([(SHAPE, "float32", SIZES), (critic, "float32", SIZES)], 1, quick=False)
+    actor, other = made
+    assert {Work.DECODE, Work.PREFILL, Work.TRAINING} <= {point.work for point in actor.points}
+    # the critic's head is another: only passes at the sequences' own length are worth running again
+    assert {point.work for point in other.points} <= {Work.INFERENCE, Work.TRAINING, Work.GENERATE}
+    assert len(other.points) < len(actor.points)
+
+
+def test_every_degree_that_divides_is_measured():
+    made = subjects([(SHAPE, "float32", SIZES)], 8, quick=True)
+    assert [subject.tp for subject in made] == [1, 2]  # 14 heads
+
+
+def test_points_end_at_what_the_workload_asks():
+    (subject,) = subjects([(SHAPE, "float32", SIZES)], 1, quick=True)
+    assert max(p.count for p in subject.points if p.work is Work.TRAINING) == 16
+    assert max(p.count for p in subject.points if p.work is Work.DECODE) == 64
+    assert max(p.length for p in subject.points if p.work is Work.DECODE) == 200
+
+
+def test_models_that_do_not_run_are_refused():
+    spec = TableSpec(("mixtral-8x7b",), (), ("float32",), 1, True, "unused")
+    with pytest.raises(InputError, match="8 experts"):
+        wanted(spec, gpu=False)
+    with pytest.raises(InputError, match="neither a folder nor a named model shape"):
+        wanted(replace(spec, models=("no-such-model",)), gpu=False)
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    models = write_models(tmp_path, hidden=16, layers=1, heads=2, kv_heads=1, ffn=16)
+    workload = {"sequences": 2, "prompt_tokens": 4, "response_tokens": 4}
+    content = ppo_content(tmp_path, models, workload=workload, hyperparameters={"mini_batches": 1})
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump({"realloc": "experiment/1", **content}), encoding="utf-8")
+    kept = tmp_path / "kept.json"
+    spec = TableSpec((), (str(path),), ("float32",), 1, True, str(kept))
+    cpu = torch.device("cpu")
+    ran: list[object] = []
+    run = PointRunner.run
+
+    def interrupted(self, point):
+        if len(ran) == 4:
+            raise KeyboardInterrupt
+        ran.append(point)
+        return run(self, point)
+
+    monkeypatch.setattr(PointRunner, "run", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        measure_tables(spec, cpu, "here", {})
+    assert len(json.loads(kept.read_text(encoding="utf-8"))["points"]) == 4
+
+    def counted(self, point):
+        ran.append(point)
+        return run(self, point)
+
+    monkeypatch.setattr(PointRunner, "run", counted)
+    first = measure_tables(spec, cpu, "here", {})
+    total = sum(len(subject.points) for subject in wanted(spec, gpu=False))
+    assert len(ran) == total  # those of before the interruption were not run again
+    assert measure_tables(spec, cpu, "here", {}) == first
+    assert len(ran) == total
+    assert Kept(kept, "another machine").get(next(iter(json.loads(kept.read_text())["points"]))) is None
+    quantities = {table["quantity"] for table in first["tables"]}
+    assert {"inference", "forward", "backward", "decode", "sample", "optimizer", "call"} <= quantities
+    assert table_rows([]) == []
