@@ -37,6 +37,16 @@ def experiment(
     return Experiment(algorithm, models, work, dtype="bfloat16")
 
 
+def grpo() -> Experiment:
+    """Three roles, four samples of each prompt."""
+    models = {
+        role: ModelSpec(role, "llama-7b", named_shapes()["llama-7b"], OptimizerSpec())
+        for role in ("actor", "ref", "reward")
+    }
+    work = Workload(256, Lengths(128.0, 128), Lengths(64.0, 256), samples_per_prompt=4)
+    return Experiment("grpo", models, work, dtype="bfloat16")
+
+
 def placed(name: str, made: Experiment, cluster: Cluster) -> tuple[CostModel, Mapping[str, Placement]]:
     costs = CostModel(made, made.graph(), cluster, load_profile(cluster.device))
     return costs, BASELINES[name].place(made, cluster, costs)
@@ -46,6 +56,7 @@ CASES = {
     "one node": (experiment("llama-7b", "llama-7b"), Cluster(1, 8, "h100-sxm")),
     "two nodes of 4": (experiment("llama-7b", "qwen2.5-0.5b"), Cluster(2, 4, "a100-80gb")),
     "sft, heads that 8 does not divide": (experiment("qwen2.5-0.5b", algorithm="sft"), Cluster(1, 8, "h200")),
+    "grpo": (grpo(), Cluster(2, 8, "a100-80gb")),
     "nodes of 6": (experiment("llama-7b", "llama-7b"), Cluster(4, 6, "h200")),
     "16 nodes": (experiment("llama-70b", "llama-7b"), Cluster(16, 8, "h100-sxm")),
 }
@@ -94,7 +105,9 @@ def test_a_rule_that_cannot_fit_says_by_how_much():
         InfeasibleError, match=r"megatron on 1 node x 8 a100-40gb: does not fit: .* GiB on GPU 0"
     ):
         placed("megatron", experiment("llama-70b", "llama-70b"), Cluster(1, 8, "a100-40gb"))
-    with pytest.raises(InfeasibleError, match="actor_train: dp 512 exceeds the 128 sequences of a mini-batch"):
+    with pytest.raises(
+        InfeasibleError, match="actor_train: dp 512 exceeds the 128 sequences of a mini-batch"
+    ):
         placed("deepspeed-chat", experiment("llama-7b", "llama-7b"), Cluster(64, 8, "h100-sxm"))
 
 
