@@ -22,9 +22,11 @@ def runners_up(problem: Problem, best: Choice, best_s: float, deadline: float) -
     """
     found = []
     for call in range(len(best)):
-        if time.monotonic() > deadline + GRACE_S:
+        left_s = deadline + GRACE_S - time.monotonic()
+        if left_s < 0:
             break
-        choice = _best_other(problem, best, call, deadline + GRACE_S)
+        # no call may take the time of those after it
+        choice = _best_other(problem, best, call, time.monotonic() + left_s / (len(best) - call))
         name = problem.graph.calls[call].name
         if choice is not None:
             placed = problem.candidates[call][choice[call]].placement

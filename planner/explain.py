@@ -10,13 +10,12 @@ import time
 from dataclasses import dataclass, replace
 
 from planner.alternatives import runners_up
-from planner.api import make_problem
 from planner.assess import Assessment, CallTime
 from planner.budget import reasons
-from planner.candidates import Candidate, CandidateSet
+from planner.candidates import Candidate, CandidateSet, build_candidates
 from planner.options import Option
 from planner.problem import Choice, Problem
-from planner.result import Alternative
+from planner.result import Alternative, SearchResult
 from planner.search import methods
 from realloc.augmented import Placement
 from realloc.errors import InfeasibleError
@@ -30,11 +29,12 @@ GAIN = 1e-4
 
 @dataclass(frozen=True)
 class Gain:
-    """Another placement of one call that would shorten the iteration, all else as it is."""
+    """Another placement of one call that would shorten the iteration, all else but the order as it is."""
 
     placement: Placement
     iteration_s: float
     peak_bytes: int
+    order: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -80,35 +80,41 @@ def explain(plan: ExecutionPlan, time_limit_s: float = 10.0) -> Explanation:
     note = ""
     alternatives: tuple[Alternative, ...] = ()
     overlooked: dict[str, Gain | None] = {}
+    gains: dict[str, Gain | None] = {}
+    best: SearchResult | None = None
     try:
-        problem, choice = problem_with(plan, assessment)
+        problem, choice = problem_with(plan, assessment, assessment.capacity_bytes)
         found = runners_up(problem, choice, assessment.iteration_s, time.monotonic() + part_s)
         alternatives = tuple(_with_reasons(assessment, item) for item in found)
         overlooked = _gains(problem, choice, assessment.iteration_s, time.monotonic() + part_s)
     except InfeasibleError as error:
         note = f"No other plan can be looked for: {error}"
-    unlimited = replace(plan, cluster=replace(plan.cluster, memory_bytes=ANY_MEMORY_BYTES))
-    free, free_choice = problem_with(unlimited, assessment)
-    gains = _gains(free, free_choice, assessment.iteration_s, time.monotonic() + part_s)
-    best = methods()["auto"](free, part_s, 0)
+    try:
+        free, free_choice = problem_with(plan, assessment, ANY_MEMORY_BYTES)
+        gains = _gains(free, free_choice, assessment.iteration_s, time.monotonic() + part_s)
+        best = methods()["auto"](free, part_s, 0)
+    except InfeasibleError as error:  # for reasons other than memory
+        note = f"No other plan can be looked for: {error}"
     return Explanation(
         assessment=assessment,
         calls=tuple(
-            _call(assessment, call.name, alternatives, overlooked.get(call.name), gains[call.name])
+            _call(assessment, call.name, alternatives, overlooked.get(call.name), gains.get(call.name))
             for call in plan.graph.calls
         ),
         everywhere=tuple(item for item in alternatives if item.call is None),
-        without_memory_s=best.iteration_s,
-        without_memory_bytes=best.memory.total_bytes,
+        without_memory_s=None if best is None else best.iteration_s,
+        without_memory_bytes=0 if best is None else best.memory.total_bytes,
         note=note,
     )
 
 
 def _gains(problem: Problem, choice: Choice, iteration_s: float, deadline: float) -> dict[str, Gain | None]:
-    return {
-        call.name: _best_gain(problem, choice, index, iteration_s, deadline)
-        for index, call in enumerate(problem.graph.calls)
-    }
+    found = {}
+    for index, call in enumerate(problem.graph.calls):
+        now = time.monotonic()
+        until = now + (deadline - now) / (len(choice) - index)
+        found[call.name] = _best_gain(problem, choice, index, iteration_s, until)
+    return found
 
 
 def _call(
@@ -149,27 +155,23 @@ def _with_reasons(assessment: Assessment, item: Alternative) -> Alternative:
     return replace(item, why="; ".join(reasons(assessment, other, most=3)) or item.why)
 
 
-def problem_with(plan: ExecutionPlan, assessment: Assessment) -> tuple[Problem, Choice]:
+def problem_with(plan: ExecutionPlan, assessment: Assessment, capacity_bytes: int) -> tuple[Problem, Choice]:
     """The problem that the plan answers, the plan's own placements among the candidates.
 
     Raises InfeasibleError when a call fits nowhere.
     """
-    problem = make_problem(plan.experiment, plan.cluster)
-    candidates = dict(problem.candidate_set.candidates)
+    graph, costs = plan.graph, assessment.costs
+    made = build_candidates(plan.experiment, graph, plan.cluster, costs, capacity_bytes)
+    candidates = dict(made.candidates)
     for name, placement in plan.placements.items():
         known = candidates[name]
         if not any(candidate.placement == placement for candidate in known):
-            option = Option(placement.strategy, assessment.node_s[name], assessment.call_memory[name])
+            alone_s = costs.call_s(graph.by_name[name], placement)
+            option = Option(placement.strategy, alone_s, assessment.call_memory[name])
             more = [*known, Candidate(placement, option)]
             candidates[name] = sorted(more, key=lambda candidate: candidate.option.seconds)
-    found = Problem(
-        problem.experiment,
-        problem.graph,
-        problem.cluster,
-        problem.costs,
-        CandidateSet(candidates, problem.candidate_set.rejections),
-        problem.capacity_bytes,
-    )
+    every = CandidateSet(candidates, made.rejections)
+    found = Problem(plan.experiment, graph, plan.cluster, costs, every, capacity_bytes)
     choice = tuple(
         next(i for i, candidate in enumerate(row) if candidate.placement == plan.placements[call.name])
         for call, row in zip(found.graph.calls, found.candidates, strict=True)
@@ -191,4 +193,5 @@ def _best_gain(
             limit, found = seconds, changed
     if found is None:
         return None
-    return Gain(problem.placements(found)[problem.graph.calls[call].name], limit, problem.peak_bytes(found))
+    placement = problem.candidates[call][found[call]].placement
+    return Gain(placement, limit, problem.peak_bytes(found), problem.schedule(found).order)

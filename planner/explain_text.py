@@ -127,6 +127,8 @@ def call_sentences(found: Explanation, call: CallExplanation) -> tuple[str, ...]
         )
     if call.next_best is not None:
         lines.append(_next_best(a, call.next_best))
+    elif not found.note:
+        lines.append("No other placement was found in the time given (--time-limit).")
     if call.with_memory is not None:
         lines.append(_forced(a, call.with_memory))
     if call.overlooked is not None:
