@@ -5,7 +5,7 @@ each of them, by cause, as the runtime computes it. Which rank, call and plan th
 stays between calls, is not its affair.
 
 Causes: `activations` (kept for the backward pass, and the vectors at work), `logits` (with what
-their gradient is made of), `gradients in flight` (of a unit, as autograd makes them, before they are
+their gradient is made of), `gradients_in_flight` (of a unit, as autograd makes them, before they are
 added to what stays), `staging` (ZeRO: buffers of its collectives and parameters that are gathered)
 and `communication` (copies that a backend makes of what it reduces).
 """
@@ -22,7 +22,7 @@ from realloc.strategy import Recompute, Schedule, Strategy
 LOGITS_CHUNK = 1 << 23
 LOGITS_KEPT = 1 << 25
 
-IN_FLIGHT = "gradients in flight"
+IN_FLIGHT = "gradients_in_flight"
 Phase = Mapping[str, float]
 """Bytes by cause at one moment."""
 
