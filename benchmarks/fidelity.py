@@ -8,7 +8,9 @@ experiments themselves (never from their runs); predictions are made from it bef
 Measured is the median distance between the ends of successive iterations, the first left out. `error` is
 |predicted - measured| / measured. `spearman` is the rank correlation of predicted and measured seconds among
 the plans of one experiment, `regret` how much slower the plan predicted best ran than the fastest that ran;
-both are those of the worst experiment. Between experiments ranking is easy and says nothing.
+both are those of the worst experiment. Between experiments ranking is easy and says nothing. `core_share`
+says whether the machine was quiet: below about 0.95 other work took the ranks' cores, and no time is to be
+trusted.
 
     python benchmarks/fidelity.py [--quick] [--json] [--experiments NAME ...] [--profile FILE] [--verbose]
 
@@ -37,9 +39,8 @@ from experiments import toy  # noqa: E402
 from planner.predict import predict  # noqa: E402
 from realloc.augmented import Placement  # noqa: E402
 from realloc.cli import main as realloc_main  # noqa: E402
-from realloc.comparison import Comparison, compare, comparison_text  # noqa: E402
+from realloc.comparison import Comparison, compare, comparison_text, core_share  # noqa: E402
 from realloc.dataflow import CallKind  # noqa: E402
-from realloc.errors import PlanError  # noqa: E402
 from realloc.experiment import Experiment, read_experiment  # noqa: E402
 from realloc.files import dump_yaml  # noqa: E402
 from realloc.mesh import parse_mesh  # noqa: E402
@@ -128,6 +129,8 @@ class Result:
     predicted_s: float
     measured_s: float
     comparison: Comparison
+    core_share: float | None
+    """For how much of their computing time ranks had their core; below 0.95 the machine was not quiet."""
 
     @property
     def error(self) -> float:
@@ -165,8 +168,8 @@ def prepare(case: Case, folder: Path, quick: bool) -> Path:
     return path
 
 
-def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan | None:
-    """The plan with these placements; None when the experiment's model cannot be split so."""
+def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan:
+    """The checked plan with these placements."""
     assert experiment.cluster is not None
     chosen = {}
     for call in experiment.graph().calls:
@@ -179,10 +182,7 @@ def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan
             parse_mesh(mesh, experiment.cluster, call.name), parse_strategy(strategy, call.name)
         )
     plan = ExecutionPlan(experiment, experiment.cluster, chosen)
-    try:
-        plan.check()
-    except PlanError:
-        return None
+    plan.check()
     return plan
 
 
@@ -191,10 +191,7 @@ def run_case(case: Case, folder: Path, profile: Path, iterations: int, *, quiet:
     experiment = read_experiment(folder / "experiment.yaml")
     results = []
     for label, placed in PLANS.items():
-        plan = place(experiment, placed)
-        if plan is None:
-            continue
-        plan = predict(plan, str(profile))
+        plan = predict(place(experiment, placed), str(profile))
         path, out = folder / "plan.yaml", folder / "out"
         write_plan(plan, path)
         _command(
@@ -204,7 +201,14 @@ def run_case(case: Case, folder: Path, profile: Path, iterations: int, *, quiet:
         trace = read_trace(out / "trace.jsonl")
         comparison = compare(plan, trace)
         assert plan.predictions is not None
-        result = Result(case.name, label, plan.predictions.iteration_s, trace.iteration_seconds(), comparison)
+        result = Result(
+            case=case.name,
+            plan=label,
+            predicted_s=plan.predictions.iteration_s,
+            measured_s=trace.iteration_seconds(),
+            comparison=comparison,
+            core_share=core_share(trace),
+        )
         results.append(result)
         if not quiet:
             print(
@@ -274,10 +278,12 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
                 "predicted_s": r.predicted_s,
                 "measured_s": r.measured_s,
                 "error": r.error,
+                "core_share": r.core_share,
             }
             for r in results
         ],
         "experiments": cases,
+        "core_share": min((r.core_share for r in results if r.core_share is not None), default=None),
         "terms": _term_ratios(results),
     }
 

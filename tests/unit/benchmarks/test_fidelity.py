@@ -1,0 +1,46 @@
+"""The fidelity benchmark's numbers by hand, and that its plans are legal and differ."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from benchmarks.fidelity import CASES, PLANS, Result, place, prepare, regret, spearman, summary
+from realloc.comparison import Comparison, Line
+from realloc.experiment import read_experiment
+
+
+def result(plan: str, predicted_s: float, measured_s: float, case: str = "a") -> Result:
+    total = Line("", "", "", predicted_s, measured_s)
+    return Result(case, plan, predicted_s, measured_s, Comparison((total,), total, (), ""), 1.0)
+
+
+def test_rank_correlation():
+    assert spearman([1, 2, 3], [10, 20, 90]) == pytest.approx(1.0)
+    assert spearman([1, 2, 3], [3, 2, 1]) == pytest.approx(-1.0)
+    # Wikipedia's formula without ties: 1 - 6 sum d^2 / (n (n^2 - 1)), here d = 0, 1, 1, 0
+    assert spearman([1, 2, 3, 4], [1, 3, 2, 4]) == pytest.approx(1 - 6 * 2 / (4 * 15))
+    assert spearman([1, 1, 2], [5, 5, 9]) == pytest.approx(1.0)
+
+
+def test_numbers_are_of_the_worst_experiment():
+    good = [result("x", 1.0, 1.0), result("y", 2.0, 2.0)]
+    bad = [result("x", 1.0, 1.2, "b"), result("y", 1.1, 1.0, "b")]
+    assert regret(good) == 0.0
+    assert regret(bad) == pytest.approx(0.2)
+    found = summary([*good, *bad])
+    assert found["regret"] == pytest.approx(0.2)
+    assert found["spearman"] == pytest.approx(-1.0)
+    assert found["error_worst"] == pytest.approx(0.2 / 1.2)
+    assert found["error_mean"] == pytest.approx((0.2 / 1.2 + 0.1) / 4)
+    assert len(found["plans"]) == 4
+
+
+@pytest.mark.parametrize("name", [case.name for case in CASES if case.name.endswith("260K")])
+def test_every_plan_is_legal_and_no_two_are_alike(tmp_path: Path, name: str):
+    case = next(c for c in CASES if c.name == name)
+    experiment = read_experiment(prepare(case, tmp_path / "case", quick=True))
+    plans = [place(experiment, placed) for placed in PLANS.values()]
+    assert len({tuple(map(str, plan.placements.values())) for plan in plans}) == len(PLANS)
+    assert experiment.workload.prompt.histogram
