@@ -10,11 +10,12 @@ import random
 
 from planner.problem import Problem
 from planner.result import SearchResult
-from planner.search.branch import FIRST_STARTS, Prover, begin
+from planner.search.branch import FIRST_STARTS, begin
 from planner.search.descent import Descent
 from planner.search.exhaustive import exhaustive
 from planner.search.mcmc import walk
 from planner.search.method import Record
+from planner.search.prover import Prover
 from planner.search.space import Spaces
 
 EXHAUSTIVE_UP_TO = 4000

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -152,3 +153,40 @@ def make_problem(
     limits = limits or Limits(most_micro_batches=1, offload_from=math.inf, degrees_only=True)
     candidates = build_candidates(experiment, graph, cluster, costs, capacity, limits)
     return Problem(experiment, graph, cluster, costs, candidates, capacity)
+
+
+def random_graph(seed: int, num_calls: int) -> DataflowGraph:
+    """Calls of any kinds in any order: a trained role has users before its train_step, others are frozen.
+
+    Every call writes one key and reads some of those before it.
+    """
+    generator = random.Random(seed)
+    calls: list[Call] = []
+    written = ["k0"]
+    trained: list[str] = []
+    while len(calls) < num_calls:
+        at = len(calls) + 1
+        reads = tuple(generator.sample(written, generator.randint(1, min(3, len(written)))))
+        writes = (f"k{at}",)
+        kind = generator.choice(["generate", "inference", "inference", "compute", "train"])
+        users = [call.role for call in calls if call.role is not None and call.role not in trained]
+        if kind == "train" and users:
+            role = generator.choice(users)
+            trained.append(role)
+            reads = tuple(dict.fromkeys((*reads, calls[-1].writes[0] if calls[-1].writes else "k0")))
+            calls.append(Call(f"c{at}", CallKind.TRAIN_STEP, reads, (), role, reads[0],
+                              Output.LOGPROBS, loss="loss"))  # fmt: skip
+            continue
+        if kind == "compute":
+            calls.append(Call(f"c{at}", CallKind.COMPUTE, reads, writes, None, reads[0], function="f"))
+        else:
+            role = generator.choice([*users, f"role{at}", f"role{at}"])
+            is_generate = kind == "generate"
+            calls.append(
+                Call(f"c{at}", CallKind.GENERATE if is_generate else CallKind.INFERENCE, reads, writes, role,
+                     reads[0], None if is_generate else Output.LOGPROBS)
+            )  # fmt: skip
+        written += writes
+    graph = DataflowGraph(tuple(calls), keys(*dict.fromkeys(["k0", *written])), ("k0",))
+    graph.check()
+    return graph

@@ -1,0 +1,105 @@
+"""Branch and bound: the optimum with proof, where it is within reach, and a proven bound where it is not.
+
+On small problems, a tree over candidates. On large ones, a tree over kinds of candidates (numbers of
+GPUs, layouts), and below each complete choice of kinds that could still be better a tree over the
+candidates of those kinds. Both find plans on the way, the most promising first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import product
+
+import numpy as np
+
+from planner.problem import Choice
+from planner.search.method import Record
+from planner.search.space import Space, Spaces
+from planner.search.tree import Tree
+
+FLAT_UP_TO = 5000
+"""Candidates of all calls together, up to which they are looked at one by one."""
+ROWS = 50_000_000
+LEAF_ROWS = 1_000_000
+
+
+class Prover:
+    """Improves a record by branch and bound, and raises its bound."""
+
+    def __init__(self, record: Record, spaces: Spaces) -> None:
+        self._record, self._spaces = record, spaces
+        self._rows = 0
+        self._open_s = float("inf")
+
+    def run(self, most_rows: int = ROWS) -> bool:
+        """Whether the best plan of the record is now proven to be the best of all.
+
+        `most_rows`: how many partial choices to look at; the record's time limit counts too.
+        """
+        if sum(map(len, self._record.problem.rows)) <= FLAT_UP_TO:
+            space = self._spaces.one_by_one
+            left_s = self._tree(space, self._evaluated(space), most_rows, self._record.raise_bound)
+        else:
+            kinds = self._spaces.many_as_one()
+            self._open_s = float("inf")
+            visit, decided = self._opened(kinds), self._spaces.num_first
+            left_s = self._tree(kinds, visit, most_rows, self._reached, decided)
+            left_s = min(left_s, self._open_s)
+        self._record.raise_bound(left_s)
+        return left_s >= self._record.best_s * (1 - 1e-9)
+
+    def _tree(
+        self,
+        space: Space,
+        visit: Callable[[Sequence[int], float], None],
+        most_rows: int,
+        reached: Callable[[float], None],
+        complete: int | None = None,
+    ) -> float:
+        calls = self._spaces.calls
+        room = space.room
+        tree = Tree(
+            self._spaces.windows,
+            space.items,
+            space.prices,
+            calls,
+            None if room.always_fits else lambda rows, depth: room.allows(rows, calls[: depth + 1]),
+            visit,
+            lambda: self._record.best_s,
+            lambda: self._record.expired,
+            complete,
+        )
+        return tree.run(most_rows, reached)
+
+    def _reached(self, bound_s: float) -> None:
+        self._record.raise_bound(min(bound_s, self._open_s))
+
+    def _evaluated(self, space: Space) -> Callable[[Sequence[int], float], None]:
+        """What to do with a choice of candidates: offload where memory asks for it, as little as does."""
+        record = self._record
+
+        def visit(row: Sequence[int], _: float) -> None:
+            members = [space.members[call][item] for call, item in enumerate(row)]
+            plain: Choice = tuple(group[0] for group in members)
+            record.evaluate(plain, record.best_s)
+            if all(len(group) == 1 for group in members) or not record.problem.overflow_bytes(plain):
+                return
+            for choice in product(*members):
+                if choice != plain:
+                    record.evaluate(choice, record.best_s)
+
+        return visit
+
+    def _opened(self, kinds: Space) -> Callable[[Sequence[int], float], None]:
+        """What to do with kinds of some calls: a tree over their candidates, and all of the other calls."""
+        flat, below = self._spaces.one_by_one, self._spaces.below(kinds)
+        every = [np.arange(len(items), dtype=np.int32) for items in flat.items]
+
+        def visit(row: Sequence[int], bound_s: float) -> None:
+            kept = [below[call][kind] if kind >= 0 else every[call] for call, kind in enumerate(row)]
+            space = self._spaces.only(flat, kept)
+            left_s = self._tree(space, self._evaluated(space), LEAF_ROWS, lambda _: None)
+            if left_s < self._record.best_s * (1 - 1e-9):
+                self._open_s = min(self._open_s, max(left_s, bound_s))
+
+        return visit
