@@ -45,10 +45,11 @@ from runtime.functions import FunctionTable
 from runtime.machine import check_pinnable, this_machine
 from runtime.metrics import MetricsChannel
 from runtime.monitor import Monitor
+from runtime.nvml import find_gpus
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
-from runtime.supported import check_runs
+from runtime.supported import check_cluster, check_runs
 from runtime.tracing import CHECKPOINT, merge_traces, read_status
 from runtime.worker import WorkerSpec, reporting_ranks, run_worker
 
@@ -164,6 +165,7 @@ def _with_iterations(plan: ExecutionPlan, iterations: int | None) -> ExecutionPl
 def _check_runnable(plan: ExecutionPlan) -> None:
     """What the ranks would stumble over, found before they start."""
     experiment = plan.experiment
+    check_cluster(plan.cluster, find_gpus() if torch.cuda.is_available() else None)
     for role, spec in experiment.models.items():
         check_runs(spec.shape, f"experiment: models.{role}")
         if not spec.has_weights:

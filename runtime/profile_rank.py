@@ -43,7 +43,7 @@ def fingerprint(quick: bool) -> str:
 def _versions() -> Mapping[str, str]:
     versions = {
         "realloc": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
         "python": platform.python_version(),
     }
     if torch.version.cuda is not None:

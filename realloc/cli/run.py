@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from realloc.cli.values import Commands, count, positive, seconds
-from realloc.errors import InputError
+from realloc.errors import InputError, ReallocError
 
 
 def add(commands: Commands) -> None:
@@ -77,11 +78,30 @@ def _run(arguments: argparse.Namespace) -> int:
         pin=arguments.pin,
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
+    if plan is not None:
+        _warn_of_other_device(plan)
     if arguments.resume is not None:
         resume_run(arguments.resume, plan, arguments.checkpoint, options)
     elif plan is not None:
         run_plan(plan, arguments.out if arguments.out is not None else Path("out") / plan.stem, options)
     return 0
+
+
+def _warn_of_other_device(path: Path) -> None:
+    """Says so where the plan's costs were measured elsewhere. A profile that is gone says nothing."""
+    from cost_models.profile import load_profile
+    from realloc.plan import read_plan
+    from runtime.profiler import found_device
+    from runtime.supported import other_device
+
+    try:
+        profile = load_profile(read_plan(path).cluster.device)
+    except ReallocError:
+        return  # the run itself says what is wrong with the plan; it needs no profile
+    if profile.provenance.source == "measured":
+        warning = other_device(profile.provenance.device, found_device())
+        if warning is not None:
+            print(f"realloc: warning: {warning}", file=sys.stderr)
 
 
 def _check_run(arguments: argparse.Namespace) -> None:
