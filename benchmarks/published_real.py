@@ -62,8 +62,8 @@ def real_profile(values: Values, estimator: Mapping[str, Any]) -> HardwareProfil
     """The authors' own constants for links, the profile's for everything else, and the parameters."""
     profile = with_share(load_profile(DEVICE), values["share"])
     intra, inter = profile.intra_node, profile.inter_node
-    within = float(estimator.get("p2p_intra_node_bytes_per_s", intra.bytes_per_s))
-    across = float(estimator.get("p2p_inter_node_bytes_per_s", inter.bytes_per_s))
+    within = number(estimator.get("p2p_intra_node_bytes_per_s")) or intra.bytes_per_s
+    across = number(estimator.get("p2p_inter_node_bytes_per_s")) or inter.bytes_per_s
     # rings at the authors' constant; ReaL's NCCL was not told to add up in the switch
     bus = max(
         row.bytes_per_s * (row.ranks - 1) / row.ranks * 2 for row in dict(intra.collectives)["all_reduce"]
@@ -99,16 +99,19 @@ class Real:
 
     def __init__(self, section: str, content: Mapping[str, Any], search_s: float) -> None:
         self.rows = rows_of(section, content, "heuristic_s")
-        self._estimator = content.get("estimator_constants_of_the_authors") or {}
+        given = content.get("estimator_constants_of_the_authors")
+        self._estimator = given if isinstance(given, dict) else {}
         self._plans = {
             match[1]: str(text)
             for key, text in content.items()
             if (match := re.fullmatch(r"example_plan_(\w+)", key))
         }
         self._splits = {
-            match[1]: (int(match[1].partition("_")[0]), split)
+            match[1]: split["heuristic"]
             for key, split in content.items()
-            if (match := re.fullmatch(r"split_at_gen_(\w+)", key)) and isinstance(split, dict)
+            if (match := re.fullmatch(r"split_at_gen_(\w+)", key))
+            and isinstance(split, dict)
+            and isinstance(split.get("heuristic"), dict)
         }
         self._search_s = search_s
 
@@ -121,9 +124,13 @@ class Real:
         assert row.measured is not None, "rows to fit on have a number"
         found = [Target(index, row.measured, lambda values: self.predict(row, values))]
         searched = number(row.fields.get("searched_s"))
-        if self._known_plan(row) is not None and searched is not None:
-            found.append(Target(index, searched, lambda values: self._known_s(row, values)))
-        return found
+        if self._known_plan(row) is None or searched is None:
+            return found
+        try:
+            self._known_s(row, {p.name: p.start for p in self.parameters})
+        except Unsupported:
+            return found  # the row's own report says why
+        return [*found, Target(index, searched, lambda values: self._known_s(row, values))]
 
     def more(self, row: Row, values: Values) -> Mapping[str, Any]:
         costs = self.costs(row, values)
@@ -146,14 +153,17 @@ class Real:
     def splits(self, values: Values) -> list[Mapping[str, Any]]:
         """Shares of the heuristic's seconds at the settings where they were published."""
         found: list[Mapping[str, Any]] = []
-        for name, (gen, split) in self._splits.items():
-            match = re.fullmatch(r"\d+_(\w+?)_(\w+?)_(\d+)gpus", name)
-            if match is None or "heuristic" not in split:
+        for name, measured in self._splits.items():
+            match = re.fullmatch(r"(\d+)_(\w+?)_(\w+?)_(\d+)gpus", name)
+            if match is None:
+                found.append({"split": name, "reason": "its name does not give the setting"})
                 continue
-            fields = {"actor": match[1], "critic": match[2], "gpus": int(match[3]), "gen": gen}
-            measured = split["heuristic"]
-            row = Row("split", fields, "check", float(measured.get("iteration_s", 1.0)))
-            found.append({**fields, "measured": dict(measured), "predicted": self._shares(row, values)})
+            fields = {"actor": match[2], "critic": match[3], "gpus": int(match[4]), "gen": int(match[1])}
+            row = Row("split", fields, "check", None)
+            try:
+                found.append({**fields, "measured": measured, "predicted": self._shares(row, values)})
+            except Unsupported as reason:
+                found.append({**fields, "reason": str(reason)})
         return found
 
     def _shares(self, row: Row, values: Values) -> Mapping[str, float]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from benchmarks.published_fit import Parameter, Target, Values
 from benchmarks.published_real import Real, iteration_s
-from benchmarks.published_rows import PREDICT, Row, Unsupported
+from benchmarks.published_rows import PREDICT, Row, Unsupported, number
 from planner.baselines import BASELINES
 
 OTHERS = {"deepspeed_chat": "deepspeed-chat", "openrlhf": "openrlhf", "verl": "verl", "megatron": "megatron"}
@@ -81,8 +81,8 @@ def _seconds(section: str, content: Mapping[str, Any], text: str) -> list[tuple[
         if steps is None:
             raise Unsupported(f"{section}: hours of an unknown number of steps")
         count = int(steps[1]) * int(steps[2])
-        return [(name, value * 3600 / count) for name, value in hours.items()]
+        return [(name, value * 3600 / count) for name, given in hours.items() if (value := number(given))]
     seconds = content.get("seconds")
-    if isinstance(seconds, dict) and "total" in seconds:
-        return [(section.partition("_")[0], float(seconds["total"]))]
+    if isinstance(seconds, dict) and (total := number(seconds.get("total"))):
+        return [(section.partition("_")[0], total)]
     raise Unsupported(f"{section}: neither hours nor total seconds")

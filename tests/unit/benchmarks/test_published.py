@@ -124,6 +124,15 @@ def test_decoding_in_eight_shards_is_mostly_messages_as_was_measured():
     assert predicted["idle"] == pytest.approx(0.05, abs=0.04)
 
 
+def test_a_split_or_plan_that_cannot_be_read_leaves_the_rows_alone():
+    split = {"heuristic": {"compute": 0.4}}
+    system, row = real(
+        split_at_gen_128_9b_7b_8gpus=split, split_at_gen_x=split, example_plan_7b_7b_8gpus="all GPUs d8"
+    )
+    assert [sorted(found)[-1] for found in system.splits(DEFAULTS)] == ["reason", "split"]
+    assert len(system.targets(row, 0)) == 1
+
+
 def test_a_published_plan_is_read_and_priced():
     system, row = real(example_plan_7b_7b_8gpus=EXAMPLE)
     costs = system.costs(row, DEFAULTS)
