@@ -14,7 +14,7 @@ from planner.candidates import Candidate, CandidateSet
 from planner.costs import Costs, Memory, MoveCosts
 from planner.memory import worst_gpu
 from planner.precedence import Precedence
-from planner.rows import Row, load, version_cycles
+from planner.rows import Row, call_order, load, version_cycles
 from planner.simulator import precedence_of
 from planner.structure import Schedule, Structure, best_order, steady_order
 from realloc.augmented import (
@@ -79,7 +79,7 @@ class Problem:
             for i, candidates in enumerate(self.candidates)
         )
         self.cycles = version_cycles(len(graph.calls), self._edges, self._users)
-        self.call_order = self._topological()
+        self.call_order = call_order(len(graph.calls), self._edges, self._users)
         self._structures: dict[tuple[int, ...], Structure] = {}
         self._transfer_s: dict[tuple[int, int, int], float] = {}
         self._reallocate_s: dict[tuple[int, int, int], float] = {}
@@ -110,21 +110,6 @@ class Problem:
             candidate.option.working_bytes + (state if offload else 0),
             max(1, parameters) if offload else 0,
         )
-
-    def _topological(self) -> list[int]:
-        """Calls in an order that data edges and parameter versions allow, near the graph's own."""
-        waits: dict[int, set[int]] = {i: set() for i in range(len(self.graph.calls))}
-        for src, dst, _ in self._edges:
-            waits[dst].add(src)
-        for user, trainer in self._users:
-            waits[trainer].add(user)
-        order: list[int] = []
-        while waits:
-            free = [i for i, before in waits.items() if not before & waits.keys()]
-            assert free, "the graph was checked to be acyclic"
-            order.append(free[0])
-            del waits[free[0]]
-        return order
 
     @cached_property
     def with_layout(self) -> tuple[Mapping[int, Sequence[int]], ...]:

@@ -193,6 +193,8 @@ def _rejections(result: SearchResult) -> str:
 def _search(result: SearchResult) -> str:
     last = result.history[-1] if result.history else None
     found = f"; the plan was found after {last.elapsed_s:.2f} s" if last else ""
+    if result.interrupted:
+        found += "; interrupted: this is the best plan so far"
     return (
         f"Search: method {result.method}, {result.evaluated:,} of {result.num_plans:.3g} plans looked at "
         f"in {result.elapsed_s:.2f} s{found}."
@@ -247,6 +249,7 @@ def report_json(result: SearchResult) -> str:
             "plans": result.num_plans,
             "evaluated": result.evaluated,
             "elapsed_s": result.elapsed_s,
+            "interrupted": result.interrupted,
             "history": [vars(item) for item in result.history],
         },
     }

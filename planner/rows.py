@@ -63,3 +63,21 @@ def version_cycles(
             stack += [(*path, after) for after in successors.get(path[-1], ()) if after not in path]
     # a path within a longer one says nothing more
     return tuple(p for p in found if not any(p != q and set(p) <= set(q) for q in found))
+
+
+def call_order(
+    num_calls: int, edges: Sequence[tuple[int, int, tuple[str, ...]]], users: Sequence[tuple[int, int]]
+) -> list[int]:
+    """Calls in an order that data edges and parameter versions allow, near the graph's own."""
+    waits: dict[int, set[int]] = {i: set() for i in range(num_calls)}
+    for src, dst, _ in edges:
+        waits[dst].add(src)
+    for user, trainer in users:
+        waits[trainer].add(user)
+    order: list[int] = []
+    while waits:
+        free = [i for i, before in waits.items() if not before & waits.keys()]
+        assert free, "the graph was checked to be acyclic"
+        order.append(free[0])
+        del waits[free[0]]
+    return order

@@ -19,7 +19,7 @@ from planner.search.prover import Prover
 from planner.search.space import Spaces
 
 EXHAUSTIVE_UP_TO = 4000
-PROOF_ROWS = 12_000_000
+PROOF_ROWS = 6_000_000
 """Partial choices that branch and bound looks at before walks begin."""
 STARTS = 24
 MOVES_PER_CALL = 600

@@ -39,7 +39,7 @@ def test_ppo_on_two_gpus_reaches_the_optimum(seed):
 @pytest.mark.parametrize("method", ["auto", "greedy", "mcmc"])
 def test_methods_are_sound_and_repeat_themselves(method):
     def search(seed: int):
-        problem = make_problem(ppo_graph(), Cluster(2, 4, "x"), 7)
+        problem = make_problem(ppo_graph(), Cluster(2, 2, "x"), 7)
         if method == "mcmc":
             return mcmc(problem, LONG_S, seed, num_moves=1500)
         return methods()[method](problem, LONG_S, seed)
