@@ -91,7 +91,7 @@ def first_fit(
             nearest = found
     where = f"{name} on {cluster}"
     if nearest is None:
-        raise InfeasibleError(f"{where}: not possible: {reasons[0] if reasons else 'no way to place it'}.")
+        raise InfeasibleError(f"{where}: not possible: {reasons[0]}.")
     raise InfeasibleError(
         f"{where}: does not fit: the way that comes nearest needs {gib(nearest.total_bytes)} on GPU "
         f"{nearest.gpu} while {nearest.call} runs ({describe_bytes(nearest.by_cause)}), but only "

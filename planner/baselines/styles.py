@@ -9,7 +9,7 @@ from itertools import product
 
 from cost_models.model import CostModel
 from planner.baselines.degrees import all_gpus, divisors, model_parallel, split, zero
-from planner.baselines.fit import MakeStep, Step, first_fit, variants
+from planner.baselines.fit import Cannot, MakeStep, Step, first_fit, variants
 from planner.baselines.groups import role_groups
 from realloc.augmented import Placement
 from realloc.cluster import Cluster
@@ -106,7 +106,12 @@ def _openrlhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Map
     steps = _Steps(experiment, cluster, costs)
     found = [role_groups(costs, shared) for shared in (False, True)]
 
+    def too_few() -> Step:
+        raise Cannot(f"{cluster.num_gpus} GPUs are fewer than the groups of generation and roles")
+
     def ladder() -> Iterator[MakeStep]:
+        if not any(found):
+            yield too_few
         for meshes in found:
             for offload in (0, 2) if meshes is not None else ():
                 for waves, tp in product((False, True), divisors(cluster.gpus_per_node)):
@@ -136,7 +141,6 @@ def _verl(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping
 
 def _realhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
     steps = _Steps(experiment, cluster, costs)
-
     rule = partial(steps.megatron, tp=cluster.gpus_per_node, pp=cluster.num_nodes)
 
     def ladder() -> Iterator[MakeStep]:

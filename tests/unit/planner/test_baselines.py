@@ -111,6 +111,13 @@ def test_a_rule_that_cannot_fit_says_by_how_much():
         placed("deepspeed-chat", experiment("llama-7b", "llama-7b"), Cluster(64, 8, "h100-sxm"))
 
 
+def test_groups_need_a_gpu_each():
+    with pytest.raises(
+        InfeasibleError, match="openrlhf on .*: not possible: 2 GPUs are fewer than the groups"
+    ):
+        placed("openrlhf", experiment("qwen2.5-0.5b", "qwen2.5-0.5b"), Cluster(1, 2, "h200"))
+
+
 def test_the_heuristic_of_realhf_recomputes_and_keeps_frozen_models_in_host_memory():
     made, cluster = CASES["one node"]
     costs, placements = placed("realhf-heuristic", made, cluster)
