@@ -196,6 +196,30 @@ def test_slots_are_bounded_and_never_idle_while_sequences_wait(
     assert live == [2] * 11 + [1] * 2
 
 
+def test_several_sequences_enter_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered: list[int] = []
+    step = RolloutDecoder.step
+
+    def counted(self: RolloutDecoder, x: torch.Tensor, prefill: Any, decode: Any, cache: Any) -> torch.Tensor:
+        entered.extend(() if prefill is None else [len(prefill.packed.lengths)])
+        return step(self, x, prefill, decode, cache)
+
+    monkeypatch.setattr(RolloutDecoder, "step", counted)
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    lengths, limits = (3,) * 21, [1 + 5 * i % 13 for i in range(21)]
+    result = run(decoder, random_tokens(decoder.shape, lengths), lengths, limits=limits, micro_batches=3)
+    assert result.response_lengths == tuple(limits)
+    # 7 slots: the first fill them; then one at a time, since a quarter of 7 is less than two
+    assert entered[0] == 7
+    assert min(entered) == 1
+    entered.clear()
+    wide = run(decoder, random_tokens(decoder.shape, lengths), lengths, limits=limits, micro_batches=2)
+    assert torch.equal(wide.tokens, result.tokens)  # type: ignore[arg-type]
+    # 11 slots: two at a time, as long as two wait
+    assert entered[0] == 11
+    assert min(entered[1:-1]) >= 2
+
+
 @pytest.mark.parametrize("micro_batches", [1, 2, 4])
 def test_samples_of_a_prompt_share_its_computation(
     micro_batches: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
