@@ -1,7 +1,7 @@
 """What of a call is communication: seconds of collectives and receptions, by what they are for.
 
 While a call runs, the blocking functions of torch.distributed are replaced by ones that look at the
-clock as well, so that nobody who communicates knows of it. A reading costs half a microsecond, the
+clock as well, so that nobody who communicates knows of it. A reading costs a microsecond, the
 fastest collective a hundred. Only where these functions block the host is the time that of the
 communication: on a GPU they return at once, and nothing is timed.
 """
@@ -83,14 +83,21 @@ class Stopwatch:
             term = self._terms.get(kwargs.get("group"))
             if term is None:
                 return function(*args, **kwargs)
-            with self.timed(term):
-                return function(*args, **kwargs)
+            return self._run(term, function, args, kwargs)
 
         return timing
 
     def _receiving(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def receiving(*args: Any, **kwargs: Any) -> Any:
-            with self.timed("pipeline"):
-                return function(*args, **kwargs)
+            return self._run("pipeline", function, args, kwargs)
 
         return receiving
+
+    def _run(self, term: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """`timed` for what nothing is timed within: a third of its price, for decoding's many."""
+        start = perf_counter()
+        result = function(*args, **kwargs)
+        spent = perf_counter() - start
+        self._seconds[term] = self._seconds.get(term, 0.0) + spent
+        self._inside += spent
+        return result
