@@ -11,6 +11,7 @@ from cost_models.memory import optimizer_bytes
 from cost_models.profile import Attention, load_profile
 from tests.unit.cost_models.cases import cost_model, experiment, place, profile
 
+CALLS = ("critic_inf", "ref_inf", "critic_train")
 LLAMA_7B = 6_738_415_616
 """Parameters of LLaMA-7B, as its authors publish them (6.7B): 32 layers, 2 tables of 32000 x 4096."""
 
@@ -123,6 +124,15 @@ def test_logits_and_the_gradient_of_the_head_by_hand():
 def test_gpipe_keeps_the_logits_of_all_micro_batches():
     kept, one = (head_phase(f"d1t1p2m4{schedule}", 64, 4)["logits"] for schedule in ("+gpipe", ""))
     assert kept - one == 3 * 4 * 64 * 32000
+
+
+def test_parameters_that_come_from_another_layout_are_staged():
+    """In a bounded buffer that is gone when calls run: it counts where their working sets are smaller."""
+    model = cost_model(experiment(sequences=1, prompt=1, response=1), profile())
+    staged = {name: model.call_memory(model.graph.by_name[name], place("d1t1p1")).working for name in CALLS}
+    assert staged["critic_inf"] == {"reallocation": 256 << 20}
+    assert "reallocation" not in staged["ref_inf"]  # frozen
+    assert "reallocation" not in staged["critic_train"]
 
 
 def test_zero_3_holds_the_unit_at_work_and_a_buffer_for_its_exchange():

@@ -8,7 +8,7 @@ import pytest
 
 from cost_models.curve import Curve
 from cost_models.link import Link
-from cost_models.profile import load_profile
+from cost_models.profile import Attention, load_profile
 from realloc.augmented import NodeKind, Placement, augment
 from realloc.errors import InputError
 from realloc.mesh import DeviceMesh
@@ -37,6 +37,18 @@ def test_reallocation_pays_latency_for_its_messages():
     pair = place("d1t1p1"), place("d1t1p1", 1)
     extra = slow.reallocate_s("actor", *pair) - quick.reallocate_s("actor", *pair)
     assert extra == pytest.approx(1e-3 * (32 * 9 + 3 + 1))  # one for each parameter, norms too few to matter
+
+
+def test_ranks_of_a_cpu_host_read_each_others_memory():
+    """Memory of 100 GB/s, where messages would take 10: what is received is read and written once."""
+    cpu = profile(attention=Attention(1.0, 0.0, True))
+    model = cost_model(experiment(), cpu, nodes=2)
+    words = 2 * 1e-3  # ready, done
+    assert model.reallocate_s("actor", place("d1t1p1"), place("d1t1p1", 1)) == pytest.approx(
+        2 * BYTES / 1e11 + words
+    )
+    # another host's memory cannot be read
+    assert model.reallocate_s("actor", place("d1t1p1"), place("d1t1p1", 8)) > BYTES / 1e9
 
 
 def test_reallocation_between_nodes_uses_the_slow_link():
