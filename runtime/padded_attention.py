@@ -23,7 +23,7 @@ PADDING = 0.25
 """What a bucket may hold of padded positions, as a share of its sequences' pairs of tokens."""
 FREE = 1 << 12
 """Attention weights that take about as long as one more bucket's calls."""
-MAX_WEIGHTS = 1 << 21
+MAX_WEIGHTS = 1 << 19
 """Attention weights of one bucket (sequences x heads x length^2), so that they stay in the cache."""
 
 
