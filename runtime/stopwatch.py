@@ -65,6 +65,7 @@ class Stopwatch:
             context.dp_group: "dp_communication",
             context.tp_group: "tp_communication",
         }
+        self._terms.pop(None, None)  # groups of one rank, and the whole world's
         names = COLLECTIVES if context.mesh.size > 1 else ()
         own = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
         replaced = {name: self._timing(function) for name, function in own.items()}
