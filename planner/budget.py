@@ -73,7 +73,8 @@ def reasons(best: Assessment, other: Assessment, most: int = 4) -> tuple[str, ..
         if grown <= max(worth, 1e-9):
             break
         if cause.kind == "idle":
-            share = f"{other.idle_share:.0%} of the time instead of {best.idle_share:.0%}"
+            digits = 0 if abs(other.idle_share - best.idle_share) >= 0.01 else 1
+            share = f"{other.idle_share:.{digits}%} of the time instead of {best.idle_share:.{digits}%}"
             found.append(f"GPUs idle {share}: {grown:+.3g} s")
         else:
             found.append(f"{cause.name} {grown:+.3g} s")

@@ -16,6 +16,8 @@ from planner.words import paragraph, seconds, share
 from realloc.augmented import NodeKind
 from realloc.strategy import strategy_content
 
+NOTHING = 1e-4
+"""Shares of an iteration below this are not worth a number."""
 TERM = 0.03
 """Terms below this share of a call are not worth a word."""
 
@@ -81,7 +83,7 @@ def _split(found: Explanation) -> str:
                 str(call.placement.mesh),
                 f"{time.seconds:.4g}",
                 *(f"{time.kinds[kind]:.3g}" if time.kinds[kind] else "-" for kind in KINDS),
-                f"{time.waiting_s:.3g}" if time.waiting_s > 1e-9 else "-",
+                f"{time.waiting_s:.3g}" if time.waiting_s > NOTHING * a.iteration_s else "-",
                 "critical" if call.critical else f"{time.slack_s:.3g}",
             )
         )

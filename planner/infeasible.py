@@ -135,8 +135,11 @@ def remedy(causes: Mapping[str, int]) -> str:
     """What to change, given the bytes by cause that do not fit."""
     resident = sum(causes.get(name, 0) for name in ("parameters", "gradients", "optimizer"))
     if 2 * resident > sum(causes.values()):
-        return "use more or larger GPUs, or a smaller model"
-    return "use more GPUs, fewer sequences per iteration, shorter sequences, or more mini-batches"
+        return "use more or larger GPUs (`realloc fit` says how many), or a smaller model"
+    return (
+        "use more GPUs (`realloc fit` says how many), fewer sequences per iteration, shorter sequences, or "
+        "more mini-batches"
+    )
 
 
 def describe_bytes(causes: Mapping[str, int]) -> str:

@@ -7,7 +7,7 @@ from html import escape
 
 from planner.assess import Assessment
 from planner.explain import Explanation
-from planner.explain_text import call_sentences, costs_text, memory_sentences, pace_sentences
+from planner.explain_text import NOTHING, call_sentences, costs_text, memory_sentences, pace_sentences
 from planner.options import gib
 from planner.page import colours as palette
 from planner.page.cluster_map import cluster_map
@@ -132,7 +132,7 @@ def _placements(found: Explanation, trace: Trace | None) -> str:
         row.append(seconds(call.time.seconds))
         row += [seconds(measured[call.name]) if call.name in measured else "-"] if trace is not None else []
         row += [
-            seconds(call.time.waiting_s) if call.time.waiting_s > 1e-9 else "-",
+            seconds(call.time.waiting_s) if call.time.waiting_s > NOTHING * a.iteration_s else "-",
             "critical" if call.critical else seconds(call.time.slack_s),
             gib(call.own_bytes),
             cost,

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from realloc.augmented import Placement
 from realloc.clauses import Clauses
@@ -169,3 +170,13 @@ def test_plans_are_held_to_constraints_and_carry_them(tmp_path: Path) -> None:
         read_plan(write(tmp_path / "bad.yaml", content))
     assert "placements.rew_inf: node1:gpu[0-3] d2t2p1m4" in str(caught.value)
     assert "roles.reward.tp 1" in str(caught.value)
+
+
+def test_the_documented_example_is_one() -> None:
+    text = (Path(__file__).parents[3] / "docs" / "planning.md").read_text()
+    example = yaml.safe_load(text.split("```yaml")[1].split("```")[0])
+    constraints = parse_constraints(Reader(example["constraints"], "docs"))
+    assert constraints_content(constraints) == example["constraints"] | {
+        "roles": {"reward": {"mesh": "node1"}},
+    }
+    assert len(constraints.calls) == 2
