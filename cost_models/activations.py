@@ -207,8 +207,10 @@ def _head_phase(at: StagePass, kept: float, waiting: float) -> Phase:
         # products on CPUs copy what is transposed; narrow parameters want narrow gradients
         copied = width * chunk if at.costs.is_cpu or width < GRADIENT_BYTES else 0.0
         phase["logits"] = GRADIENT_BYTES * (passes * logits if logits <= LOGITS_KEPT else chunk) + copied
-        # what one chunk adds to the gradient, which under ZeRO 2 and 3 is not yet in its place
-        phase[IN_FLIGHT] = (width + (GRADIENT_BYTES if strategy.zero >= 2 else 0)) * at.table
+        # what one chunk adds to the gradient, which under ZeRO 2 and 3 is not yet in its place; CPUs widen
+        # it first
+        widened = at.costs.is_cpu and width < GRADIENT_BYTES
+        phase[IN_FLIGHT] = (width + GRADIENT_BYTES * ((strategy.zero >= 2) + widened)) * at.table
     if strategy.zero == 3:
         whole = at.units[-1] + (at.units[0] if at.ties else 0)
         received = width * (max(at.units) + -(-max(at.units) // strategy.dp))
