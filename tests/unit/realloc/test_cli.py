@@ -117,7 +117,7 @@ def test_search_writes_a_plan_that_is_read_back(
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     assert "actor_train" in printed
-    assert printed.endswith(f"Wrote {output}; run it with: realloc run {output}\n")
+    assert f"\nWrote {output}; run it with: realloc run {output}\n" in printed
     plan = read_plan(output)
     assert plan.cluster.num_gpus == 2
     assert plan.predictions is not None
