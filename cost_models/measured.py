@@ -27,10 +27,10 @@ _RELATED: Mapping[str, tuple[str, ...]] = {
     "prefill": ("inference", "forward"),
     "inference": ("forward", "prefill"),
     "forward": ("inference",),
-    "backward": ("forward",),
-    "weight": ("backward",),
-    "selective": ("full", "forward"),
-    "full": ("selective", "forward"),
+    "backward": ("forward", "inference"),
+    "weight": ("backward", "forward", "inference"),
+    "selective": ("full", "forward", "inference"),
+    "full": ("selective", "forward", "inference"),
 }
 _FORWARD: Mapping[Pass, str] = {
     Pass.TRAIN: "forward",

@@ -226,6 +226,7 @@ def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> li
             if call.kind is CallKind.GENERATE:
                 continue
             of = call_signature(call.name, str(call.loss or call.output))
+            _say(1, 1, of)
             for sequences, micro_batches in sorted({(max(1, whole // 4), 1), (whole, 1), (whole, 4)}):
                 if sequences < micro_batches * call.mini_batches:
                     continue
