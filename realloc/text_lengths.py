@@ -20,7 +20,7 @@ MOST_ROWS = 10_000
 
 @dataclass(frozen=True)
 class TextLengths:
-    """What there is to measure: a model's folder and a file with its columns, None where not given.
+    """What there is to measure: a model's folder and a file with its columns, where they are given.
 
     `where` is the workload that asks, for messages. Both methods raise InputError, naming what is
     missing or the line that is wrong.
@@ -30,7 +30,7 @@ class TextLengths:
     folder: str | None
     path: str | None = None
     prompt: str | None = None
-    response: str | None = None
+    responses_in: tuple[str, ...] = ()
 
     def prompts(self, longest: int | None) -> Mapping[int, int]:
         """Tokens -> how many prompts have so many; longer ones are left out, as a run leaves them out."""
@@ -52,14 +52,18 @@ class TextLengths:
 
         A response that begins with its prompt is taken for the whole text.
         """
-        if self.path is None or self.prompt is None or self.response is None or self.folder is None:
+        if self.path is None or self.prompt is None or not self.responses_in or self.folder is None:
             raise InputError(
                 f"{self.where}.response_tokens: only data with responses (data.response) can be measured; "
                 f"those that a model samples are known after a run: realloc lengths RUN."
             )
         path = Path(self.path)
-        prompts, texts = _texts(path, self.prompt), _texts(path, self.response)
-        alone = [text.removeprefix(prompt) for prompt, text in zip(prompts, texts, strict=True)]
+        prompts = _texts(path, self.prompt)
+        alone = [
+            text.removeprefix(prompt)
+            for column in self.responses_in
+            for prompt, text in zip(prompts, _texts(path, column), strict=True)
+        ]
         found = (n + 1 for n in _lengths(alone, self.folder, special_tokens=False))
         return Counter(n if longest is None else min(n, longest) for n in found)
 
