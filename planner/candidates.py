@@ -80,8 +80,7 @@ def build_candidates(
 ) -> CandidateSet:
     """The candidates of every call that fit into `capacity_bytes` on their own.
 
-    Raises InfeasibleError when a call fits nowhere, or nowhere that the experiment's constraints allow,
-    and InputError when these contradict each other.
+    Raises InfeasibleError when a call fits nowhere, or nowhere that the experiment's constraints allow.
     """
     limits = limits or Limits()
     rejections = Rejections()

@@ -129,7 +129,7 @@ def _losses(before: Assessment, after: Assessment) -> tuple[str, ...]:
     total = sum(grown for grown in growth.values() if grown > 0)
     found = []
     for cause, grown in sorted(growth.items(), key=lambda item: -item[1])[:3]:
-        if grown < 0.15 * total:
+        if grown <= 0 or grown < 0.15 * total:
             break
         if cause.kind == "idle":
             found.append(f"GPUs idle {after.idle_share:.0%} of the time ({before.idle_share:.0%} before)")

@@ -26,7 +26,7 @@ Permits = Callable[[Strategy], bool]
 class Permitted:
     """What the constraints of an experiment permit; everything where there are none.
 
-    Raises InputError for constraints that contradict each other.
+    Raises InfeasibleError for constraints that contradict each other.
     """
 
     def __init__(self, experiment: Experiment, graph: DataflowGraph, cluster: Cluster) -> None:

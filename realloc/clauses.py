@@ -15,7 +15,7 @@ from realloc.augmented import Placement
 from realloc.cluster import Cluster
 from realloc.constraints import DEGREES, Allowed, Constraints, Rule
 from realloc.dataflow import CallKind, DataflowGraph
-from realloc.errors import InputError
+from realloc.errors import InfeasibleError
 from realloc.mesh import DeviceMesh, parse_mesh
 from realloc.strategy import Strategy, inconsistent, uses
 
@@ -99,7 +99,7 @@ class Clause:
 
 
 class Clauses:
-    """The clauses of every call. Raises InputError when clauses of a call contradict each other."""
+    """The clauses of every call. Raises InfeasibleError when clauses of a call contradict each other."""
 
     def __init__(
         self, constraints: Constraints, graph: DataflowGraph, cluster: Cluster, where: str = "constraints"
@@ -153,8 +153,8 @@ class Clauses:
         for number in (1, 2, 3):
             for some in combinations(clauses, number):
                 if not any(all(clause.allows(p) for clause in some) for p in possible):
-                    raise InputError(f"{self._where}: {call}: {_contradiction(some)}")
-        raise InputError(f"{self._where}: {call}: {_contradiction(clauses)}")
+                    raise InfeasibleError(f"{self._where}: {call}: {_contradiction(some)}")
+        raise InfeasibleError(f"{self._where}: {call}: {_contradiction(clauses)}")
 
 
 def _contradiction(clauses: Sequence[Clause]) -> str:

@@ -68,7 +68,7 @@ class ExecutionPlan:
     def check(self, where: str = "plan") -> None:
         """Proves that the plan can run on its cluster and as its experiment wants it, memory aside.
 
-        Raises PlanError, and InputError for constraints that contradict each other.
+        Raises PlanError, and InfeasibleError for constraints that contradict each other.
         """
         clauses = Clauses(self.experiment.constraints, self.graph, self.cluster, f"{where}: constraints")
         for call in self.graph.calls:

@@ -18,9 +18,12 @@ from planner.baselines import BASELINES
 from planner.fit import Fit, fit, sizes
 from planner.fit_plot import fit_plot
 from planner.fit_text import fit_json, fit_text
+from realloc.clauses import Clauses
 from realloc.cluster import Cluster
+from realloc.constraints import parse_constraints
 from realloc.errors import InfeasibleError
 from realloc.experiment import Experiment, read_experiment
+from realloc.files import Reader
 from realloc.plan import ExecutionPlan
 
 RECIPE = Path(__file__).parents[3] / "experiments" / "recipes" / "ppo_llama7b_16xh100.yaml"
@@ -116,6 +119,21 @@ def test_a_plan_that_gets_no_faster_is_kept() -> None:
     assert last.kept == 16
     assert last.iteration_s == pytest.approx(next(p.iteration_s for p in found.points if p.num_gpus == 16))
     assert "no faster; the plan for 16 GPUs is still the best found" in fit_text(found)
+
+
+def test_constraints_that_small_clusters_cannot_meet_are_told_size_by_size() -> None:
+    content = {"calls": {"actor_gen": {"tp": 8}, "rew_inf": {"mesh": "node1"}}}
+    constraints = parse_constraints(Reader(content, "constraints"))
+    experiment = replace(read_experiment(RECIPE), constraints=constraints)
+
+    def checked(experiment: Experiment, cluster: Cluster) -> ExecutionPlan:
+        Clauses(experiment.constraints, experiment.graph(), cluster)
+        return megatron(experiment, cluster)
+
+    found = fit(experiment, CLUSTER, 16, checked)
+    assert [point.assessment is None for point in found.points] == [True, True, True, True, False]
+    assert "calls.actor_gen.tp 8 leaves nothing to choose" in found.points[0].why[0]
+    assert "lies outside the cluster" in found.points[3].why[0]
 
 
 def test_nothing_fits() -> None:
