@@ -124,9 +124,12 @@ def make_groups(placements: Iterable[Placement], rank: int, timeout: timedelta) 
     how many groups a rank has, which differs between ranks here.
     """
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+    channels = Channels()
     for placement in placements:
+        if placement.strategy.pp > 1 and not channels.groups:
+            channels = make_channels(timeout)
         for ranks in group_ranks(placement):
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), timeout=timeout)
     own = {ranks: group for ranks, group in made.items() if rank in ranks}
-    return Groups(rank, own, make_channels(timeout))
+    return Groups(rank, own, channels)
