@@ -107,10 +107,9 @@ def _point(experiment: Experiment, cluster: Cluster, before: Point | None, searc
     except (InfeasibleError, PlanError) as error:  # no plan, or a constraint names GPUs that are not there
         return Point(cluster, None, (str(error),))
     kept = None
-    same_nodes = before is not None and before.cluster.gpus_per_node == cluster.gpus_per_node
-    if before is not None and before.assessment is not None and same_nodes:
-        smaller = Assessment(replace(before.assessment.plan, cluster=cluster))
-        if smaller.iteration_s <= found.iteration_s:
+    if before is not None and before.assessment is not None:
+        smaller = _on_first_gpus(before.assessment.plan, cluster)
+        if smaller is not None and smaller.iteration_s <= found.iteration_s:
             found, kept = smaller, before.kept or before.num_gpus
     if before is None or before.assessment is None:
         return Point(cluster, found, (), kept)
@@ -118,6 +117,17 @@ def _point(experiment: Experiment, cluster: Cluster, before: Point | None, searc
     if _efficiency(before, point) < WORTH:
         return replace(point, why=_losses(before.assessment, found))
     return point
+
+
+def _on_first_gpus(plan: ExecutionPlan, cluster: Cluster) -> Assessment | None:
+    """A smaller cluster's plan on the first GPUs of a larger one; None where its meshes are none there."""
+    node = cluster.gpus_per_node
+    if node % plan.cluster.gpus_per_node:
+        return None
+    placements = {
+        name: replace(p, mesh=replace(p.mesh, gpus_per_node=node)) for name, p in plan.placements.items()
+    }
+    return Assessment(replace(plan, cluster=cluster, placements=placements))
 
 
 def _losses(before: Assessment, after: Assessment) -> tuple[str, ...]:

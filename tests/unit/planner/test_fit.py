@@ -25,6 +25,7 @@ from realloc.errors import InfeasibleError
 from realloc.experiment import Experiment, read_experiment
 from realloc.files import Reader
 from realloc.plan import ExecutionPlan
+from realloc.strategy import Strategy
 
 RECIPE = Path(__file__).parents[3] / "experiments" / "recipes" / "ppo_llama7b_16xh100.yaml"
 CLUSTER = Cluster(2, 8, "h100-sxm")
@@ -61,7 +62,7 @@ def test_points(found: Fit) -> None:
     assert "fit" in found.points[0].why[0]
     for before, after in pairwise(fitting):
         # a larger cluster is never slower: it can run the smaller one's plan
-        if before.cluster.gpus_per_node == after.cluster.gpus_per_node:
+        if after.cluster.gpus_per_node % before.cluster.gpus_per_node == 0:
             assert (after.iteration_s or 0.0) <= (before.iteration_s or 0.0) * (1 + 1e-9)
     point = fitting[-1]
     assert point.iteration_s is not None
@@ -134,6 +135,29 @@ def test_constraints_that_small_clusters_cannot_meet_are_told_size_by_size() -> 
     assert [point.assessment is None for point in found.points] == [True, True, True, True, False]
     assert "calls.actor_gen.tp 8 leaves nothing to choose" in found.points[0].why[0]
     assert "lies outside the cluster" in found.points[3].why[0]
+
+
+def test_a_slice_can_keep_the_plan_of_a_smaller_one() -> None:
+    experiment = read_experiment(RECIPE)
+
+    def lazy(experiment: Experiment, cluster: Cluster) -> ExecutionPlan:
+        """Finds something worse on eight GPUs than on four."""
+        if cluster.num_gpus < 8:
+            return megatron(experiment, cluster)
+        plan = megatron(experiment, cluster)
+        slow = {
+            name: replace(p, strategy=Strategy(tp=8, micro_batches=64)) for name, p in plan.placements.items()
+        }
+        return ExecutionPlan(experiment, cluster, slow)
+
+    found = fit(experiment, Cluster(1, 8, "h100-sxm"), 8, lazy)
+    four, eight = found.points[-2:]
+    assert four.iteration_s is not None
+    assert eight.kept == 4
+    assert eight.iteration_s == pytest.approx(four.iteration_s)
+    assert eight.assessment is not None
+    eight.assessment.plan.check()
+    assert str(eight.assessment.plan.placements["actor_gen"].mesh) == "node0:gpu[0-3]"
 
 
 def test_nothing_fits() -> None:
