@@ -64,7 +64,7 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
     if ranks > 1:
         dist.barrier()
     if rank == 0:
-        result = _alone(clock, budget, device, len(local))
+        result = _alone(bench.Clock(device, budget, alone=True), budget, device, len(local))
         result |= {"ranks": ranks, "nodes": len(hosts)}
     if ranks > 1:
         dist.barrier()
