@@ -61,13 +61,17 @@ def transfer_s(
     """Seconds to bring data from the last stage of `src` to first and last stage of `dst`.
 
     Every reading rank gets its replica's sequences from the writing ranks, one message from each
-    replica of `src` that has some of them; a message with the lengths comes before.
+    replica of `src` that has some of them. Where it has written a share itself, that one stays: the
+    replicas are balanced by other lengths on either side, so what it holds is one replica's part of what
+    it needs. Ranks that were not in `src` are told the lengths first.
     """
     writers = src.strategy.dp * src.strategy.tp
     readers = dst.strategy.dp * dst.strategy.tp * min(2, dst.strategy.pp)
     received_sequences = sequences / dst.strategy.dp
-    messages_in = min(src.strategy.dp, max(1.0, received_sequences))
-    received = received_sequences * bytes_per_sequence
+    is_inside = src.mesh.first <= dst.mesh.first and dst.mesh.ranks[-1] <= src.mesh.ranks[-1]
+    own = 1 if is_inside and src.strategy.pp == 1 else 0
+    messages_in = min(src.strategy.dp - own, max(1.0, received_sequences))
+    received = received_sequences * bytes_per_sequence * (1 - own / src.strategy.dp)
     sent = received * readers / writers
     messages_out = messages_in * readers / writers
     meshes = (src.mesh, dst.mesh)
@@ -77,7 +81,8 @@ def transfer_s(
         seconds = link.message_s(received + sent, messages_in + messages_out)
     else:
         seconds = link.message_s(max(received, sent), max(messages_in, messages_out))
-    seconds += link.message_s(8.0 * sequences)
+    if not is_inside:
+        seconds += link.message_s(8.0 * sequences)
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
     return seconds * _pair_contention(profile, ranks)
 

@@ -73,6 +73,18 @@ def test_transfer_by_hand():
     assert model.transfer_s(("tokens",), place("d1t1p1"), place("d1t1p1", 1)) == pytest.approx(expected)
 
 
+def test_what_a_rank_has_written_stays_with_it():
+    model = cost_model(
+        experiment(sequences=1000, prompt=100, response=100), profile(intra_node=Link(1e-3, 1e6))
+    )
+    # two replicas on the same ranks: half of a replica's 500 sequences come from the other, as many go
+    # there; nobody has to be told the lengths
+    expected = 2 * (1e-3 + 250 * 200 * 8 / 1e6)
+    assert model.transfer_s(("tokens",), place("d2t1p1"), place("d2t1p1")) == pytest.approx(expected)
+    # every rank of one replica has everything
+    assert model.transfer_s(("tokens",), place("d1t4p1"), place("d4t1p1")) == 0.0
+
+
 def test_transfers_grow_with_keys_and_readers():
     model = cost_model(experiment(), profile(intra_node=Link(0.0, 1e6)))
     one = model.transfer_s(("tokens",), place("d1t1p1"), place("d1t1p1", 1))
@@ -88,7 +100,9 @@ def test_every_node_of_a_plan_has_a_price():
     augmented = augment(model.graph, placements)
     kinds = {node.kind: model.node_s(node, placements) for node in augmented.nodes}
     assert set(kinds) == {NodeKind.CALL, NodeKind.TRANSFER, NodeKind.REALLOCATE}
-    assert all(model.node_s(node, placements) > 0 for node in augmented.nodes)
+    free = {node.name for node in augmented.nodes if not model.node_s(node, placements)}
+    # each of the ranks of d1t8 holds all that it has written
+    assert free == {f"transfer:{src}:critic_train" for src in ("rew_inf", "ref_inf", "critic_inf")}
     call = next(node for node in augmented.nodes if node.name == "actor_gen")
     assert model.node_s(call, placements) == model.call_s(
         model.graph.by_name["actor_gen"], placements["actor_gen"]
