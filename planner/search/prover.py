@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import product
+from math import inf
 
 import numpy as np
 
@@ -16,11 +17,14 @@ from planner.problem import Choice
 from planner.search.method import Record
 from planner.search.space import Space, Spaces
 from planner.search.tree import Tree
+from planner.windows import Ints
 
+MOST_LEAF_ROWS = 20_000_000
 FLAT_UP_TO = 5000
 """Candidates of all calls together, up to which they are looked at one by one."""
 ROWS = 50_000_000
-LEAF_ROWS = 1_000_000
+LEAF_ROWS = 300_000
+"""Partial choices to look at below one choice of kinds; four times as many whenever it is come back to."""
 
 
 class Prover:
@@ -28,8 +32,12 @@ class Prover:
 
     def __init__(self, record: Record, spaces: Spaces) -> None:
         self._record, self._spaces = record, spaces
-        self._rows = 0
-        self._open_s = float("inf")
+        # what is left below choices of kinds: (least seconds, rows to look at the next time, items)
+        self._open: list[tuple[float, int, list[Ints]]] = []
+
+    @property
+    def _open_s(self) -> float:
+        return min((left_s for left_s, *_ in self._open), default=inf)
 
     def run(self, most_rows: int = ROWS) -> bool:
         """Whether the best plan of the record is now proven to be the best of all.
@@ -41,9 +49,10 @@ class Prover:
             left_s = self._tree(space, self._evaluated(space), most_rows, self._record.raise_bound)
         else:
             kinds = self._spaces.many_as_one()
-            self._open_s = float("inf")
+            self._open = []
             visit, decided = self._opened(kinds), self._spaces.num_first
             left_s = self._tree(kinds, visit, most_rows, self._reached, decided)
+            self._come_back(left_s)
             left_s = min(left_s, self._open_s)
         self._record.raise_bound(left_s)
         return left_s >= self._record.best_s * (1 - 1e-9)
@@ -97,9 +106,26 @@ class Prover:
 
         def visit(row: Sequence[int], bound_s: float) -> None:
             kept = [below[call][kind] if kind >= 0 else every[call] for call, kind in enumerate(row)]
-            space = self._spaces.only(flat, kept)
-            left_s = self._tree(space, self._evaluated(space), LEAF_ROWS, lambda _: None)
-            if left_s < self._record.best_s * (1 - 1e-9):
-                self._open_s = min(self._open_s, max(left_s, bound_s))
+            self._below(bound_s, LEAF_ROWS, kept)
 
         return visit
+
+    def _below(self, bound_s: float, rows: int, kept: list[Ints]) -> None:
+        """A tree over some candidates of each call, all of whose choices take at least `bound_s`."""
+        space = self._spaces.only(self._spaces.one_by_one, kept)
+        left_s = self._tree(space, self._evaluated(space), rows, lambda _: None)
+        if left_s < self._record.best_s * (1 - 1e-9):
+            self._open.append((max(left_s, bound_s), 4 * rows, kept))
+
+    def _come_back(self, others_s: float) -> None:
+        """To what is left below choices of kinds, the least first, while that holds the bound back."""
+        while self._open and not self._record.expired:
+            self._open.sort(key=lambda item: item[0])
+            left_s, rows, kept = self._open[0]
+            if left_s >= min(others_s, self._record.best_s * (1 - 1e-9)):
+                return
+            self._record.raise_bound(left_s)
+            if rows > MOST_LEAF_ROWS:
+                return
+            self._below(left_s, rows, kept)
+            self._open.pop(0)
