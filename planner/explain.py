@@ -18,6 +18,7 @@ from planner.problem import Choice, Problem
 from planner.result import Alternative, SearchResult
 from planner.search import methods
 from realloc.augmented import Placement
+from realloc.clauses import Clauses
 from realloc.errors import InfeasibleError
 from realloc.plan import ExecutionPlan
 
@@ -39,8 +40,9 @@ class Gain:
 
 @dataclass(frozen=True)
 class CallExplanation:
-    """`next_best`: the best other placement of this call alone. `with_memory`: the best one if memory
-    had no end. `overlooked`: a faster one that fits, where the plan is not the best of its neighbours."""
+    """`constraints`: what the experiment says of it. `next_best`: the best other placement of this call
+    alone. `with_memory`: the best one if memory had no end. `overlooked`: a faster one that fits, where
+    the plan is not the best of its neighbours."""
 
     name: str
     placement: Placement
@@ -48,6 +50,7 @@ class CallExplanation:
     own_bytes: int
     critical: bool
     shares_gpus_with: tuple[str, ...]
+    constraints: tuple[str, ...]
     next_best: Alternative | None
     with_memory: Gain | None
     overlooked: Gain | None
@@ -127,6 +130,7 @@ def _call(
     plan = assessment.plan
     mine = plan.placements[name]
     memory = assessment.call_memory[name]
+    clauses = Clauses(plan.experiment.constraints, plan.graph, plan.cluster)
     if gain is not None and gain.peak_bytes <= assessment.capacity_bytes:
         gain = None  # nothing that memory forbids
     if gain is not None and overlooked is not None and overlooked.iteration_s <= gain.iteration_s:
@@ -140,6 +144,7 @@ def _call(
         shares_gpus_with=tuple(
             other for other, p in plan.placements.items() if other != name and p.mesh.overlaps(mine.mesh)
         ),
+        constraints=tuple(clause.text for clause in clauses.of(name)),
         next_best=next((item for item in alternatives if item.call == name), None),
         with_memory=gain,
         overlooked=overlooked,

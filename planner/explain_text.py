@@ -127,6 +127,8 @@ def call_sentences(found: Explanation, call: CallExplanation) -> tuple[str, ...]
             f"It is not critical: it could take {seconds(call.time.slack_s)} longer at no cost"
             + (f", beside {_names(a, call)}." if _names(a, call) else ".")
         )
+    if call.constraints:
+        lines.append(f"Constrained by the experiment: {', '.join(call.constraints)}.")
     if call.next_best is not None:
         lines.append(_next_best(a, call.next_best))
     elif not found.note:
@@ -175,8 +177,8 @@ def _next_best(a: Assessment, other: Alternative) -> str:
     if other.iteration_s is None:
         return f"No other placement fits: {other.why}."
     slower = other.iteration_s - a.iteration_s
-    if slower <= 1e-9:
-        return f"Next best: {where}, no slower by this cost model."
+    if slower <= NOTHING * a.iteration_s:
+        return f"Next best: {where}, as good by this cost model."
     lost = f"{seconds(slower)} an iteration slower ({share(slower, a.iteration_s)})"
     return f"Next best: {where}, {lost}: {other.why}."
 
@@ -306,6 +308,7 @@ def _call_json(call: CallExplanation) -> dict[str, Any]:
         "slack_s": call.time.slack_s,
         "critical": call.critical,
         "own_bytes": call.own_bytes,
+        "constraints": list(call.constraints),
         "next_best": None
         if other is None
         else {"name": other.name, "iteration_s": other.iteration_s, "why": other.why},

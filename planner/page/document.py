@@ -120,9 +120,9 @@ def _placements(found: Explanation, trace: Trace | None) -> str:
         other = call.next_best
         cost = "-"
         if other is not None:
-            cost = (
-                "does not fit" if other.iteration_s is None else f"{other.iteration_s - a.iteration_s:+.3g} s"
-            )
+            slower = None if other.iteration_s is None else other.iteration_s - a.iteration_s
+            is_as_good = slower is not None and slower <= NOTHING * a.iteration_s
+            cost = "does not fit" if slower is None else "as good" if is_as_good else f"{slower:+.3g} s"
         row = [
             call.name,
             str(call.placement.mesh),

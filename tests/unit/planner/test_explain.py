@@ -13,7 +13,9 @@ from planner.assess import Assessment
 from planner.explain import Explanation, explain
 from planner.explain_text import explanation_json, explanation_text
 from realloc.cluster import GIB, Cluster
+from realloc.constraints import parse_constraints
 from realloc.experiment import read_experiment
+from realloc.files import Reader
 from realloc.plan import ExecutionPlan
 from realloc.strategy import Recompute
 
@@ -87,6 +89,16 @@ def test_a_plan_that_fits_nowhere_is_still_explained(tight: Explanation) -> None
     text = explanation_text(explain(plan, 0.5))
     assert "It does not fit" in text
     assert "No other plan can be looked for" in text
+
+
+def test_constraints_are_told(roomy: ExecutionPlan) -> None:
+    content = {"reserve": ["node1"], "calls": {"actor_gen": {"dp": {"min": 1}}}}
+    constraints = parse_constraints(Reader(content, "constraints"))
+    experiment = replace(roomy.experiment, constraints=constraints)
+    plan = replace(roomy, experiment=experiment, cluster=Cluster(2, 8, "h100-sxm"))
+    text = explanation_text(explain(plan, 0.0))
+    assert "Constrained by the experiment: reserve node[1], calls.actor_gen.dp {min: 1}." in text
+    assert text.count("Constrained by the experiment: reserve node[1].") == len(plan.placements) - 1
 
 
 def test_text_and_json(tight: Explanation) -> None:
