@@ -208,7 +208,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def test_states_are_those_of_the_single_process(runs: Runs, role: str) -> None:
     """Masters and moments, put together from the ranks' rows, by parameter name.
 
-    Between one process and many, bf16 rounds other partial sums; between stages only fp32 does.
+    Between one process and many, bf16 rounds other partial sums; so it does between stages 0 and 1, which
+    add gradients up in fp32 as they come, and 2 and 3, which reduce each one first. Otherwise only fp32 does.
     """
     alone = runs["d1t1p1m2"][0][role]
     assert set(alone.states) == {"master", "exp_avg", "exp_avg_sq"}
@@ -217,7 +218,7 @@ def test_states_are_those_of_the_single_process(runs: Runs, role: str) -> None:
         for name, want in wanted.items():
             for stage in range(4):
                 _assert_near(whole[stage][state][name], want, 0.006 if state == "master" else 0.1)
-                _assert_near(whole[stage][state][name], whole[0][state][name], 1e-6)
+                _assert_near(whole[stage][state][name], whole[stage // 2 * 2][state][name], 1e-6)
 
 
 def _assembled(runs: Runs, stage: int, role: str) -> Mapping[str, Mapping[str, NDArray[Any]]]:
