@@ -23,7 +23,7 @@ MOST_LEAF_ROWS = 20_000_000
 FLAT_UP_TO = 5000
 """Candidates of all calls together, up to which they are looked at one by one."""
 ROWS = 50_000_000
-LEAF_ROWS = 300_000
+LEAF_ROWS = 400_000
 """Partial choices to look at below one choice of kinds; four times as many whenever it is come back to."""
 
 
