@@ -212,8 +212,8 @@ def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
     machine = trace.machine
     if slower and machine is not None and machine.cores < trace.world_size and _is_on_host(machine.device):
         yield f"ranks share cores: {trace.world_size} ranks on {machine.cores} cores"
-    if slower and machine is not None and _is_on_host(machine.device) and line.term in ("", COMPUTE):
-        yield from _crowded(trace, line)
+    if slower and line.term in ("", COMPUTE) and (busy := crowded(trace, line.node)):
+        yield busy
     yield from _length_causes(plan, trace)
     if slower and line.node:
         yield from _uneven(trace, line)
@@ -233,10 +233,12 @@ def core_share(trace: Trace, node: str = "") -> float | None:
     return sum(r.cpu_s for r in records) / spent if spent > 0 else None
 
 
-def _crowded(trace: Trace, line: Line) -> Iterable[str]:
-    share = core_share(trace, line.node)
-    if share is not None and share < _CROWDED:
-        yield f"something else used the machine: ranks had a core for {share:.0%} of their computing time"
+def crowded(trace: Trace, node: str = "") -> str:
+    """That something else used the host on which ranks computed, in words; empty where nothing did."""
+    share = core_share(trace, node)
+    if trace.machine is None or not _is_on_host(trace.machine.device) or share is None or share >= _CROWDED:
+        return ""
+    return f"something else used the machine: ranks had a core for {share:.0%} of their computing time"
 
 
 def _is_on_host(device: str) -> bool:

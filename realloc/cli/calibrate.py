@@ -33,6 +33,7 @@ def add(commands: Commands) -> None:
 def _calibrate(arguments: argparse.Namespace) -> int:
     from cost_models.profile import load_profile, write_profile
     from planner.calibrate import calibrate
+    from realloc.comparison import crowded
     from realloc.plan import read_plan
 
     run: Path = arguments.run
@@ -56,5 +57,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
         f"seconds per iteration of {run}: {result.measured_s:.4g} measured, {result.before_s:.4g} predicted "
         f"before, {result.after_s:.4g} now"
     )
+    if busy := crowded(trace):
+        print(f"note: {busy}, and the factors have that in them; calibrate with a run on a quiet machine.")
     print(f"Wrote {arguments.output}; plan with it: realloc search EXPERIMENT --device {arguments.output}")
     return 0
