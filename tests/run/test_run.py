@@ -67,8 +67,10 @@ def test_trace_has_every_instruction_of_every_rank(finished: tuple[Path, str]) -
         for node in plan.augmented.nodes
         for rank in node.ranks
     }
-    # and the time of the checkpoint after the last iteration
-    assert found == expected | {(1, rank, "checkpoint") for rank in range(2)}
+    # a checkpoint after the last iteration, and after others that do not end while one is being written
+    saved = {record for record in found if record[2] == "checkpoint"}
+    assert found - saved == expected
+    assert {(1, rank, "checkpoint") for rank in range(2)} <= saved
     assert all(r.end_s >= r.start_s and r.wait_s >= 0 for r in trace.records)
     for rank in range(2):
         mine = [r for r in trace.records if r.rank == rank]
