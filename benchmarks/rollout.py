@@ -6,10 +6,11 @@ they run, its `generate_batch` (continuous batching) and vLLM (see `rollout_peer
 within one run, so that other work on the machine hits all alike; medians of ratios.
 
 equal            as many sequences as slots, every response has the full length
-ragged           four times as many sequences as slots, responses end anywhere between 10% and 100% of
-                 the limit, in a fixed order that no side may know beforehand. `generate` takes them in
-                 batches of as many as there are slots, each of which runs until its longest response
-                 ends; ours lets the next sequence in when one ends. `steps` says what that alone can bring.
+ragged           sixteen times as many sequences as slots (a rollout has hundreds, a cache has room for
+                 few), responses end anywhere between 10% and 100% of the limit, in a fixed order that
+                 no side may know beforehand. `generate` takes them in batches of as many as there are
+                 slots, each of which runs until its longest response ends; ours lets the next sequence
+                 in when one ends. `steps` says what that alone can bring.
 ragged_at_once   the hard variant: no more sequences than slots, so that nobody waits for a free one
 
     python benchmarks/rollout.py [--quick] [--json] [--vllm-venv DIR]
@@ -56,6 +57,8 @@ from runtime.parallel import single_rank  # noqa: E402
 from runtime.parameters import allocate  # noqa: E402
 
 DATA = Path(os.environ.get("REALLOC_DATA", ROOT.parent / "shared" / "data"))
+ROUNDS = 16
+"""How many times more sequences than slots the ragged workload has."""
 Run = Callable[[Sequence[int]], float]
 """Generates responses of these lengths; returns the seconds it took."""
 
@@ -179,7 +182,7 @@ def workloads(case: Case) -> Mapping[str, tuple[list[int], int]]:
     """Lengths of the responses and how many sequences run at a time."""
     return {
         "equal": ([case.response] * case.slots, case.slots),
-        "ragged": (case.ragged(4 * case.slots), case.slots),
+        "ragged": (case.ragged(ROUNDS * case.slots), case.slots),
         "ragged_at_once": (case.ragged(case.slots), case.slots),
     }
 
@@ -319,7 +322,7 @@ def main() -> None:
                 print(case.name, json.dumps(shapes[case.name], indent=1))
     result = {
         **summary(shapes),
-        "set_up": "ragged: 4 x slots sequences; `generate` takes slots at a time, until the longest ends",
+        "set_up": f"ragged: {ROUNDS} x slots sequences; `generate` takes batches of slots, each to its longest",
         "not_tried": missing,
         "shapes": shapes,
         "provenance": provenance(("torch", "transformers")),

@@ -99,13 +99,14 @@ def packed_attention(
 
     q [T, heads, dim], k and v [T, kv heads, dim] -> [T, heads, dim]. Query head i uses kv head
     i // (heads / kv heads). Where there is a kernel for ragged sequences, one call serves all; on
-    a CPU short sequences go by `padded_attention.buckets`; else one call per run of equal lengths.
+    a CPU short sequences of several lengths go by `padded_attention.buckets`; else one call per run
+    of equal lengths.
     """
     longest = max(packed.lengths)
     ragged = varlen_kernel(q)
     if ragged is not None:
         return ragged(q, k, v, packed.cu_seqlens, longest)
-    if q.device.type == "cpu" and q.dtype == torch.float32 and longest <= LONGEST:
+    if q.device.type == "cpu" and q.dtype == torch.float32 and longest <= LONGEST and len(packed.runs) > 1:
         return padded_attention(q, k, v, packed.padding(q.shape[1]))
     gqa = q.shape[1] != k.shape[1]
     parts = []
