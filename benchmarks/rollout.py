@@ -322,7 +322,7 @@ def main() -> None:
                 print(case.name, json.dumps(shapes[case.name], indent=1))
     result = {
         **summary(shapes),
-        "set_up": f"ragged: {ROUNDS} x slots sequences; `generate` takes batches of slots, each to its longest",
+        "set_up": f"ragged: {ROUNDS} x slots sequences; `generate` takes batches of slots, to the longest",
         "not_tried": missing,
         "shapes": shapes,
         "provenance": provenance(("torch", "transformers")),
