@@ -14,7 +14,7 @@ trusted.
 
     python benchmarks/fidelity.py [--quick] [--json] [--experiments NAME ...] [--profile FILE] [--verbose]
 
-`--quick` runs fewer iterations, of smaller batches. The last line is one JSON object.
+`--quick` runs two of the four experiments, shorter, of smaller batches. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,6 +50,11 @@ from realloc.trace import read_trace  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
 RANKS = 2
+QUICK_S, FULL_S = 7.0, 25.0
+"""For how long each plan runs: cores that share a host with others change their pace within seconds."""
+FEWEST = 5
+"""Iterations, however long they take."""
+QUICK_CASES = ("ppo-260K", "grpo-15M")
 BOTH, ONE, OTHER = "node[0]", "node0:gpu[0]", "node0:gpu[1]"
 MAX_PROMPT = 16
 Placed = tuple[str, str]
@@ -186,21 +191,22 @@ def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan
     return plan
 
 
-def run_case(case: Case, folder: Path, profile: Path, iterations: int, *, quiet: bool) -> Sequence[Result]:
-    """Predicts and runs every plan of one experiment."""
+def run_case(case: Case, folder: Path, profile: Path, seconds: float, *, quiet: bool) -> Sequence[Result]:
+    """Predicts every plan of one experiment, and runs it for about so many seconds."""
     experiment = read_experiment(folder / "experiment.yaml")
     results = []
     for label, placed in PLANS.items():
         plan = predict(place(experiment, placed), str(profile))
         path, out = folder / "plan.yaml", folder / "out"
         write_plan(plan, path)
+        assert plan.predictions is not None
+        iterations = max(FEWEST, round(seconds / plan.predictions.iteration_s))
         _command(
             "run", str(path), "--out", str(out), "--overwrite", "--pin", "--save-every", "0",
             "--iterations", str(iterations),
         )  # fmt: skip
         trace = read_trace(out / "trace.jsonl")
         comparison = compare(plan, trace)
-        assert plan.predictions is not None
         result = Result(
             case=case.name,
             plan=label,
@@ -318,16 +324,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="realloc-fidelity-") as name:
         folder = Path(name)
-        cases = [c for c in CASES if not options.experiments or c.name in options.experiments]
+        names = options.experiments or (QUICK_CASES if options.quick else [case.name for case in CASES])
+        cases = [case for case in CASES if case.name in names]
         experiments = [prepare(case, folder / case.name, options.quick) for case in cases]
         profile = options.profile
         if profile is None:
             profile = folder / "profile.yaml"
             _profile(profile, experiments, options.quick)
         for case in cases:
-            found = run_case(
-                case, folder / case.name, profile.resolve(), 5 if options.quick else 9, quiet=options.json
-            )
+            seconds = QUICK_S if options.quick else FULL_S
+            found = run_case(case, folder / case.name, profile.resolve(), seconds, quiet=options.json)
             results += found
             if options.verbose:
                 for result in found:

@@ -22,7 +22,7 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
     centred = scores - group_sums(scores, batch) / size
     if hyperparameters["scale"] == "group":
         # of a sample of the policy's responses: n - 1
-        variance = group_sums(centred.square(), batch) / (size - 1)
+        variance = group_sums(centred.square(), batch) / (size - 1).clamp(min=1)
         centred = centred / (variance.sqrt() + STD_FLOOR)
     elif hyperparameters["scale"] == "batch":
         total = batch.sum(scores.new_tensor([scores.numel(), scores.sum(), scores.square().sum()]))

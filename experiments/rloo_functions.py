@@ -22,7 +22,7 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
     if hyperparameters["kl_coef"] > 0:
         log_ratio = (batch["logprobs"] - batch["ref_logprobs"]).double()
         rewards = rewards - hyperparameters["kl_coef"] * sequence_sums(log_ratio, batch.lengths("logprobs"))
-    others = (group_sums(rewards, batch) - rewards) / (group_size(batch) - 1)
+    others = (group_sums(rewards, batch) - rewards) / (group_size(batch) - 1).clamp(min=1)
     advantages = rewards - others
     if hyperparameters["whiten_advantages"]:
         advantages = whiten(advantages, batch)

@@ -118,12 +118,12 @@ def _alternative(
         why = f"needs {gib(peak)} a GPU, {gib(problem.capacity_bytes)} may be used"
         return Alternative(name, call, placements, None, peak, why)
     schedule = problem.schedule(choice)
-    why = _difference(problem.schedule(best).node_s, schedule.node_s, schedule.period_s - best_s)
+    why = difference(problem.schedule(best).node_s, schedule.node_s, schedule.period_s - best_s)
     return Alternative(name, call, placements, schedule.period_s, peak, why, schedule.order)
 
 
-def _difference(best: Mapping[str, float], other: Mapping[str, float], slower_s: float) -> str:
-    """The nodes that take longer, most first; what is left is waiting."""
+def difference(best: Mapping[str, float], other: Mapping[str, float], slower_s: float) -> str:
+    """The nodes that take longer than in the best plan, most first; what is left is waiting."""
     longer = {name: seconds - best.get(name, 0.0) for name, seconds in other.items()}
     saved = {name: seconds for name, seconds in best.items() if name not in other}
     longer.update({name: -seconds for name, seconds in saved.items()})

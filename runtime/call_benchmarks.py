@@ -81,7 +81,7 @@ class CallBenchmarks:
         data = IterationData(
             graph.key,
             [prompt] * sequences,
-            samples_per_prompt=samples if sequences % samples == 0 else 1,
+            samples_per_prompt=samples if sequences % samples == 0 else sequences,
         )
         for name, key in graph.key.items():
             lengths = {
