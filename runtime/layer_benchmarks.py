@@ -169,6 +169,20 @@ class ShardBenchmarks:
 
         return self.samples(once, effort)
 
+    def training_pass(self, lengths: Sequence[int], rows: int) -> Callable[[], None]:
+        """One forward and backward pass of a model as a function, for a load that only has to run."""
+        self.trainer.zero_gradients()
+        decoder = self.decoder()
+
+        def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            return self._output(decoder, hidden, batch, rows).sum()
+
+        def once() -> None:
+            self.timer.start()
+            run_training(decoder, decoder.context, [self.batch(lengths)], loss)
+
+        return once
+
     def weight_gradients(self, lengths: Sequence[int], rows: int, effort: Effort) -> list[float]:
         """Seconds, a layer, of the gradients that the zero-bubble schedule puts off."""
         self.trainer.zero_gradients()

@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 # What no micro-benchmark shows: Python around one call, and a reward function on one sequence.
-_CALL_S = {"cpu": 2e-3, "cuda": 5e-3}
-_SEQUENCE_S = 1e-4
+_CALL_S = {"cpu": 5e-4, "cuda": 5e-3}
+_SEQUENCE_S = 3e-5
 # A node's network cannot be seen from one node: 200 Gb/s at the share of line rate that nccl-tests
 # issue 160 reports (20 GB/s).
 _GPU_INTER_NODE: Mapping[str, Any] = {"latency_s": 2e-5, "bytes_per_s": 2e10}
@@ -57,6 +57,8 @@ def profile_content(
         content["concurrency"] = measured["concurrency"]
     if tables is not None:
         content["tables"] = tables["tables"]
+        if tables["concurrency"]:
+            content["concurrency"] = tables["concurrency"]
     return _rounded(content)  # type: ignore[no-any-return]
 
 

@@ -82,7 +82,7 @@ def _table_spec(output: Path, options: ProfileOptions, gpus: int) -> TableSpec:
     dtypes = options.dtypes or (_GPU_DTYPES if gpus else _CPU_DTYPES)
     kept = _beside(output, "tables")
     tp = options.tp or (8 if gpus else options.ranks)
-    return TableSpec(options.models, options.experiments, dtypes, tp, options.quick, str(kept))
+    return TableSpec(options.models, options.experiments, dtypes, tp, options.quick, str(kept), options.ranks)
 
 
 def _beside(output: Path, what: str) -> Path:

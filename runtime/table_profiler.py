@@ -37,6 +37,7 @@ from runtime.measuring_plan import (
     experiment_sizes,
     subjects,
 )
+from runtime.shared_cores import slowdowns
 from runtime.supported import check_runs
 from runtime.table_rows import LEAST_S, Entry, Kept, table_rows, typical
 from runtime.unit_timer import PassSeconds
@@ -49,7 +50,10 @@ _MOST_SEQUENCES = 64
 
 @dataclass(frozen=True)
 class TableSpec:
-    """What to measure tables of. `tp`: the highest tensor-parallel degree. `kept`: where results go."""
+    """What to measure tables of. `tp`: the highest tensor-parallel degree. `kept`: where results go.
+
+    `ranks`: as many as compute at once on a host, to learn how they slow each other down.
+    """
 
     models: tuple[str, ...]
     experiments: tuple[str, ...]
@@ -57,6 +61,7 @@ class TableSpec:
     tp: int
     quick: bool
     kept: str
+    ranks: int = 1
 
 
 def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
@@ -179,7 +184,10 @@ def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
 def measure_tables(
     spec: TableSpec, device: torch.device, fingerprint: str, groups: Mapping[int, dist.ProcessGroup]
 ) -> Mapping[str, Any]:
-    """Measures all points of a spec; returns `tables` and `notes`. Says on stdout how far it is."""
+    """Measures all points of a spec; returns `tables`, `notes` and `concurrency`, empty where unknown.
+
+    Says on stdout how far it is.
+    """
     gpu = device.type == "cuda"
     todo = wanted(spec, gpu=gpu)
     total = sum(len(subject.points) for subject in todo)
@@ -210,7 +218,11 @@ def measure_tables(
             _say(done, total, f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device)
-    return {"tables": table_rows(collected), "notes": notes}
+    concurrency: list[list[float]] = []
+    if not gpu and spec.ranks > 1 and spec.experiments:
+        _say(1, 1, f"{spec.ranks} ranks at once")
+        concurrency = slowdowns(spec.experiments, spec.ranks, 6.0 if spec.quick else 20.0)
+    return {"tables": table_rows(collected), "notes": notes, "concurrency": concurrency}
 
 
 def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> list[tuple[str, Entry]]:
@@ -279,7 +291,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     content = json.loads(options.spec.read_text(encoding="utf-8"))
     fingerprint = content["fingerprint"]
     lists = {key: tuple(content.pop(key)) for key in ("models", "experiments", "dtypes")}
-    spec = TableSpec(tp=content["tp"], quick=content["quick"], kept=content["kept"], **lists)
+    spec = TableSpec(
+        tp=content["tp"], quick=content["quick"], kept=content["kept"], ranks=content["ranks"], **lists
+    )
     torch.set_num_threads(1)
     keep_freed_memory()  # as ranks of a run do
     # what stands in for communication leaves numbers as they come

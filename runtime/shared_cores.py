@@ -1,0 +1,144 @@
+"""How much slower a rank computes while others of its host do: measured with an experiment's own training.
+
+Products hardly feel what another core does, small operators and streams feel it much, where cores share
+caches, memory or a physical core. So the mixture matters, and an experiment's own passes are run, by as many
+processes at once as there will be ranks. Only of hosts without GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import select
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import mean
+
+import torch
+
+from realloc.dataflow import Call, CallKind
+from realloc.experiment import Experiment, read_experiment
+from runtime.host_memory import keep_freed_memory
+from runtime.layer_benchmarks import ShardBenchmarks, pack_lengths
+from runtime.microbenchmarks import group_sizes
+
+Load = Callable[[], None]
+_ROUNDS = 4
+_GO, _STOP = "go\n", "stop\n"
+
+
+def slowdowns(paths: Sequence[str], ranks: int, seconds: float) -> list[list[float]]:
+    """[ranks that compute at once, how many times longer each takes than alone], mean over experiments.
+
+    Every point is measured for about so many seconds, by this process and as many more as it takes.
+    Experiments that train nothing say nothing; the list is empty when none does.
+    """
+    curves: list[Mapping[int, float]] = []
+    for path in paths:
+        load = training_load(read_experiment(path))
+        if load is not None:
+            curves.append(_slowdowns(path, load, ranks, seconds))
+    sizes = sorted(curves[0]) if curves else []
+    return [[float(n), max(1.0, mean(curve[n] for curve in curves))] for n in sizes]
+
+
+def training_load(experiment: Experiment) -> Load | None:
+    """One forward and backward pass of the first trained role, of a rank's share of a mini-batch."""
+    graph = experiment.graph()
+    trained = [call for call in graph.calls if call.kind is CallKind.TRAIN_STEP]
+    if not trained:
+        return None
+    call = trained[0]
+    shape = experiment.role_shape(graph, str(call.role))
+    bench = ShardBenchmarks(shape, experiment.dtype, 1, None, torch.device("cpu"))
+    lengths = _lengths(experiment, call)
+    return bench.training_pass(lengths, max(1, sum(lengths) // 2))
+
+
+def _lengths(experiment: Experiment, call: Call) -> tuple[int, ...]:
+    work = experiment.workload
+    count = max(1, work.sequences // call.mini_batches // 2)
+    length = max(2, round(work.prompt.mean + work.response.mean))
+    return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, not work.response.is_fixed))
+
+
+def _slowdowns(path: str, load: Load, ranks: int, seconds: float) -> Mapping[int, float]:
+    """Ranks at once -> slowdown. In turns with the load alone, in windows of seconds: hosts change pace."""
+    load()
+    with _neighbours(path, ranks - 1) as others:
+        found = {1: 1.0}
+        for busy in group_sizes(ranks, first=2):
+            alone, beside = [], []
+            for _ in range(_ROUNDS):
+                alone.append(_time(load, seconds / 2 / _ROUNDS))
+                _tell(others[: busy - 1], _GO)
+                beside.append(_time(load, seconds / 2 / _ROUNDS))
+                _tell(others[: busy - 1], _STOP)
+            found[busy] = mean(beside) / mean(alone)
+    return found
+
+
+def _time(load: Load, seconds: float) -> float:
+    """Mean seconds of the load, run again and again for so many."""
+    start, count = time.perf_counter(), 0
+    while not count or time.perf_counter() < start + seconds:
+        load()
+        count += 1
+    return (time.perf_counter() - start) / count
+
+
+@contextmanager
+def _neighbours(path: str, count: int) -> Iterator[Sequence[subprocess.Popen[str]]]:
+    """Processes that run the same load when told to."""
+    command = [sys.executable, "-m", "runtime.shared_cores", path]
+    started = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        for _ in range(count)
+    ]
+    try:
+        for process in started:
+            assert process.stdout is not None
+            process.stdout.readline()  # it is ready
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _tell(processes: Sequence[subprocess.Popen[str]], what: str) -> None:
+    for process in processes:
+        assert process.stdin is not None
+        process.stdin.write(what)
+        process.stdin.flush()
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """A neighbour: runs the load while it is told to, until its input ends."""
+    parser = argparse.ArgumentParser(prog="runtime.shared_cores")
+    parser.add_argument("experiment", type=Path)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    load = training_load(read_experiment(options.experiment))
+    if load is None:
+        return
+    load()
+    print("ready", flush=True)
+    busy = False
+    while True:
+        readable, _, _ = select.select([sys.stdin], [], [], 0 if busy else None)
+        if readable:
+            line = sys.stdin.readline()
+            if not line:
+                return
+            busy = line == _GO
+        if busy:
+            load()
+
+
+if __name__ == "__main__":
+    main()
