@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from itertools import pairwise
 
 import pytest
 
@@ -28,7 +29,7 @@ def test_mean_and_maximum_are_those_of_the_law_that_is_assumed(mean: float):
     lengths = Lengths(mean, 64)
     steps = [i / 100 for i in range(6400)]
     alive = [lengths.alive(t) for t in steps]
-    assert all(a >= b for a, b in zip(alive, alive[1:], strict=False))
+    assert all(a >= b for a, b in pairwise(alive))
     assert sum(alive) / 100 == pytest.approx(mean, rel=0.01)
     # E[L^2] is the integral of 2 t P(L > t)
     square = sum(2 * t * share for t, share in zip(steps, alive, strict=True)) / 100
