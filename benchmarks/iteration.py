@@ -1,6 +1,6 @@
-"""Seconds per PPO iteration against TRL's PPOTrainer, and whether both learn alike.
+"""Seconds per PPO or GRPO iteration against TRL's trainers, and whether both learn alike.
 
-Both sides get the same model folders (actor, reference, critic, reward model), prompts, lengths, batch,
+Both sides get the same model folders (PPO: actor, reference, critic, reward model), prompts, lengths, batch,
 epochs, mini-batches, optimizer and KL coefficient, and the same cores. realloc runs as a user runs it: the
 machine is profiled, `realloc search` finds a plan for as many ranks as there are cores, `realloc run` runs
 it. TRL runs in the faster of two ways, found out first: one process with a thread for each core, or one
@@ -43,7 +43,6 @@ sys.path.insert(0, str(ROOT))
 from benchmarks.curves import compare_curves  # noqa: E402
 from benchmarks.ppo_runs import (  # noqa: E402
     MAX_PROMPT,
-    ROLES,
     SHAPES,
     Ours,
     Shape,
@@ -56,10 +55,10 @@ from benchmarks.provenance import provenance  # noqa: E402
 from realloc.model_shape import read_config, shape_from_config  # noqa: E402
 from realloc.params import parameters  # noqa: E402
 
-PEER = ROOT / "benchmarks" / "peer_trl_ppo.py"
+PEERS = {name: ROOT / "benchmarks" / f"peer_trl_{name}.py" for name in ("ppo", "grpo")}
 TRIAL = 3
 """Iterations by which TRL's faster way is found; the first is left out."""
-QUICK = ("demo-0.3M", "llama-4M", "llama-4M-1step")
+QUICK = ("demo-0.3M", "llama-4M", "llama-4M-1step", "demo-0.3M-grpo")
 
 
 class Peer:
@@ -87,7 +86,7 @@ class Peer:
         processes, threads = ways or self._best
         shape, folder = self._shape, self._folder
         settings = {
-            "models": {role: str(folder / ("actor" if role == "ref" else role)) for role in ROLES},
+            "models": {role: str(folder / ("actor" if role == "ref" else role)) for role in shape.roles},
             "prompts": str(folder / "prompts.jsonl"),
             "max_prompt": MAX_PROMPT,
             "threads": threads,
@@ -101,7 +100,7 @@ class Peer:
         if processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
         environment = {"OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo"}
-        checked([*command, str(PEER), str(source), str(result)], folder, environment)
+        checked([*command, str(PEERS[shape.algorithm]), str(source), str(result)], folder, environment)
         found = json.loads(result.read_text(encoding="utf-8"))
         self.versions = found["versions"]
         return Turn(tuple(found["seconds"]), tuple(found["scores"]), tuple(found["kls"]))
@@ -110,7 +109,7 @@ class Peer:
 def ensure_peer(folder: Path) -> tuple[Path | None, str]:
     """The Python of a virtual environment that has TRL 1.12.0, made where there is none; else the reason."""
     python = folder / "bin" / "python"
-    probe = [str(python), "-c", "import trl.experimental.ppo"]
+    probe = [str(python), "-c", "import requests, trl.experimental.ppo"]
     quiet = {**os.environ, "TRL_EXPERIMENTAL_SILENCE": "1"}
     if python.exists() and not subprocess.run(probe, env=quiet, capture_output=True, check=False).returncode:
         return python, ""
@@ -118,7 +117,7 @@ def ensure_peer(folder: Path) -> tuple[Path | None, str]:
     steps = (
         [sys.executable, "-m", "venv", "--clear", str(folder)],
         [*pip, "torch==2.13.0"],  # first, so that nothing else decides which build is fetched
-        [*pip, "trl==1.12.0"],
+        [*pip, "trl==1.12.0", "requests"],  # its GRPO imports the latter
     )
     for step in steps:
         result = subprocess.run(step, capture_output=True, text=True, check=False)
@@ -167,10 +166,11 @@ def compare(
 
 
 def bound_s(shape: Shape, model: Path, matmul_flops: float) -> float:
-    """Seconds of one iteration's products: generation and three inferences once, training three times each.
+    """Seconds of one iteration's products: generation and the inferences once, training three times each.
 
-    Per token and layer parameter 2 FLOPs forward, 4 backward; attention and the small heads are left out.
-    Where responses end by themselves, they count as half their maximum.
+    Of PPO that is three inferences and two trained models, of GRPO one of each. Per token and layer
+    parameter 2 FLOPs forward, 4 backward; attention and the small heads are left out. Where responses end by
+    themselves, they count as half their maximum.
     """
     model_shape = shape_from_config(read_config(model), str(model))
     per_layer = sum(prod(spec.shape) for spec in parameters(model_shape) if spec.name.startswith("layers.0."))
@@ -179,6 +179,8 @@ def bound_s(shape: Shape, model: Path, matmul_flops: float) -> float:
     layers = 2 * per_layer * model_shape.num_layers * tokens
     head = 2 * model_shape.hidden * model_shape.vocab * shape.sequences * response
     passes = 3 * shape.epochs
+    if shape.algorithm == "grpo":
+        return ((2 + passes) * layers + (2 + passes) * head) / matmul_flops
     return ((4 + 2 * passes) * layers + (2 + passes) * head) / matmul_flops
 
 

@@ -32,6 +32,17 @@ ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "experiments" / "demo"
 ROLES = ("actor", "ref", "critic", "reward")
 MAX_PROMPT = 16
+REWARD = """
+GLAD = frozenset("happy cheerful proud delighted joyful grateful kind brave gentle friendly lovely".split())
+
+def share(text):
+    words = text.split()
+    return sum(word in GLAD for word in words) / max(1, len(words))
+
+def score(samples):
+    return [share(sample.response) for sample in samples]
+"""
+"""The module `bench_reward`, which both sides import."""
 
 
 @dataclass(frozen=True)
@@ -40,6 +51,7 @@ class Shape:
 
     With `ignore_eos` every response has `max_response` tokens, else it ends where the model ends it.
     `curves`: the models are trained ones, and iterations are cheap enough to compare how both sides learn.
+    `samples`: of each prompt.
     """
 
     name: str
@@ -54,6 +66,13 @@ class Shape:
     beta2: float = 0.95
     eps: float = 1e-5
     curves: bool = False
+    algorithm: str = "ppo"
+    samples: int = 1
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles with models of their own; GRPO takes its scores from REWARD."""
+        return ROLES if self.algorithm == "ppo" else ("actor", "ref")
 
 
 SHAPES = (
@@ -75,6 +94,20 @@ SHAPES = (
         ignore_eos=True,
         mini_batches=1,
         epochs=1,
+    ),
+    Shape(
+        "demo-0.3M-grpo",
+        None,
+        64,
+        48,
+        5e-4,
+        ignore_eos=False,
+        mini_batches=1,
+        epochs=1,
+        kl_coef=0.04,
+        curves=True,
+        algorithm="grpo",
+        samples=8,
     ),
     Shape(
         "llama-15M",
@@ -209,17 +242,18 @@ class Ours:
             "clip_norm": 0.0,  # TRL's PPO does not clip gradients
         }
         models: dict[str, Any] = {}
-        for role in ROLES:
+        for role in shape.roles:
             path = str(self._folder / ("actor" if role == "ref" else role))
             models[role] = {"path": path, "optimizer": optimizer} if role in ("actor", "critic") else path
         content = {
-            "algorithm": "ppo",
+            "algorithm": shape.algorithm,
             "models": models,
             "data": {"path": str(self._folder / "prompts.jsonl"), "prompt": "prompt"},
             "workload": {
                 "sequences": shape.sequences,
                 "prompt_tokens": {"mean": 12, "max": MAX_PROMPT},
                 "response_tokens": shape.max_response,
+                "samples_per_prompt": shape.samples,
             },
             "hyperparameters": {
                 "kl_coef": shape.kl_coef,
@@ -231,6 +265,9 @@ class Ours:
             "seed": 0,
             "cluster": {"gpus_per_node": self._ranks, "device": "cpu"},
         }
+        if shape.algorithm == "grpo":
+            content["reward"] = "bench_reward:score"
+            (self._folder / "bench_reward.py").write_text(REWARD, encoding="utf-8")
         text = dump_yaml("experiment", content)
         (self._folder / "experiment.yaml").write_text(text, encoding="utf-8")
 
@@ -241,7 +278,9 @@ def _score(metrics: Mapping[str, Any]) -> float:
 
 
 def _kl(metrics: Mapping[str, Any]) -> float:
-    """The mean over responses of the summed log ratio to the reference model."""
+    """The mean over responses of the summed log ratio to the reference model; of GRPO over tokens."""
+    if "critic_train/loss" not in metrics:
+        return float(metrics["actor_train/ref_kl"])
     return float(metrics["actor_train/ref_kl"] * metrics["actor_gen/response_tokens"])
 
 
