@@ -3,7 +3,8 @@
 What stays is predicted to 1%, the peak of every call and of the plan to 5%, and what generation and the
 actor's train_step need beside what stays, which is where mistakes would show, to 10%. In a pipeline the
 prediction adds up each call's stage that needs most, and these are not on one rank: it may be higher, by
-up to 12% here, and must not be lower.
+up to 12% here, and must not be lower. So may it under ZeRO 3: gloo's own thread gives memory back when it
+gets to it, which is not recorded, and what is taken off for that is up to 7% of a peak too much.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ ALONE = ("actor_gen alone", "actor_train alone")
     ("gpus", "training", "over"),
     [
         (1, "d1t1p1", 0.05),
-        (2, "d2t1p1m2z3", 0.05),
+        (2, "d2t1p1m2z3", 0.12),
         (2, "d1t2p1+sp", 0.05),
         (2, "d1t1p2m4+full", 0.12),
     ],
