@@ -42,7 +42,7 @@ def actor_loss(
 
     `output`: log-probabilities of the response tokens now.
     """
-    loss, metrics = clipped_policy_loss(output, batch, hyperparameters)
+    loss, metrics = clipped_policy_loss(output, batch, hyperparameters, compared=True)
     metrics["advantage"] = batch["advantages"].sum() / batch.global_elements
     return loss, metrics
 

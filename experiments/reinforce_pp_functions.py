@@ -34,4 +34,4 @@ def actor_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """PPO's clipped surrogate, mean over tokens. `output`: log-probabilities of the response tokens now."""
-    return clipped_policy_loss(output, batch, hyperparameters)
+    return clipped_policy_loss(output, batch, hyperparameters, compared=hyperparameters["kl_coef"] > 0)

@@ -23,4 +23,4 @@ def actor_loss(
 
     `output`: log-probabilities of the response tokens now.
     """
-    return clipped_policy_loss(output, batch, hyperparameters)
+    return clipped_policy_loss(output, batch, hyperparameters, compared=hyperparameters["kl_coef"] > 0)

@@ -42,6 +42,6 @@ def actor_loss(
     unclipped = -batch["advantages"] * ratio
     clipped = -batch["advantages"] * ratio.clamp(1.0 - clip, 1.0 + clip)
     loss = torch.maximum(unclipped, clipped).sum() / batch.global_sequences
-    metrics = policy_metrics(output, batch, hyperparameters)
+    metrics = policy_metrics(output, batch, compared=hyperparameters["kl_coef"] > 0)
     metrics["clip_fraction"] = (clipped > unclipped).sum().detach() / batch.global_sequences
     return loss, metrics

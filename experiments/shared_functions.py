@@ -115,24 +115,24 @@ def returns(batch: Batch, scores: Tensor, hyperparameters: Mapping[str, Any]) ->
 
 
 def clipped_policy_loss(
-    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
+    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any], *, compared: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over tokens.
 
     `output`: log-probabilities of the response tokens now; `batch` has `logprobs` and `advantages`, one
-    per token.
+    per token, and, where it is `compared` with the reference model, `ref_logprobs`.
     """
     tokens, clip, advantages = batch.global_elements, hyperparameters["clip_range"], batch["advantages"]
     ratio = (output - batch["logprobs"]).exp()
     unclipped = -advantages * ratio
     clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
-    metrics = policy_metrics(output, batch, hyperparameters)
+    metrics = policy_metrics(output, batch, compared=compared)
     metrics["clip_fraction"] = (clipped > unclipped).sum().detach() / tokens
     return torch.maximum(unclipped, clipped).sum() / tokens, metrics
 
 
-def policy_metrics(output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]) -> dict[str, Tensor]:
-    """`approx_kl`, from the policy that generated, and `ref_kl`, from the reference where there is one.
+def policy_metrics(output: Tensor, batch: Batch, *, compared: bool) -> dict[str, Tensor]:
+    """`approx_kl`, from the policy that generated, and, where `compared`, `ref_kl`, from the reference.
 
     `approx_kl` is the mean over tokens of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
     divergence"), `ref_kl` the mean log ratio at generation.
@@ -141,6 +141,6 @@ def policy_metrics(output: Tensor, batch: Batch, hyperparameters: Mapping[str, A
     with torch.no_grad():
         log_ratio = output - behaviour
         metrics = {"approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum() / tokens}
-        if hyperparameters["kl_coef"] > 0:
+        if compared:
             metrics["ref_kl"] = (behaviour - batch["ref_logprobs"]).sum() / tokens
     return metrics

@@ -207,3 +207,10 @@ def test_sft_loss_is_the_mean_negative_logprob() -> None:
     output = -torch.arange(8.0)
     loss, _ = sft_loss(output, batch, {})
     assert loss.item() == pytest.approx(28 / 8)
+
+
+def test_the_divergence_from_the_reference_is_reported_though_nothing_is_made_of_it() -> None:
+    batch = whole_batch(make_sequences(LENGTHS))
+    expected = ppo.actor_loss(batch["output"], batch, HYPERPARAMETERS)[1]["ref_kl"]
+    actual = ppo.actor_loss(batch["output"], batch, {**HYPERPARAMETERS, "kl_coef": 0.0})[1]["ref_kl"]
+    assert actual.item() == expected.item() != 0.0
