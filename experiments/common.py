@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from realloc.algorithm import Algorithm
-from realloc.dataflow import Call, CallKind, DataKey, Output, Per
+from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -112,6 +112,26 @@ def policy_train_call(given: Mapping[str, Any], reads: tuple[str, ...]) -> Call:
         mini_batches=given["mini_batches"],
         epochs=given["epochs"],
     )
+
+
+def critic_free_graph(
+    algorithm: Algorithm, title: str, experiment: Experiment, advantages: Per, least_samples: int
+) -> DataflowGraph:
+    """Generation, scores, the reference model where it is compared with, and training on advantages.
+
+    `advantages` says whether a sequence has one or each of its tokens. Raises InputError for fewer than
+    `least_samples` of a prompt.
+    """
+    given = given_hyperparameters(algorithm, experiment)
+    check_mini_batches(given, experiment)
+    check_samples(title, least_samples, experiment)
+    calls = (
+        generate_call(),
+        score_call(title, experiment),
+        *ref_calls(given),
+        policy_train_call(given, ("scores",)),
+    )
+    return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("advantages", advantages)), ("prompts",))
 
 
 def score_call(

@@ -10,18 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.common import (
-    ROLLOUT_KEYS,
-    check_mini_batches,
-    check_samples,
-    generate_call,
-    given_hyperparameters,
-    passes,
-    policy_train_call,
-    ref_calls,
-    score_call,
-)
-from realloc.dataflow import DataflowGraph, DataKey, Per
+from experiments.common import critic_free_graph, passes
+from realloc.dataflow import DataflowGraph, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -59,13 +49,4 @@ class GRPO:
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """Three calls, four with a reference model. Raises InputError for less than two samples a prompt."""
-        given = given_hyperparameters(self, experiment)
-        check_mini_batches(given, experiment)
-        check_samples("GRPO", 2, experiment)
-        calls = (
-            generate_call(),
-            score_call("GRPO", experiment),
-            *ref_calls(given),
-            policy_train_call(given, ("scores",)),
-        )
-        return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("advantages", Per.SEQUENCE)), ("prompts",))
+        return critic_free_graph(self, "GRPO", experiment, Per.SEQUENCE, least_samples=2)

@@ -9,18 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.common import (
-    ROLLOUT_KEYS,
-    check_mini_batches,
-    check_samples,
-    generate_call,
-    given_hyperparameters,
-    passes,
-    policy_train_call,
-    ref_calls,
-    score_call,
-)
-from realloc.dataflow import DataflowGraph, DataKey, Per
+from experiments.common import check_samples, critic_free_graph, given_hyperparameters, passes
+from realloc.dataflow import DataflowGraph, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -51,14 +41,6 @@ class ReinforcePP:
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """Three calls, four with a reference model. Raises InputError for a group of one sample."""
-        given = given_hyperparameters(self, experiment)
-        check_mini_batches(given, experiment)
-        if given["group_baseline"]:
+        if given_hyperparameters(self, experiment)["group_baseline"]:
             check_samples("REINFORCE++ with group_baseline", 2, experiment)
-        calls = (
-            generate_call(),
-            score_call("REINFORCE++", experiment),
-            *ref_calls(given),
-            policy_train_call(given, ("scores",)),
-        )
-        return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("advantages", Per.RESPONSE_TOKEN)), ("prompts",))
+        return critic_free_graph(self, "REINFORCE++", experiment, Per.RESPONSE_TOKEN, least_samples=1)

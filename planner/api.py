@@ -6,9 +6,9 @@ from dataclasses import replace
 
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
+from planner.assess import Assessment
 from planner.candidates import Limits, build_candidates
-from planner.costs import Costs
-from planner.predict import assess, predictions_of
+from planner.predict import predictions_of
 from planner.problem import Problem
 from planner.result import SearchResult
 from planner.search import methods
@@ -41,23 +41,23 @@ def search_plan(
     method = DEFAULT_METHOD if method is None else method
     if method not in known:
         raise InputError(f"search: method '{method}' is not known.{nearest(method, known)}")
-    problem = make_problem(experiment, cluster, limits)
+    costs = CostModel(experiment, experiment.graph(), cluster, load_profile(cluster.device))
+    problem = _problem(costs, limits)
     limit_s = DEFAULT_TIME_LIMIT_S if time_limit_s is None else time_limit_s
     result = known[method](problem, limit_s, seed)
-    costs = CostModel(experiment, problem.graph, cluster, load_profile(cluster.device))
     if not result.interrupted:
         result = settle(problem, costs, result, min(limit_s, SETTLE_LIMIT_S))
-    return _with_terms(result)
+    return _with_terms(result, costs)
 
 
-def _with_terms(result: SearchResult) -> SearchResult:
+def _with_terms(result: SearchResult, costs: CostModel) -> SearchResult:
     """The result with the plan's predictions as a run will be compared with: by term, on shared cores.
 
     Where calls slow each other down, the plan takes longer than search has proven; its bound holds.
     """
     plan = result.plan
     assert plan.predictions is not None
-    assessment = assess(plan)
+    assessment = Assessment(plan, costs)
     predictions = replace(predictions_of(plan, assessment), lower_bound_s=plan.predictions.lower_bound_s)
     slower = assessment.iteration_s > result.iteration_s * (1 + 1e-6)
     return replace(
@@ -73,9 +73,11 @@ def make_problem(experiment: Experiment, cluster: Cluster, limits: Limits | None
 
     Raises InputError for an unknown device and InfeasibleError when a call fits nowhere.
     """
-    graph = experiment.graph()
-    profile = load_profile(cluster.device)
-    costs: Costs = CostModel(experiment, graph, cluster, profile)
-    capacity = cluster.memory_bytes if cluster.memory_bytes is not None else profile.memory_bytes
+    return _problem(CostModel(experiment, experiment.graph(), cluster, load_profile(cluster.device)), limits)
+
+
+def _problem(costs: CostModel, limits: Limits | None) -> Problem:
+    experiment, graph, cluster = costs.experiment, costs.graph, costs.cluster
+    capacity = costs.memory_bytes
     candidates = build_candidates(experiment, graph, cluster, costs, capacity, limits)
     return Problem(experiment, graph, cluster, costs, candidates, capacity)

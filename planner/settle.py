@@ -37,7 +37,7 @@ def settle(problem: Problem, costs: CostModel, result: SearchResult, time_limit_
     """
     if not costs.shares_cores:
         return result
-    found = _descend(problem, costs, _choice_of(problem, result), time.monotonic() + time_limit_s)
+    found = _descend(problem, costs, result, time.monotonic() + time_limit_s)
     placements, order = problem.placements(found.choice), problem.schedule(found.choice).order
     memory = problem.memory(found.choice)
     as_searched = found.shared.simulation.iteration_s <= result.iteration_s * (1 + 1e-6)
@@ -52,14 +52,12 @@ def settle(problem: Problem, costs: CostModel, result: SearchResult, time_limit_
     )
 
 
-def _descend(problem: Problem, costs: CostModel, choice: Choice, deadline: float) -> _Settled:
+def _descend(problem: Problem, costs: CostModel, result: SearchResult, deadline: float) -> _Settled:
+    choice, listed = _choice_of(problem, result), result.runners_up
     for _ in range(_ROUNDS):
         shared = _shared(problem, costs, choice)
         best_s = shared.simulation.iteration_s
-        others = [
-            _as_it_runs(problem, costs, item, shared)
-            for item in runners_up(problem, choice, best_s, deadline)
-        ]
+        others = [_as_it_runs(problem, costs, item, shared) for item in listed]
         found = _Settled(choice, shared, tuple(others))
         faster = [
             item for item in others if item.iteration_s is not None and item.iteration_s < best_s * 0.999
@@ -68,6 +66,7 @@ def _descend(problem: Problem, costs: CostModel, choice: Choice, deadline: float
             break
         fastest = min(faster, key=lambda item: item.iteration_s or 0.0)
         choice = _choice_of(problem, fastest)
+        listed = runners_up(problem, choice, fastest.iteration_s or best_s, deadline)
     return found
 
 

@@ -156,23 +156,20 @@ class ShardBenchmarks:
         recompute: Recompute = Recompute.NONE,
     ) -> list[PassSeconds]:
         """Forward and backward passes that add to gradients which are there, as a run's do."""
-        self.trainer.zero_gradients()
-        decoder = self.decoder(sequence_parallel=split, recompute=recompute)
-
-        def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            return self._output(decoder, hidden, batch, rows).sum()
+        run = self._training_pass(self.decoder(sequence_parallel=split, recompute=recompute), lengths, rows)
 
         def once() -> PassSeconds:
-            self.timer.start()
-            run_training(decoder, decoder.context, [self.batch(lengths)], loss)
+            run()
             return self.timer.passes()[0]
 
         return self.samples(once, effort)
 
     def training_pass(self, lengths: Sequence[int], rows: int) -> Callable[[], None]:
         """One forward and backward pass of a model as a function, for a load that only has to run."""
+        return self._training_pass(self.decoder(), lengths, rows)
+
+    def _training_pass(self, decoder: TimedDecoder, lengths: Sequence[int], rows: int) -> Callable[[], None]:
         self.trainer.zero_gradients()
-        decoder = self.decoder()
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             return self._output(decoder, hidden, batch, rows).sum()

@@ -78,11 +78,11 @@ def messages(
     if node.dst is None:
         raise AssertionError(f"{node.name} has no destination")
     consumer = graph.by_name[node.dst]
+    wanted = graph.values_read(consumer.name, node.keys)
     owners = sources.owners()
     result = []
     for index, rank in enumerate(dst.mesh.ranks):
         at = dst.strategy.coordinates(index)
-        wanted = graph.values_read(consumer.name, node.keys)
         keys = tuple(k for k in wanted if at.pp in stages_reading(consumer, k, dst.strategy.pp))
         if not keys:
             continue
