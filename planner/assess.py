@@ -6,7 +6,7 @@ nodes, so that a thousand GPUs are described by a handful of rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -16,6 +16,7 @@ from planner.contention import call_terms, simulate_shared
 from planner.memory import GpuMemory, worst_gpu
 from planner.simulator import Simulation, masks_of, period_s, precedence_of
 from planner.structure import Structure, steady_order
+from planner.words import span
 from realloc.augmented import NodeKind
 from realloc.plan import ExecutionPlan
 
@@ -187,14 +188,3 @@ def ordered(plan: ExecutionPlan, costs: CostModel) -> ExecutionPlan:
 def kind_of(term: str) -> str:
     """Which of KINDS a term of `cost_models.calls` belongs to."""
     return _KIND_OF.get(term, "communication")
-
-
-def span(ranks: Sequence[int]) -> str:
-    """Ranks as ranges: `0-7 and 12`."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return " and ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

@@ -14,6 +14,7 @@ from planner.infeasible import describe_bytes
 from planner.options import gib
 from planner.predict import beyond_measured
 from planner.result import Alternative, SearchResult
+from planner.words import span
 from realloc.augmented import NodeKind, Placement, copied_causes
 from realloc.strategy import strategy_content
 
@@ -140,24 +141,13 @@ def _pace(result: SearchResult) -> str:
     rows = []
     idle = []
     for item in simulation.busy:
-        rows.append(f"{_span(item.ranks)}: {item.busy_s / max(simulation.iteration_s, 1e-12):.0%}")
+        rows.append(f"{span(item.ranks)}: {item.busy_s / max(simulation.iteration_s, 1e-12):.0%}")
         idle.append(len(item.ranks))
     unused = result.plan.cluster.num_gpus - sum(idle)
     if unused:
         rows.append(f"{unused} unused")
     busy = wrap(f"GPUs busy: {', '.join(rows)}.", WIDTH, subsequent_indent="  ")
     return "\n".join(pace + busy)
-
-
-def _span(ranks: Sequence[int]) -> str:
-    """Ranks as ranges: `0-7, 12`."""
-    parts: list[list[int]] = []
-    for rank in ranks:
-        if parts and parts[-1][1] == rank - 1:
-            parts[-1][1] = rank
-        else:
-            parts.append([rank, rank])
-    return " and ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)
 
 
 def _runners_up(result: SearchResult) -> str:
@@ -233,7 +223,7 @@ def report_json(result: SearchResult) -> str:
         "node_s": dict(predictions.node_s),
         "start_s": dict(result.simulation.start_s),
         "critical": list(result.simulation.critical),
-        "busy": [{"gpus": _span(item.ranks), "busy_s": item.busy_s} for item in result.simulation.busy],
+        "busy": [{"gpus": span(item.ranks), "busy_s": item.busy_s} for item in result.simulation.busy],
         "memory": {
             "gpu": result.memory.gpu,
             "call": result.memory.call,

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping
 from textwrap import wrap
 from typing import Any
 
-from planner.assess import Assessment, SharedRanks, span
+from planner.assess import Assessment, SharedRanks
 from planner.infeasible import describe_bytes
 from planner.memory import GpuMemory, gpu_memory
 from planner.options import gib
 from planner.report import WIDTH, table
+from planner.words import span
 from realloc.augmented import NodeKind
 from realloc.chrome_trace import Span
 

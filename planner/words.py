@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from textwrap import wrap
 
 WIDTH = 100
@@ -30,3 +31,14 @@ def paragraph(text: str, indent: str = "", first: str | None = None) -> str:
         break_on_hyphens=False,
     )
     return "\n".join(lines)
+
+
+def span(ranks: Sequence[int]) -> str:
+    """Ranks as ranges: `0-7 and 12`."""
+    parts: list[list[int]] = []
+    for rank in ranks:
+        if parts and parts[-1][1] == rank - 1:
+            parts[-1][1] = rank
+        else:
+            parts.append([rank, rank])
+    return " and ".join(f"{a}" if a == b else f"{a}-{b}" for a, b in parts)

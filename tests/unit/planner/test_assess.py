@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from planner.api import search_plan
-from planner.assess import Assessment, span
+from planner.assess import Assessment
 from planner.budget import Cause, budget, kinds_of, reasons
 from planner.simulator import simulate
+from planner.words import span
 from realloc.cluster import Cluster
 from realloc.experiment import read_experiment
 from realloc.plan import ExecutionPlan
