@@ -11,6 +11,7 @@ from realloc.algorithm import Algorithm, resolve
 from realloc.backend import OWN, TRAINING_BACKENDS
 from realloc.cluster import Cluster, cluster_content, parse_cluster
 from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content, parse_constraints
+from realloc.data_spec import DataSpec, data_content, parse_data
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.files import Reader, nearest, read_file, resolve_path
@@ -68,27 +69,6 @@ class Workload:
     def prompts(self) -> int:
         """Distinct prompts of an iteration."""
         return self.sequences // self.samples_per_prompt
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """A JSONL file and its columns. Rows are shuffled by the experiment's seed.
-
-    `chosen` and `rejected` are the two responses of a preference: two neighbouring sequences.
-    """
-
-    path: str
-    prompt: str = "prompt"
-    response: str | None = None
-    chosen: str | None = None
-    rejected: str | None = None
-
-    @property
-    def responses(self) -> tuple[str, ...]:
-        """The columns of a row's responses, in the order of their sequences."""
-        if self.chosen is not None and self.rejected is not None:
-            return (self.chosen, self.rejected)
-        return () if self.response is None else (self.response,)
 
 
 @dataclass(frozen=True)
@@ -187,7 +167,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
     models_reader = reader.child("models")
     models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
     data_reader = reader.optional_child("data")
-    data = None if data_reader is None else _parse_data(data_reader, folder)
+    data = None if data_reader is None else parse_data(data_reader, folder)
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
     constraints_reader = reader.optional_child("constraints")
@@ -280,24 +260,6 @@ def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, 
     return workload
 
 
-def _parse_data(reader: Reader, folder: Path) -> DataSpec:
-    path = resolve_path(reader.get("path", str), folder, reader.at("path"))
-    data = DataSpec(
-        path=str(path),
-        prompt=reader.get("prompt", str, "prompt"),
-        response=reader.get("response", str, None),
-        chosen=reader.get("chosen", str, None),
-        rejected=reader.get("rejected", str, None),
-    )
-    reader.done()
-    if (data.chosen is None) != (data.rejected is None):
-        missing = "rejected" if data.rejected is None else "chosen"
-        raise InputError(f"{reader.where}: a preference has two responses; name the column '{missing}' too.")
-    if data.chosen is not None and data.response is not None:
-        raise InputError(f"{reader.where}: give response, or chosen and rejected, not both.")
-    return data
-
-
 def _parse_sampling(reader: Reader) -> Sampling:
     sampling = Sampling(
         temperature=reader.number("temperature", 1.0, minimum=0.0, maximum=100.0),
@@ -371,7 +333,7 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
         content["workload"]["samples_per_prompt"] = workload.samples_per_prompt
     content["iterations"] = experiment.iterations
     if experiment.data is not None:
-        content["data"] = {k: v for k, v in vars(experiment.data).items() if v is not None}
+        content["data"] = data_content(experiment.data)
     if experiment.reward is not None:
         content["reward"] = experiment.reward
     content["hyperparameters"] = dict(experiment.hyperparameters or {})

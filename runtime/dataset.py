@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from realloc.data_spec import DataSpec
 from realloc.errors import InputError
-from realloc.experiment import DataSpec, Experiment
+from realloc.experiment import Experiment
 from realloc.files import nearest
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from realloc.experiment import DataSpec
+from realloc.data_spec import DataSpec
 from runtime.dataset import read_dataset
 from runtime.tokenizer import read_tokenizer
 

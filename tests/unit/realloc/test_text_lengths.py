@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 
 from experiments import toy
+from realloc.data_spec import DataSpec
 from realloc.errors import InputError
-from realloc.experiment import DataSpec, Experiment, parse_experiment
+from realloc.experiment import Experiment, parse_experiment
 from realloc.files import Reader
 from runtime.dataset import read_dataset
 from runtime.tokenizer import read_tokenizer

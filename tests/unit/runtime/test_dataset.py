@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 
 from experiments import toy
+from realloc.data_spec import DataSpec
 from realloc.errors import InputError
-from realloc.experiment import DataSpec, Experiment, parse_experiment
+from realloc.experiment import Experiment, parse_experiment
 from realloc.files import Reader
 from runtime.dataset import Dataset, open_dataset, read_dataset, shuffled
 from runtime.tokenizer import TextTokenizer, read_tokenizer
