@@ -1,4 +1,4 @@
-"""Starting a run on this machine: torchrun's elastic agent, a store, a monitor, and the verdict.
+"""A run from its plan to its results: the checks before it, a store, the ranks, a monitor, the merged trace.
 
 Everything a user can get wrong is checked before the first rank starts. Ranks are forked from
 this process, which has imported torch once, so four of them are up in about a second.
@@ -7,37 +7,23 @@ this process, which has imported torch once, so four of them are up in about a s
 from __future__ import annotations
 
 import importlib.util
-import json
-import logging
 import os
-import signal
-import warnings
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from realloc.backend import DEEPSPEED
 from realloc.comparison import compare, comparison_text
-from realloc.errors import InputError, RunError
+from realloc.errors import InputError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from realloc.trace import Trace
+from runtime.agent import LOOPBACK, run_agent
 from runtime.checkpoint import SaveOptions
-from runtime.checkpoint_files import (
-    checkpoints_folder,
-    choose,
-    iteration_of,
-    list_checkpoints,
-    remove_partial,
-)
+from runtime.checkpoint_files import checkpoints_folder, choose, iteration_of, remove_partial
 from runtime.dataset import open_dataset
 from runtime.deepspeed_backend import NO_RESUME
 from runtime.engine import source_sequences
@@ -50,10 +36,8 @@ from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
 from runtime.supported import check_cluster, check_runs
-from runtime.tracing import CHECKPOINT, merge_traces, read_status
-from runtime.worker import WorkerSpec, reporting_ranks, run_worker
-
-LOOPBACK = "127.0.0.1"
+from runtime.tracing import CHECKPOINT, merge_traces
+from runtime.worker import WorkerSpec, reporting_ranks
 
 
 @dataclass(frozen=True)
@@ -132,7 +116,7 @@ def _execute(
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
     try:
         with Monitor(plan, channel, out, first) as monitor:
-            _launch(plan, program, spec)
+            run_agent(plan, program, spec)
             monitor.finish()
     finally:
         remove_partial(checkpoints_folder(out))  # the ranks are gone by now
@@ -192,93 +176,3 @@ def _check_runnable(plan: ExecutionPlan) -> None:
     for key in plan.graph.source_keys:
         source_sequences(dataset.batch(0), plan.graph.key[key])
     print(dataset.summary())
-
-
-def _launch(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
-    out = Path(spec.out)
-    ranks = plan.cluster.num_gpus
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="run",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",
-        rdzv_configs={"is_host": True},
-        local_addr=LOOPBACK,
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-        logs_specs=DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL),
-    )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _log_to_file(out / "logs" / "agent.log")
-    try:
-        elastic_launch(config, run_worker)(spec)
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise RunError(
-            f"the run was ended by {error.sigval.name}; all ranks are stopped.{_continuation(out)}"
-        ) from None
-    except ChildFailedError as error:
-        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        raise RunError(describe_failure(out, program, exit_codes)) from None
-
-
-class _LogFile(logging.FileHandler):
-    """A log that says nothing when it cannot be written: on a full disk our own message is enough."""
-
-    def handleError(self, record: logging.LogRecord) -> None:
-        pass
-
-
-def _log_to_file(path: Path) -> None:
-    """Sends the agent's log lines to a file: what they say of a failure, our own message says."""
-    handler = _LogFile(path)
-    for name in ("torch.distributed.elastic", "torch.multiprocessing", "torch.distributed.launcher"):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
-    warnings.filterwarnings("ignore", module="torch.distributed.elastic")
-
-
-def describe_failure(out: Path, program: Program, exit_codes: Mapping[int, int]) -> str:
-    """One message that names the rank that failed first, the iteration, the call and the cause.
-
-    `exit_codes` are those that the agent saw; a rank killed by a signal goes before ranks that
-    raised, since their errors follow from its death.
-    """
-    texts = [path.read_text(encoding="utf-8") for path in sorted((out / "errors").glob("rank-*.json"))]
-    errors = [json.loads(text) for text in texts if text.strip()]
-    killed = [r for r, code in sorted(exit_codes.items()) if code < 0 and -code != signal.SIGTERM]
-    if killed:
-        rank, code = killed[0], -exit_codes[killed[0]]
-        cause = f"was killed by signal {code} ({signal.Signals(code).name})"
-        if code == signal.SIGKILL:
-            cause += "; if nobody killed it, the machine may have run out of memory"
-    elif errors:
-        first = min(errors, key=lambda e: e["time_s"])
-        rank = first["rank"]
-        kind = "" if first["is_for_users"] else f"{first['type']}: "
-        cause = f"failed: {kind}{first['message'].strip()}"
-    else:
-        rank, code = next(iter(exit_codes.items()), (0, 1))
-        cause = f"ended with exit code {code}"
-    logs = f"\nLogs of all ranks: {out / 'logs'}"
-    return f"rank {rank}{_place(out, program, rank)} {cause}{logs}{_continuation(out)}"
-
-
-def _continuation(out: Path) -> str:
-    """How to go on from the last checkpoint; empty when there is none."""
-    found = list_checkpoints(checkpoints_folder(out))
-    return f"\nContinue from {found[-1].name}: realloc run --resume {out}" if found else ""
-
-
-def _place(out: Path, program: Program, rank: int) -> str:
-    status = read_status(out / "status" / f"rank-{rank}")
-    if status is None:
-        return " (before the first iteration)"
-    iteration, index = status
-    return f" (iteration {iteration}, {program.instructions[index].node.name})"
