@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     `argv` are the arguments after the program's name; None takes the process's. Raises SystemExit
     (with code 2) for arguments that argparse refuses, and whatever is a bug of ours.
     """
-    arguments = build_parser().parse_args(argv)
+    given = sys.argv[1:] if argv is None else list(argv)
+    arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
     here = str(Path.cwd())
     if here not in sys.path:
         # for a user's own algorithms and rewards; last, so that nothing here hides an installed module

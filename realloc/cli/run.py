@@ -6,12 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
+from realloc.cli.launchers import LOCAL, check_launcher, launch, launcher_options
 from realloc.cli.values import Commands, count, positive, seconds
 from realloc.errors import InputError, ReallocError
 
 
 def add(commands: Commands) -> None:
-    run = commands.add_parser("run", help="run a plan", allow_abbrev=False)
+    run = commands.add_parser("run", help="run a plan", allow_abbrev=False, parents=[launcher_options()])
     run.add_argument(
         "plan",
         metavar="PLAN",
@@ -67,6 +68,9 @@ def add(commands: Commands) -> None:
 
 def _run(arguments: argparse.Namespace) -> int:
     _check_run(arguments)
+    check_launcher(arguments)
+    if arguments.launcher != LOCAL:
+        return _by_launcher(arguments)
     from runtime.checkpoint import SaveOptions
     from runtime.launch import RunOptions, resume_run, run_plan
 
@@ -83,8 +87,25 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.resume is not None:
         resume_run(arguments.resume, plan, arguments.checkpoint, options)
     elif plan is not None:
-        run_plan(plan, arguments.out if arguments.out is not None else Path("out") / plan.stem, options)
+        run_plan(plan, arguments.out if arguments.out is not None else default_out(plan), options)
     return 0
+
+
+def _by_launcher(arguments: argparse.Namespace) -> int:
+    """Starts this command on every node through Slurm or Ray."""
+    plan: Path | None = arguments.plan or arguments.other_plan
+    if arguments.resume is not None:
+        out: Path = arguments.resume
+        plan = plan if plan is not None else out / "plan.yaml"
+    else:
+        assert plan is not None  # _check_run has seen to it
+        out = arguments.out if arguments.out is not None else default_out(plan)
+    return launch(arguments, arguments.given, plan, out)
+
+
+def default_out(plan: Path) -> Path:
+    """Where a run's output goes unless the user says otherwise."""
+    return Path("out") / plan.stem
 
 
 def _warn_of_other_device(path: Path) -> None:
