@@ -18,7 +18,8 @@ from realloc.files import Reader, resolve_path
 class DataSpec:
     """A JSONL file and its columns. Rows are shuffled by the experiment's seed.
 
-    `chosen` and `rejected` are the two responses of a preference: two neighbouring sequences.
+    `chosen` and `rejected` are the two responses of a preference: two neighbouring sequences. `holdout`:
+    the share of the rows that no iteration trains on, kept for evaluation.
     """
 
     path: str
@@ -26,6 +27,7 @@ class DataSpec:
     response: str | None = None
     chosen: str | None = None
     rejected: str | None = None
+    holdout: float = 0.0
 
     @property
     def responses(self) -> tuple[str, ...]:
@@ -44,6 +46,7 @@ def parse_data(reader: Reader, folder: Path) -> DataSpec:
         response=reader.get("response", str, None),
         chosen=reader.get("chosen", str, None),
         rejected=reader.get("rejected", str, None),
+        holdout=reader.number("holdout", 0.0, minimum=0.0, maximum=0.9),
     )
     reader.done()
     if (data.chosen is None) != (data.rejected is None):
@@ -56,4 +59,4 @@ def parse_data(reader: Reader, folder: Path) -> DataSpec:
 
 def data_content(data: DataSpec) -> Mapping[str, Any]:
     """The section as the mapping that `parse_data` reads back to an equal value."""
-    return {name: value for name, value in vars(data).items() if value is not None}
+    return {name: value for name, value in vars(data).items() if value not in (None, 0.0)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,9 @@ from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import nearest
 from runtime.tokenizer import TextTokenizer, read_tokenizer
+
+HOLDOUT = 2**32
+"""The order that decides which rows are held out is that of an epoch no run reaches."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,27 @@ class Dataset:
     dropped: int = 0
     truncated: int = 0
     samples_per_prompt: int = 1
+    held: tuple[Example, ...] = ()
+
+    def held_out(self, sequences: int, samples_per_prompt: int = 1) -> Dataset:
+        """The rows that no iteration trains on, in batches of so many sequences.
+
+        Raises InputError when the experiment keeps none.
+        """
+        if not self.held:
+            raise InputError(
+                "experiment: data: evaluation takes rows that are not trained on; keep some with "
+                "data.holdout, such as holdout: 0.05."
+            )
+        return replace(
+            self,
+            examples=self.held,
+            held=(),
+            sequences=sequences,
+            samples_per_prompt=samples_per_prompt,
+            dropped=0,
+            truncated=0,
+        )
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -192,12 +216,25 @@ def read_dataset(
         whole = _responses(tokenizer, [prompts[i] for i in kept], [encoded[i] for i in kept], texts)
         truncated += sum(len(ids) > max_response for ids in whole)
         columns.append([tuple(ids[:max_response]) for ids in whole])
-    examples = (
+    examples = tuple(
         Example(rows[i][1], tuple(encoded[i]), tuple(column[at] for column in columns))
         for at, i in enumerate(kept)
     )
     dropped = len(rows) - len(kept)
-    return Dataset(tuple(examples), tokenizer, sequences, seed, dropped, truncated, samples_per_prompt)
+    used, held = _split(examples, data.holdout, seed)
+    return Dataset(used, tokenizer, sequences, seed, dropped, truncated, samples_per_prompt, held)
+
+
+def _split(
+    examples: tuple[Example, ...], holdout: float, seed: int
+) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
+    """What iterations use and what is held out, at least one of each; both in the order of the file."""
+    if holdout == 0 or len(examples) < 2:
+        return examples, ()
+    number = min(max(1, round(holdout * len(examples))), len(examples) - 1)
+    held = set(shuffled(len(examples), seed, HOLDOUT)[:number].tolist())
+    kept = tuple(example for i, example in enumerate(examples) if i not in held)
+    return kept, tuple(examples[i] for i in sorted(held))
 
 
 def _responses(

@@ -117,6 +117,22 @@ def test_shuffling_has_no_visible_pattern() -> None:
     assert displacement == pytest.approx(10_000, rel=0.03)
 
 
+def test_rows_held_out_are_never_trained_on(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    path = write(tmp_path / "x.jsonl", prompts(20))
+    settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 3}
+    whole = read_dataset(DataSpec(str(path)), tokenizer, **settings)
+    dataset = read_dataset(DataSpec(str(path), holdout=0.25), tokenizer, **settings)
+    trained = {row["number"] for iteration in range(20) for row in dataset.batch(iteration).rows}
+    held = [row["number"] for row in dataset.held_out(sequences=5).batch(0).rows]
+    assert len(trained) == 15
+    assert trained | set(held) == set(range(20))
+    assert not trained & set(held)
+    both = dataset.held_out(sequences=10, samples_per_prompt=2).batch(0)
+    assert [row["number"] for row in both.rows[::2]] == held
+    with pytest.raises(InputError, match=r"data\.holdout"):
+        whole.held_out(4)
+
+
 # tokens -------------------------------------------------------------------------------------------
 
 
