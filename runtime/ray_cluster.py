@@ -7,6 +7,7 @@ wire are strings and numbers.
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import subprocess
@@ -78,7 +79,8 @@ class NodeRunner:
             text=True,
         )
         assert process.stdout is not None
-        yield from process.stdout
+        for line in process.stdout:  # noqa: UP028 - Ray sends into the generator, which a file does not take
+            yield line
         yield process.wait()
 
 
@@ -121,7 +123,7 @@ def _connect(job: RayJob) -> Any:
         import ray
     except ImportError:
         raise InputError("--launcher ray: ray is not installed; pip install 'realloc[ray]'.") from None
-    options: dict[str, Any] = {"address": job.address, "log_to_driver": False}
+    options: dict[str, Any] = {"address": job.address, "log_to_driver": False, "logging_level": logging.ERROR}
     if job.address is None:
         options |= {"include_dashboard": False, "num_cpus": max(job.gpus_per_node, os.cpu_count() or 1)}
     try:
@@ -194,7 +196,7 @@ class _Follower(threading.Thread):
                 else:
                     self.last = [*self.last[-9:], item]
         except self._ray.exceptions.RayError as error:
-            self.lost = str(error).splitlines()[0]
+            self.lost = str(error).strip().splitlines()[-1]  # the cause; before it comes where Ray was
 
     @property
     def failed(self) -> bool:
