@@ -27,7 +27,8 @@ FIRST_PORT, NUM_PORTS = 20_000, 10_000
 class SlurmJob:
     """`arguments`: what follows `realloc` on every node, without the options that tell it its place.
 
-    `options` are the user's own for sbatch (`--partition=a`, `--time=4:00:00`), and win over ours.
+    `options` are the user's own for sbatch (`--partition=a`, `--time=4:00:00`), and win over ours. `python`
+    must be at the same place on every node.
     """
 
     name: str
@@ -37,6 +38,7 @@ class SlurmJob:
     uses_gpus: bool
     log: Path
     options: tuple[str, ...] = ()
+    python: str = sys.executable
 
 
 def batch_script(job: SlurmJob) -> str:
@@ -56,7 +58,7 @@ def batch_script(job: SlurmJob) -> str:
 
 def _body(job: SlurmJob) -> list[str]:
     """Bash that finds the meeting point and starts one launcher a node, all ended with the first to fail."""
-    command = shlex.join([sys.executable, "-m", "realloc", *job.arguments])
+    command = shlex.join([job.python, "-m", "realloc", *job.arguments])
     step = f"srun --nodes={job.num_nodes} --ntasks={job.num_nodes} --ntasks-per-node=1 --kill-on-bad-exit=1"
     if job.num_nodes == 1:
         return [f"{step} {command}"]
