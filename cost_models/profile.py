@@ -21,6 +21,7 @@ from cost_models.tables import Table, read_tables, tables_content
 from realloc.errors import InputError
 from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
 from realloc.model_shape import DTYPE_BYTES
+from realloc.pace import Pace, pace_content, read_pace
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class HardwareProfile:
     one node that compute at once (hosts with fewer cores than ranks); 1 when absent.
     `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
     runtime's own code took, of the models that were measured. `calibration`: factors on all that follows
-    from the rest, found by `realloc calibrate`.
+    from the rest, found by `realloc calibrate`. `pace`: how fast the machine was meanwhile (hosts).
     """
 
     name: str
@@ -84,6 +85,7 @@ class HardwareProfile:
     overlaps_host_copies: bool = False
     tables: tuple[Table, ...] = ()
     calibration: Calibration | None = None
+    pace: Pace | None = None
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -174,6 +176,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         overlaps_host_copies=reader.get("overlaps_host_copies", bool, False),
         tables=read_tables(reader.raw("tables", []), reader.at("tables")),
         calibration=read_calibration(reader.optional_child("calibration")),
+        pace=read_pace(reader.optional_child("pace")),
     )
     reader.done()
     return profile
@@ -216,6 +219,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         content["tables"] = tables_content(profile.tables)
     if profile.calibration is not None:
         content["calibration"] = calibration_content(profile.calibration)
+    if profile.pace is not None:
+        content["pace"] = pace_content(profile.pace)
     return content
 
 

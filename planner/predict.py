@@ -37,6 +37,7 @@ def predictions_of(plan: ExecutionPlan, assessment: Assessment) -> Predictions:
         costs=assessment.costs.provenance,
         terms=terms_of(assessment),
         sources=call_sources(assessment.plan, assessment.costs),
+        pace=assessment.costs.profile.pace,
     )
 
 

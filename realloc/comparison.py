@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from realloc.augmented import NodeKind
 from realloc.errors import InputError
+from realloc.pace import PaceFound, pace_of
 from realloc.plan import ExecutionPlan
 from realloc.trace import Trace, TraceRecord, median, own_seconds
 
@@ -26,6 +27,7 @@ LEAST_SHARE = 0.01
 _LENGTHS_OFF = 0.05
 _UNEVEN = 0.2
 _UNSTEADY = 0.3
+_PACE_OFF = 0.05
 _CROWDED = 0.9
 """A rank that computes has its core for at least this share of the time, unless others want it too."""
 
@@ -62,12 +64,20 @@ class Finding:
 
 @dataclass(frozen=True)
 class Comparison:
-    """`lines` in the plan's order, each node followed by its terms; `total` is the iteration."""
+    """`lines` in the plan's order, each node followed by its terms; `total` is the iteration.
+
+    `pace`: how much slower the machine was than when it was profiled, where both are known.
+    """
 
     lines: tuple[Line, ...]
     total: Line
     findings: tuple[Finding, ...]
     costs: str
+    pace: PaceFound | None = None
+
+    def at_pace(self, line: Line) -> float | None:
+        """The line's ratio had the machine been as fast as when it was profiled: the model's own error."""
+        return None if line.ratio is None or self.pace is None else line.ratio / self.pace.ratio
 
 
 def timed_as(term: str) -> str:
@@ -160,10 +170,16 @@ def compare(plan: ExecutionPlan, trace: Trace) -> Comparison:
     waiting = _waiting_line(plan, trace, total)
     if waiting is not None:
         lines.append(waiting)
+    pace = None
+    if predictions is not None and predictions.pace is not None:
+        pace = pace_of(trace, predictions.pace, plan.cluster.gpus_per_node)
     found = tuple(
-        Finding(line, tuple(_causes(plan, trace, line))) for line in (*lines, total) if _is_off(line, total)
+        Finding(line, (*_pace_causes(line, pace), *_causes(plan, trace, line)))
+        for line in (*lines, total)
+        if _is_off(line, total)
     )
-    return Comparison(tuple(lines), total, found, "" if predictions is None else predictions.costs)
+    costs = "" if predictions is None else predictions.costs
+    return Comparison(tuple(lines), total, found, costs, pace)
 
 
 def _term_lines(
@@ -202,6 +218,19 @@ def _is_off(line: Line, total: Line) -> bool:
         return False
     difference = abs(line.measured_s - line.predicted_s)
     return difference > OFF * line.predicted_s and difference > LEAST_SHARE * total.measured_s
+
+
+def _pace_causes(line: Line, pace: PaceFound | None) -> Iterable[str]:
+    """Where the machine was slower, or faster, in the direction in which the line is off."""
+    if pace is None or line.ratio is None or abs(pace.ratio - 1) < _PACE_OFF:
+        return
+    if (line.ratio > 1) == (pace.ratio > 1):
+        yield pace_text(pace)
+
+
+def pace_text(pace: PaceFound) -> str:
+    factor, word = (pace.ratio, "slower") if pace.ratio >= 1 else (1 / pace.ratio, "faster")
+    return f"the machine ran {factor:.2f} times {word} than when it was profiled"
 
 
 def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
@@ -308,72 +337,6 @@ def _unsteady(trace: Trace, line: Line) -> Iterable[str]:
     low, high = values[len(values) // 4], values[(3 * len(values)) // 4]
     if high - low > _UNSTEADY * median(values):
         yield f"iterations differ among themselves: half of them took {low:.3g} to {high:.3g} s"
-
-
-def comparison_text(comparison: Comparison) -> str:
-    """A table and what stands out, for people."""
-    rows = [("", "where", "predicted", "measured", "ratio")]
-    for line in (*comparison.lines, comparison.total):
-        name = f"  {line.term}" if line.node and line.term else line.name
-        ratio = "-" if line.ratio is None else f"{line.ratio:.2f}"
-        rows.append((name, line.where, _number(line.predicted_s), _number(line.measured_s), ratio))
-    widths = [max(len(row[i]) for row in rows) for i in range(5)]
-    text = ["seconds per iteration, predicted and measured"]
-    for row in rows:
-        cells = [f"{cell:<{widths[i]}}" if i < 2 else f"{cell:>{widths[i]}}" for i, cell in enumerate(row)]
-        text.append("  ".join(cells).rstrip())
-    rule = "-" * (sum(widths) + 8)
-    text.insert(2, rule)
-    text.insert(-1, rule)
-    text += _finding_lines(comparison)
-    if comparison.total.predicted_s is None:
-        text.append("The plan has no predictions; `realloc diff PLAN RUN` makes them.")
-    return "\n".join(text)
-
-
-def _finding_lines(comparison: Comparison) -> Iterable[str]:
-    """What is off by one cause in one line; a call whose terms are named is not named as well."""
-    named = {finding.line.node for finding in comparison.findings if finding.line.node and finding.line.term}
-    by_causes: dict[tuple[str, ...], list[str]] = {}
-    for finding in comparison.findings:
-        line = finding.line
-        if line.term or line.node not in named:
-            by_causes.setdefault(finding.causes, []).append(_off(line))
-    for causes, names in by_causes.items():
-        why = "; ".join(causes) or "no known cause, and `realloc calibrate` takes it into the profile"
-        yield f"Off by more than {OFF:.0%}: {', '.join(names)}. Likely: {why}."
-
-
-def _off(line: Line) -> str:
-    return (
-        f"{line.name} {_number(line.measured_s)} s"
-        if line.ratio is None
-        else f"{line.name} x {line.ratio:.2f}"
-    )
-
-
-def comparison_content(comparison: Comparison) -> Mapping[str, object]:
-    """The comparison as a JSON object; seconds are in the keys' names."""
-    return {
-        "costs": comparison.costs,
-        "iteration": _line_content(comparison.total),
-        "lines": [_line_content(line) for line in comparison.lines],
-        "findings": [{**_line_content(f.line), "causes": list(f.causes)} for f in comparison.findings],
-    }
-
-
-def _line_content(line: Line) -> dict[str, object]:
-    return {
-        "node": line.node,
-        "term": line.term,
-        "predicted_s": line.predicted_s,
-        "measured_s": line.measured_s,
-        "ratio": line.ratio,
-    }
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _span(ranks: Sequence[int]) -> str:

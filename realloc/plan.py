@@ -17,6 +17,7 @@ from realloc.errors import InputError, PlanError
 from realloc.experiment import Experiment, experiment_content, parse_experiment
 from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
 from realloc.mesh import parse_mesh
+from realloc.pace import Pace, pace_content, read_pace
 from realloc.strategy import parse_strategy, strategy_content
 
 
@@ -27,7 +28,7 @@ class Predictions:
     `node_s`: seconds of every node of the augmented graph; `terms`: of every call by cause, which
     sum to the call's. `peak_bytes`: of the GPU that needs most, by cause. `costs`: where the costs
     came from ('measured' or 'analytic', with the profile's name); `sources`: what stands behind the
-    compute seconds of each call.
+    compute seconds of each call. `pace`: how fast the profiled machine was.
     """
 
     iteration_s: float
@@ -38,6 +39,7 @@ class Predictions:
     lower_bound_s: float | None = None
     terms: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     sources: Mapping[str, str] = field(default_factory=dict)
+    pace: Pace | None = None
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,7 @@ def _parse_predictions(reader: Reader) -> Predictions:
         lower_bound_s=reader.number("lower_bound_s", None, minimum=0.0),
         terms=_parse_terms(reader.optional_child("terms")),
         sources={} if sources is None else {name: sources.get(name, str) for name in sources.keys()},
+        pace=read_pace(reader.optional_child("pace")),
     )
     reader.done()
     return predictions
@@ -194,6 +197,8 @@ def plan_text(plan: ExecutionPlan) -> str:
             }
         if p.sources:
             predictions["sources"] = dict(p.sources)
+        if p.pace is not None:
+            predictions["pace"] = dict(pace_content(p.pace))
         content["predictions"] = predictions
     return dump_yaml("plan", content)
 

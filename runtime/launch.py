@@ -16,7 +16,8 @@ import torch
 import torch.distributed as dist
 
 from realloc.backend import DEEPSPEED
-from realloc.comparison import compare, comparison_text
+from realloc.comparison import compare
+from realloc.comparison_text import comparison_text
 from realloc.errors import InputError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from realloc.pace import PACE
 from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, counted, read_trace, trace_lines
 
 CHECKPOINT = "checkpoint"
@@ -91,12 +92,12 @@ def read_status(path: Path) -> tuple[int, int] | None:
 def with_waits(records: Iterable[TraceRecord]) -> list[TraceRecord]:
     """The records with `wait_s`: how long each rank waited for the last rank to arrive.
 
-    Ranks do not wait for each other to take a checkpoint.
+    Ranks do not wait for each other to take a checkpoint, nor where their pace is taken.
     """
     ordered = sorted(records, key=lambda r: (r.iteration, r.start_s, r.rank))
     arrival: dict[tuple[int, str], float] = {}
     for record in ordered:
-        if record.kind == CHECKPOINT:
+        if record.kind in (CHECKPOINT, PACE):
             continue
         key = (record.iteration, record.node)
         arrival[key] = max(arrival.get(key, record.start_s), record.start_s)

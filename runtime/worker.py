@@ -31,6 +31,7 @@ from runtime.export import export_role
 from runtime.host_memory import keep_freed_memory
 from runtime.machine import pin
 from runtime.metrics import MetricsChannel
+from runtime.pace import RunPace
 from runtime.parallel import Groups, make_groups
 from runtime.program import compile_program
 from runtime.restore import restore
@@ -120,7 +121,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     store = dist.PrefixStore("checkpoints", own)
     saver = Saver(out, plan, roles, rank, store, spec.saving, has_metrics=confirmed)
     dist.barrier()
-    recorder = Recorder(rank, _shared_epoch(rank))
+    recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
 
     def entering(iteration: int, index: int) -> None:
         status.set(iteration, index)
@@ -137,6 +138,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         if saver.is_due(iteration):
             saver.save(iteration)
             recorder.add(iteration, CHECKPOINT, CHECKPOINT, start, predicted_s=None)
+        pace.at_end(iteration, recorder)
 
     with saver:
         engine.run(range(first, plan.experiment.iterations), recorder, Observer(entering, report))

@@ -38,7 +38,8 @@ def add(commands: Commands) -> None:
 
 
 def _diff(arguments: argparse.Namespace) -> int:
-    from realloc.comparison import compare, comparison_content, comparison_text
+    from realloc.comparison import compare
+    from realloc.comparison_text import comparison_content, comparison_text
     from realloc.plan import read_plan
 
     if arguments.trace is not None:

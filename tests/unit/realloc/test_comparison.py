@@ -12,12 +12,12 @@ import pytest
 from realloc.comparison import (
     Comparison,
     compare,
-    comparison_content,
-    comparison_text,
     measured_terms,
     timed_terms,
 )
+from realloc.comparison_text import comparison_content, comparison_text
 from realloc.errors import InputError
+from realloc.pace import Pace, pace_of
 from realloc.plan import ExecutionPlan, Predictions, read_plan
 from realloc.trace import BatchLengths, Machine, Trace, TraceRecord
 from tests.unit.realloc.make import plan_mapping, write
@@ -37,11 +37,15 @@ def plan(tmp_path_factory: pytest.TempPathFactory) -> ExecutionPlan:
 
 
 def run_of(
-    plan: ExecutionPlan, *, iterations: int = 4, changed: Mapping[str, Mapping[str, Any]] | None = None
+    plan: ExecutionPlan,
+    *,
+    iterations: int = 4,
+    changed: Mapping[str, Mapping[str, Any]] | None = None,
+    gap_s: float = 0.0,
 ) -> Trace:
     """A run that takes exactly what is predicted, one node after the other, but for `changed` nodes.
 
-    `changed`: node -> seconds, terms, cpu_s.
+    `changed`: node -> seconds, terms, cpu_s. `gap_s` lies between iterations.
     """
     assert plan.predictions is not None
     now, records = 0.0, []
@@ -55,6 +59,7 @@ def run_of(
                 fields = {k: v for k, v in change.items() if k in ("terms", "cpu_s")}
                 records.append(replace(record, **fields))
             now += seconds
+        now += gap_s
     return Trace(plan.cluster.num_gpus, tuple(records), (), HOST)
 
 
@@ -166,3 +171,60 @@ def test_without_predictions_there_is_only_what_was_measured(plan: ExecutionPlan
     text = comparison_text(compare(replace(plan, predictions=None), run_of(plan)))
     assert "has no predictions" in text
     assert "1.0000" in text
+
+
+PACE = Pace(alone_s=1e-3, together_s=1.5e-3, ranks=2)
+
+
+def with_pace(trace: Trace, per_rank: Mapping[int, tuple[float, float]]) -> Trace:
+    """The trace with a probe of each rank: so many seconds after an iteration's end, for so many."""
+    ends: dict[int, float] = {}
+    for record in trace.records:
+        ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
+    probes = [
+        TraceRecord(iteration, rank, "pace", "pace", end + after, end + after + seconds)
+        for iteration, end in ends.items()
+        for rank, (after, seconds) in per_rank.items()
+    ]
+    return replace(trace, records=(*trace.records, *probes))
+
+
+def test_pace_is_compared_with_what_it_was_beside_as_many_ranks(plan: ExecutionPlan):
+    trace = run_of(plan, gap_s=0.1)
+    # no two at once: against the work alone; the ranks 0 and 1 of a host at once: against both
+    found = pace_of(with_pace(trace, {0: (0.0, 1.2e-3), 1: (0.01, 1.2e-3)}), PACE, 2)
+    assert found is not None
+    assert found.ratio == pytest.approx(1.2)
+    found = pace_of(with_pace(trace, {0: (0.0, 1.2e-3), 1: (0.0, 1.2e-3)}), PACE, 2)
+    assert found is not None
+    assert found.ratio == pytest.approx(0.8)
+    # of two hosts, each knows nothing of the other
+    found = pace_of(with_pace(trace, {0: (0.0, 1.2e-3), 1: (0.0, 1.2e-3)}), PACE, 1)
+    assert found is not None
+    assert found.ratio == pytest.approx(1.2)
+    assert pace_of(trace, PACE, 2) is None
+
+
+def test_a_slow_machine_is_told_from_a_wrong_model(plan: ExecutionPlan):
+    assert plan.predictions is not None
+    slow = {
+        name: {"seconds": 1.5 * s, "terms": {"tp_communication": 0.45}}
+        for name, s in plan.predictions.node_s.items()
+        if name in plan.placements
+    }
+    slow["actor_train"]["seconds"] = 3.0  # twice as long as the machine explains
+    trace = with_pace(run_of(plan, changed=slow, gap_s=0.1), {0: (0.0, 1.5e-3)})
+    predicted = replace(plan, predictions=replace(plan.predictions, pace=PACE))
+    comparison = compare(predicted, trace)
+    gen, train = (next(x for x in comparison.lines if x.name == n) for n in ("actor_gen", "actor_train"))
+    assert (gen.ratio, comparison.at_pace(gen)) == pytest.approx((1.5, 1.0))
+    assert (train.ratio, comparison.at_pace(train)) == pytest.approx((3.0, 2.0))
+    assert "1.50 times slower than when it was profiled" in causes(comparison, "actor_gen")
+    text = comparison_text(comparison)
+    assert "at pace" in text
+    assert "Pace: the machine ran 1.50 times slower" in text
+    content: Any = comparison_content(comparison)
+    assert content["iteration"]["ratio_at_pace"] == pytest.approx(content["iteration"]["ratio"] / 1.5)
+    assert content["pace"]["samples"] == 3
+    # a plan that was priced without a pace says nothing of it
+    assert "at pace" not in comparison_text(compare(plan, trace))

@@ -1,0 +1,131 @@
+"""Pace: how fast a machine runs a fixed piece of work, when it was profiled and while it runs a plan.
+
+Cores that share a host, its memory and its clock with others change their pace by a third within
+seconds. Ranks therefore run the same short piece of work at the ends of iterations (`runtime.pace`);
+what it took, against what it took when the profile was made, tells a slow machine from a wrong model.
+Decides how the two are compared; knows no hardware and runs nothing.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+from realloc.files import Reader
+from realloc.trace import Trace, TraceRecord
+
+PACE = "pace"
+"""The kind, and the node, of the records of such work."""
+COST_SHARE = 0.004
+"""Of an iteration, at most, for which ranks are at it: nothing prices it."""
+EVERY = 8
+"""Iterations from one to the next where nobody has predicted how long they take."""
+_CUT = 0.1
+
+
+@dataclass(frozen=True)
+class Pace:
+    """What the work took on the profiled machine: by itself, and with all `ranks` of a host computing.
+
+    `spread`: the distance of the quartiles of all samples, as a share of their median.
+    """
+
+    alone_s: float
+    together_s: float
+    ranks: int
+    spread: float = 0.0
+
+    def expected_s(self, busy: int) -> float:
+        """Seconds with so many ranks of the host computing, the one at the work among them."""
+        if self.ranks < 2:
+            return self.alone_s
+        share = min(busy, self.ranks) - 1
+        return self.alone_s + (self.together_s - self.alone_s) * share / (self.ranks - 1)
+
+
+@dataclass(frozen=True)
+class PaceFound:
+    """How many times longer the work took in a run than when the machine was profiled.
+
+    `low` and `high` are the quartiles of the `samples`.
+    """
+
+    ratio: float
+    low: float
+    high: float
+    samples: int
+
+
+def iterations_between(iteration_s: float | None, work_s: float) -> int:
+    """Every how many iterations the work of so many seconds is done, the same on all ranks."""
+    if not iteration_s:
+        return EVERY
+    return max(1, ceil(work_s / (COST_SHARE * iteration_s)))
+
+
+def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
+    """The pace of a run's steady iterations; None where the trace does not tell.
+
+    Compared is with what the work took beside as many computing ranks of the host (`per_node` of them
+    on each) as there were at its middle. The ratio is a mean, as an iteration adds up what it meets,
+    without a tenth of the samples at either end.
+    """
+    records = [record for record in trace.steady() if record.kind == PACE]
+    if not records:
+        return None
+    computing = _by_rank(trace)
+    ratios = []
+    for record in records:
+        host = record.rank // per_node
+        middle = (record.start_s + record.end_s) / 2
+        others = range(host * per_node, min((host + 1) * per_node, trace.world_size))
+        busy = 1 + sum(_is_busy(computing.get(r, ()), middle) for r in others if r != record.rank)
+        ratios.append((record.end_s - record.start_s) / profiled.expected_s(busy))
+    ratios.sort()
+    cut = int(_CUT * len(ratios))
+    kept = ratios[cut : len(ratios) - cut]
+    quarter = len(ratios) // 4
+    return PaceFound(sum(kept) / len(kept), ratios[quarter], ratios[-1 - quarter], len(ratios))
+
+
+Spans = Sequence[tuple[float, float]]
+
+
+def _by_rank(trace: Trace) -> Mapping[int, Spans]:
+    """When each rank computed: its calls and this work, in the order of time, without what it waited."""
+    spans: dict[int, list[tuple[float, float]]] = {}
+    for record in trace.records:
+        if _computes(record):
+            spans.setdefault(record.rank, []).append((record.start_s + record.wait_s, record.end_s))
+    return {rank: sorted(found) for rank, found in spans.items()}
+
+
+def _computes(record: TraceRecord) -> bool:
+    return record.kind in (PACE, "call")
+
+
+def _is_busy(spans: Spans, moment: float) -> bool:
+    """Whether one of the spans, which do not overlap, is around the moment."""
+    place = bisect_right(spans, (moment, float("inf")))
+    return place > 0 and spans[place - 1][1] >= moment
+
+
+def read_pace(reader: Reader | None) -> Pace | None:
+    """The pace that a profile or a plan tells of, where it does. Raises InputError naming the key."""
+    if reader is None:
+        return None
+    pace = Pace(
+        alone_s=reader.number("alone_s", minimum=1e-9, maximum=60.0),
+        together_s=reader.number("together_s", minimum=1e-9, maximum=60.0),
+        ranks=reader.integer("ranks", minimum=1),
+        spread=reader.number("spread", 0.0, minimum=0.0),
+    )
+    reader.done()
+    return pace
+
+
+def pace_content(pace: Pace) -> Mapping[str, object]:
+    """The pace as the mapping that a file holds."""
+    return {key: float(f"{v:.4g}") if isinstance(v, float) else v for key, v in vars(pace).items()}
