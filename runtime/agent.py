@@ -1,63 +1,145 @@
-"""Torchrun's elastic agent: starts this machine's ranks, forwards signals, and tells of failures.
+"""Torchrun's elastic agent: starts this machine's ranks, watches them, and stops them together.
 
-Decides how ranks are started and stopped. What a failure means, `runtime.verdict` says.
+Decides how ranks are started and stopped. Which other machines take part, `runtime.team` knows; what a
+failure means, `runtime.verdict` says.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
+import torch.distributed as dist
+from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
+from torch.distributed.elastic.agent.server.api import WorkerSpec as AgentSpec
+from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.elastic.rendezvous.api import (
+    RendezvousHandler,
+    RendezvousInfo,
+    RendezvousStoreInfo,
+)
 
-from realloc.errors import RunError
-from realloc.plan import ExecutionPlan
-from runtime.program import Program
-from runtime.verdict import continuation, describe_failure
 from runtime.worker import WorkerSpec, run_worker
 
-LOOPBACK = "127.0.0.1"
+POLL_S = 0.1
+STOP_S = 5.0
+"""How long ranks that are told to end may take; then they are killed."""
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+
+Stop = Callable[[], str | None]
+"""Why the ranks must stop, None as long as they may go on. Asked again and again while they run."""
 
 
-def run_agent(plan: ExecutionPlan, program: Program, spec: WorkerSpec) -> None:
-    """Runs the plan's ranks until all have ended. Raises RunError when one fails or a signal ends the run."""
-    out = Path(spec.out)
-    ranks = plan.cluster.num_gpus
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=ranks,
-        run_id="run",
-        rdzv_backend="c10d",
-        rdzv_endpoint=f"{LOOPBACK}:0",
-        rdzv_configs={"is_host": True},
-        local_addr=LOOPBACK,
-        max_restarts=0,
-        monitor_interval=0.1,
-        start_method="fork",
-        logs_specs=DefaultLogsSpecs(log_dir=str(out / "logs"), redirects=Std.ALL),
-    )
-    if not torch.cuda.is_available():
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    _log_to_file(out / "logs" / "agent.log")
+@dataclass(frozen=True)
+class Ended:
+    """How this machine's ranks have ended. All fields are empty when all is well.
+
+    `exit_codes`: of the ranks that failed by themselves. `reason`: what `Stop` said. `sent`: the signal that
+    ended the launcher.
+    """
+
+    exit_codes: Mapping[int, int] = field(default_factory=dict)
+    reason: str | None = None
+    sent: signal.Signals | None = None
+
+    @property
+    def is_good(self) -> bool:
+        return not self.exit_codes and self.reason is None and self.sent is None
+
+
+def run_agent(spec: WorkerSpec, logs: Path, stop: Stop) -> Ended:
+    """Runs this machine's ranks until all have ended, one has failed, or `stop` gives a reason.
+
+    In the main thread. When it returns, no rank is left. `logs` gets what the ranks print and the agent's
+    own log.
+    """
+    logs.mkdir(parents=True, exist_ok=True)
+    _log_to_file(logs / "agent.log")
+    agent = _Agent(spec, logs, stop)
+    first = spec.node * spec.ranks_per_node
+    with _handlers_restored():
+        try:
+            result = agent.run()
+        except SignalException as error:
+            return Ended(sent=error.sigval)
+    if agent.reason is not None:
+        return Ended(reason=agent.reason)
+    return Ended({first + rank: failure.exitcode for rank, failure in result.failures.items()})
+
+
+class _Agent(LocalElasticAgent):
+    """Torchrun's agent for the ranks of one machine, which may also be stopped for a reason from outside."""
+
+    def __init__(self, spec: WorkerSpec, logs: Path, stop: Stop) -> None:
+        agent_spec = AgentSpec(
+            role="ranks",
+            local_world_size=spec.ranks_per_node,
+            rdzv_handler=_Alone(),
+            entrypoint=run_worker,
+            args=(spec,),
+            max_restarts=0,
+            monitor_interval=POLL_S,
+        )
+        logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
+        super().__init__(agent_spec, logs_specs, start_method="fork")
+        self._stop = stop
+        self.reason: str | None = None
+
+    def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        result: RunResult = super()._monitor_workers(worker_group)
+        if result.state is WorkerState.HEALTHY:
+            self.reason = self._stop()
+            if self.reason is not None:
+                return RunResult(state=WorkerState.FAILED)
+        return result
+
+    def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
+        super()._shutdown(death_sig, min(timeout, int(STOP_S)))  # a stopped rank never ends by itself
+
+
+class _Alone(RendezvousHandler):
+    """A rendezvous with nobody: the launchers have met before their agents start, and ranks are numbered
+    by the plan."""
+
+    def get_backend(self) -> str:
+        return "realloc"
+
+    def next_rendezvous(self) -> RendezvousInfo:
+        return RendezvousInfo(dist.HashStore(), 0, 1, RendezvousStoreInfo("", 0))
+
+    def is_closed(self) -> bool:
+        return False
+
+    def set_closed(self) -> None:
+        pass
+
+    def num_nodes_waiting(self) -> int:
+        return 0
+
+    def get_run_id(self) -> str:
+        return "run"
+
+    def shutdown(self) -> bool:
+        return True
+
+
+@contextmanager
+def _handlers_restored() -> Iterator[None]:
+    """Takes back the signal handlers that the agent installs."""
+    before = {number: signal.getsignal(number) for number in _SIGNALS}
     try:
-        elastic_launch(config, run_worker)(spec)
-    except SignalException as error:
-        if error.sigval == signal.SIGINT:
-            raise KeyboardInterrupt from None
-        raise RunError(
-            f"the run was ended by {error.sigval.name}; all ranks are stopped.{continuation(out)}"
-        ) from None
-    except ChildFailedError as error:
-        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        raise RunError(describe_failure(out, program, exit_codes)) from None
+        yield
+    finally:
+        for number, handler in before.items():
+            if handler is not None:  # None: it was not installed from Python
+                signal.signal(number, handler)
 
 
 class _LogFile(logging.FileHandler):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +19,11 @@ import torch.distributed as dist
 from realloc.backend import DEEPSPEED
 from realloc.comparison import compare
 from realloc.comparison_text import comparison_text
-from realloc.errors import InputError
+from realloc.errors import InputError, RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from realloc.trace import Trace
-from runtime.agent import LOOPBACK, run_agent
+from runtime.agent import Ended, run_agent
 from runtime.checkpoint import SaveOptions
 from runtime.checkpoint_files import checkpoints_folder, choose, iteration_of, remove_partial
 from runtime.dataset import open_dataset
@@ -38,7 +39,10 @@ from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
 from runtime.supported import check_cluster, check_runs
 from runtime.tracing import CHECKPOINT, merge_traces
+from runtime.verdict import continuation, describe_failure
 from runtime.worker import WorkerSpec, reporting_ranks
+
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -109,15 +113,20 @@ def _execute(
         launcher_pid=os.getpid(),
         saving=options.saving,
         checkpoint=None if checkpoint is None else str(checkpoint),
+        node=0,
+        num_nodes=1,
+        ranks_per_node=plan.cluster.num_gpus,
         pin=options.pin,
     )
+    if not torch.cuda.is_available():
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     reserve_errors(out, plan.cluster.num_gpus)
     first = 0 if checkpoint is None else iteration_of(checkpoint)
     collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
     try:
         with Monitor(plan, channel, out, first) as monitor:
-            run_agent(plan, program, spec)
+            _check_ended(run_agent(spec, out / "logs", lambda: None), out, program)
             monitor.finish()
     finally:
         remove_partial(checkpoints_folder(out))  # the ranks are gone by now
@@ -131,6 +140,18 @@ def _execute(
         f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"
     )
     return trace
+
+
+def _check_ended(ended: Ended, out: Path, program: Program) -> None:
+    """Raises RunError, or KeyboardInterrupt, when the ranks have not ended well."""
+    if ended.sent is signal.SIGINT:
+        raise KeyboardInterrupt
+    if ended.sent is not None:
+        raise RunError(f"the run was ended by {ended.sent.name}; all ranks are stopped.{continuation(out)}")
+    if ended.reason is not None:
+        raise RunError(f"{ended.reason}{continuation(out)}")
+    if ended.exit_codes:
+        raise RunError(describe_failure(out, program, ended.exit_codes))
 
 
 def _saved(trace: Trace) -> str:

@@ -36,6 +36,7 @@ from runtime.parallel import Groups, make_groups
 from runtime.program import compile_program
 from runtime.restore import restore
 from runtime.roles import RankRole, load_roles
+from runtime.shared_memory import host_token
 from runtime.tracing import CHECKPOINT, Recorder, Status, write_trace
 
 _PR_SET_PDEATHSIG = 1
@@ -43,8 +44,9 @@ _PR_SET_PDEATHSIG = 1
 
 @dataclass(frozen=True)
 class WorkerSpec:
-    """What every rank of a run is told. `store_port` is where the launcher's store listens.
+    """What every rank of a machine is told. `store_host`, `store_port`: where the run's store listens.
 
+    Rank = `node` * `ranks_per_node` + the number that this machine's agent gives its process.
     `checkpoint` is the folder of the checkpoint to go on from; None starts from the models' folders.
     """
 
@@ -55,6 +57,9 @@ class WorkerSpec:
     timeout_s: float
     launcher_pid: int
     saving: SaveOptions
+    node: int
+    num_nodes: int
+    ranks_per_node: int
     checkpoint: str | None = None
     pin: bool = False
 
@@ -71,8 +76,10 @@ class RankError:
 
 
 def run_worker(spec: WorkerSpec) -> None:
-    """Runs one rank; RANK and WORLD_SIZE come from the environment, set by the launcher's agent."""
-    rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    """Runs one rank; which one of its machine it is, LOCAL_RANK says, set by the launcher's agent."""
+    rank = spec.node * spec.ranks_per_node + int(os.environ["LOCAL_RANK"])
+    world_size = spec.num_nodes * spec.ranks_per_node
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}  # for libraries that ask
     _die_with(spec.launcher_pid)
     keep_freed_memory()
     try:
@@ -148,6 +155,13 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     dist.barrier()
     status.close()
     dist.destroy_process_group()
+
+def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], engine: Engine) -> int:
+    """Takes this rank to where the checkpoint was taken; returns the iteration to go on with."""
+    restore(checkpoint, roles, trained_roles(plan))
+    engine.resume(read_manifest(checkpoint).states)
+    return iteration_of(checkpoint)
+
 
 
 def _connect(spec: WorkerSpec) -> dist.TCPStore:
