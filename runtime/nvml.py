@@ -26,6 +26,7 @@ class Gpus:
     names: tuple[str, ...]
     memory_bytes: tuple[int, ...]
     nvlinks: tuple[Mapping[int, int], ...]
+    free_bytes: tuple[int, ...] = ()
 
     @property
     def topology(self) -> str:
@@ -63,6 +64,7 @@ def _read(nvml: Any) -> Gpus:
         names=tuple(_text(nvml.nvmlDeviceGetName(handle)) for handle in handles),
         memory_bytes=tuple(int(nvml.nvmlDeviceGetMemoryInfo(handle).total) for handle in handles),
         nvlinks=tuple(_links(nvml, handle, places) for handle in handles),
+        free_bytes=tuple(int(nvml.nvmlDeviceGetMemoryInfo(handle).free) for handle in handles),
     )
 
 

@@ -40,6 +40,14 @@ def positive(text: str) -> int:
     return value
 
 
+def endpoint(text: str) -> tuple[str, int]:
+    """HOST:PORT, an IPv6 address in brackets."""
+    host, colon, port = text.rpartition(":")
+    if not colon or not host or not port.isdecimal() or not 0 < int(port) < 65536:
+        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, such as node0:29400")
+    return host.removeprefix("[").removesuffix("]"), int(port)
+
+
 def check_output(output: Path, source: Path | None = None) -> None:
     """Refuses, before the work begins, an output that could not be written or would hurt."""
     if output.is_dir():
