@@ -218,7 +218,16 @@ def pick_device() -> torch.device:
 
 
 def _shared_epoch(rank: int) -> float:
-    """The moment the run begins, the same number on every rank."""
+    """The moment the run begins, by this rank's clock: the same number where all ranks share one.
+
+    Clocks of several machines differ, so there it is the moment when a barrier opens.
+    """
+    token = host_token()
+    ends = torch.tensor([token, -token], dtype=torch.int64)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+    if int(ends[0]) != -int(ends[1]):
+        dist.barrier()
+        return time.time()
     epoch = torch.tensor([time.time() if rank == 0 else 0.0], dtype=torch.float64)
     dist.all_reduce(epoch)
     return float(epoch.item())
