@@ -54,6 +54,8 @@ def actor_loss(
     with torch.no_grad():
         metrics["clip_fraction"] = (clipped > unclipped).sum() / tokens
         metrics["approx_kl"] = (ratio - 1.0 - log_ratio).sum() / tokens
+        if ratio.numel():
+            metrics["ratio_max"] = ratio.max()
     return _aggregate(losses, lengths, batch, hyperparameters["aggregation"]), metrics
 
 

@@ -36,20 +36,41 @@ class PPO:
 
         `kl_coef`: weight of the per-token penalty for leaving the reference model.
         `gamma`, `gae_lambda`: discount and decay of the advantage estimate.
-        `clip_range`: how far a token's probability ratio counts from 1.
+        `clip_range`, `clip_range_high`: how far a token's probability ratio counts below and above 1 (the
+        second is the first unless given).
         `value_clip_range`: how far a value counts from the one before training; 0 clips nothing.
         `reward_clip`: scores are clipped to plus or minus this; 0 clips nothing.
         `whiten_advantages`: shift and scale them to mean 0, variance 1 over the batch.
+        `whiten_rewards`: scale the per-token rewards to variance 1 over the batch; their mean stays.
         `mini_batches`: optimizer steps in one pass over the batch; `epochs`: passes.
+
+        `kl_target`: where not 0, `kl_coef` is only the first coefficient: each iteration changes it by the
+        divergence of whole responses, in nats, against this target, as far as `kl_horizon` (sequences)
+        allows (Ziegler et al. 2019, arXiv 1909.08593, section 2.2). `kl_estimator`: a token's penalty is
+        its log ratio to the reference (`k1`), half the square of that (`k2`) or the non-negative estimate
+        of GRPO (`k3`; all: Schulman 2020, "Approximating KL divergence").
+        `score_normalization`: scores less their mean, over their standard deviation: of the `batch`, or of
+        all iterations so far (`running`: Zheng et al. 2023, arXiv 2307.04964), before `reward_clip`.
+        `missing_eos_penalty`: taken off the score of a response that the length limit cut.
+        `critic_warmup`: iterations at the beginning in which the critic learns alone.
         """
+        clip = reader.number("clip_range", 0.2, minimum=1e-6)
         return {
             "kl_coef": reader.number("kl_coef", 0.05, minimum=0.0),
             "gamma": reader.number("gamma", 1.0, minimum=0.0, maximum=1.0),
             "gae_lambda": reader.number("gae_lambda", 0.95, minimum=0.0, maximum=1.0),
-            "clip_range": reader.number("clip_range", 0.2, minimum=1e-6),
+            "clip_range": clip,
+            "clip_range_high": reader.number("clip_range_high", clip, minimum=1e-6),
             "value_clip_range": reader.number("value_clip_range", 0.2, minimum=0.0),
             "reward_clip": reader.number("reward_clip", 0.0, minimum=0.0),
             "whiten_advantages": reader.get("whiten_advantages", bool, True),
+            "whiten_rewards": reader.get("whiten_rewards", bool, False),
+            "kl_target": reader.number("kl_target", 0.0, minimum=0.0),
+            "kl_horizon": reader.number("kl_horizon", 10_000.0, minimum=1.0),
+            "kl_estimator": reader.choice("kl_estimator", ("k1", "k2", "k3"), "k1"),
+            "score_normalization": reader.choice("score_normalization", ("none", "batch", "running"), "none"),
+            "missing_eos_penalty": reader.number("missing_eos_penalty", 0.0, minimum=0.0),
+            "critic_warmup": reader.integer("critic_warmup", 0, minimum=0, maximum=100_000_000),
             **passes(reader, mini_batches=4),
         }
 

@@ -17,14 +17,19 @@ from realloc.functions import Batch
 VARIANCE_FLOOR = 1e-8
 
 
-def whiten(values: Tensor, batch: Batch) -> Tensor:
-    """Shifted and scaled to mean 0 and variance 1 over all ranks; [elements] -> [elements]."""
+def whiten(values: Tensor, batch: Batch, *, shift: bool = True) -> Tensor:
+    """Shifted and scaled to mean 0 and variance 1 over all ranks; [elements] -> [elements].
+
+    Without `shift` the mean stays as it was.
+    """
     wide = values.double()
     count = torch.full_like(wide.sum(), wide.numel())
     count, total = batch.sum(torch.stack([count, wide.sum()]))
     mean = total / count
     variance = batch.sum((wide - mean).square().sum()) / count
     whitened: Tensor = (wide - mean) * (variance + VARIANCE_FLOOR).rsqrt()
+    if not shift:
+        whitened = whitened + mean
     return whitened.to(values.dtype)
 
 
@@ -120,12 +125,14 @@ def clipped_policy_loss(
     """PPO's clipped surrogate (Schulman et al. 2017, arXiv 1707.06347, equation 7), mean over tokens.
 
     `output`: log-probabilities of the response tokens now; `batch` has `logprobs` and `advantages`, one
-    per token, and, where it is `compared` with the reference model, `ref_logprobs`.
+    per token, and, where it is `compared` with the reference model, `ref_logprobs`. A ratio counts up to
+    `clip_range_high` above 1, or `clip_range` where there is none.
     """
-    tokens, clip, advantages = batch.global_elements, hyperparameters["clip_range"], batch["advantages"]
+    tokens, low, advantages = batch.global_elements, hyperparameters["clip_range"], batch["advantages"]
+    high = hyperparameters.get("clip_range_high", low)
     ratio = (output - batch["logprobs"]).exp()
     unclipped = -advantages * ratio
-    clipped = -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
+    clipped = -advantages * ratio.clamp(1.0 - low, 1.0 + high)
     metrics = policy_metrics(output, batch, compared=compared)
     metrics["clip_fraction"] = (clipped > unclipped).sum().detach() / tokens
     return torch.maximum(unclipped, clipped).sum() / tokens, metrics
@@ -135,12 +142,14 @@ def policy_metrics(output: Tensor, batch: Batch, *, compared: bool) -> dict[str,
     """`approx_kl`, from the policy that generated, and, where `compared`, `ref_kl`, from the reference.
 
     `approx_kl` is the mean over tokens of ratio - 1 - log ratio (Schulman 2020, "Approximating KL
-    divergence"), `ref_kl` the mean log ratio at generation.
+    divergence"), `ref_kl` the mean log ratio at generation, `ratio_max` the largest ratio of a token.
     """
     tokens, behaviour = batch.global_elements, batch["logprobs"]
     with torch.no_grad():
         log_ratio = output - behaviour
         metrics = {"approx_kl": (log_ratio.exp() - 1.0 - log_ratio).sum() / tokens}
+        if log_ratio.numel():
+            metrics["ratio_max"] = log_ratio.max().exp()
         if compared:
             metrics["ref_kl"] = (behaviour - batch["ref_logprobs"]).sum() / tokens
     return metrics

@@ -74,6 +74,23 @@ class Batch(Protocol):
 
     def lengths(self, key: str) -> Any: ...
 
+    @property
+    def state(self) -> dict[str, float]:
+        """Numbers that a call's `prepare` keeps from one iteration to the next; empty at first.
+
+        They are in checkpoints, so a resumed run goes on with them. Derive them from hyperparameters and
+        from `sum` alone: then all ranks have the same.
+        """
+
+    def report(self, name: str, value: float) -> None:
+        """A metric of the iteration, from `prepare`; the same number on every rank."""
+
+    def finished(self, key: str) -> Any:
+        """bool tensor [num_sequences]: whether the response in the sequence `key` ended by itself.
+
+        That is before the longest allowed response, or with an end-of-sequence token.
+        """
+
     def sum(self, value: Any) -> Any:
         """Sum of a tensor over all data-parallel ranks (every rank must call it)."""
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,9 @@ class PackedBatch:
     device: torch.device
     dp_group: dist.ProcessGroup | None = None
     max_response_tokens: int = 0
+    eos_ids: tuple[int, ...] = ()
+    state: dict[str, float] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -51,6 +54,18 @@ class PackedBatch:
     def lengths(self, key: str) -> torch.Tensor:
         lengths = self.data.key_lengths(key)
         return torch.tensor([lengths[p] for p in self.positions], dtype=torch.int64, device=self.device)
+
+    def report(self, name: str, value: float) -> None:
+        self.reported[name] = value
+
+    def finished(self, key: str) -> torch.Tensor:
+        lengths, values = self.data.key_lengths(key), self.data.values.get(key, {})
+        ended = [
+            lengths[p] - self.data.prompt_lengths[p] < self.max_response_tokens
+            or int(values[p][-1]) in self.eos_ids
+            for p in self.positions
+        ]
+        return torch.tensor(ended, dtype=torch.bool, device=self.device)
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         if self.dp_group is None:

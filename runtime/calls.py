@@ -22,6 +22,7 @@ from realloc.functions import Sample
 from runtime.attention import PackedSequences
 from runtime.batch import PackedBatch
 from runtime.batching import Assignment, micro_batches, num_passes
+from runtime.call_metrics import add_distribution, add_responses
 from runtime.data_store import IterationData
 from runtime.dataset import Dataset
 from runtime.decoder import Decoder
@@ -40,7 +41,7 @@ from runtime.transfer import assignment_of
 class CallExecutor:
     """One call on this rank. `decoder` is None for compute, `trainer` but for train_step.
 
-    `watch` times what a train_step spends on the optimizer.
+    `watch` times what a train_step spends on the optimizer. `state`: what `prepare` keeps (`Batch.state`).
     """
 
     call: Call
@@ -51,6 +52,7 @@ class CallExecutor:
     decoder: Decoder | None = None
     trainer: Trainer | DeepSpeedTrainer | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
+    state: dict[str, float] = field(default_factory=dict)
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
         """Runs this rank's share; returns its contribution to the call's metrics.
@@ -127,8 +129,8 @@ class CallExecutor:
             data.put(logprobs_key, share, result.logprobs.float().cpu())
             mine = [responses[p] for p in share]
             longest = self.experiment.workload.response.maximum
-            metrics.add("response_tokens", sum(mine), len(mine))
             metrics.add("truncated", sum(n == longest for n in mine), len(mine))
+            add_responses(metrics, data, share, self.call.writes, self.dataset.eos_ids)
         return metrics
 
     def _share_lengths(
@@ -153,7 +155,7 @@ class CallExecutor:
         def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
             output = self._output(hidden, batch, data).float().cpu()
             data.put(written, batch.positions, output)
-            metrics.add(f"{written}", output.double().sum().item(), output.numel())
+            add_distribution(metrics, written, output.double())
 
         run_forward(self._model, self.context, self._micro_batches(data, share), finish)
         return metrics
@@ -162,7 +164,7 @@ class CallExecutor:
 
     def _train(self, data: IterationData, assignment: Assignment) -> Metrics:
         metrics = Metrics()
-        self._prepare(data, assignment)
+        self._prepare(data, assignment, metrics)
         for _ in range(self.call.epochs):
             for mini_batch in assignment.shares:
                 self._mini_batch(data, mini_batch, metrics)
@@ -215,7 +217,7 @@ class CallExecutor:
             output = self._model.scalar(hidden)
         return output.sum() * 0.0
 
-    def _prepare(self, data: IterationData, assignment: Assignment) -> None:
+    def _prepare(self, data: IterationData, assignment: Assignment, metrics: Metrics) -> None:
         """Runs the algorithm's `prepare` where its inputs are: on the last stage."""
         if self.call.prepare is None or not self.context.is_last:
             return
@@ -226,6 +228,8 @@ class CallExecutor:
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
             data.put(key, share, prepared[key].detach().cpu())
+        for name, value in batch.reported.items():
+            metrics.add(name, value, 1.0)
 
     def _view(
         self, data: IterationData, positions: Sequence[int], sequences: int, elements: int
@@ -233,7 +237,17 @@ class CallExecutor:
         """Some of this replica's sequences as the algorithm's functions see them."""
         longest = self.experiment.workload.response.maximum
         context = self.context
-        return PackedBatch(data, positions, sequences, elements, context.device, context.dp_group, longest)
+        return PackedBatch(
+            data,
+            positions,
+            sequences,
+            elements,
+            context.device,
+            context.dp_group,
+            longest,
+            self.dataset.eos_ids,
+            self.state,
+        )
 
     # compute --------------------------------------------------------------------------------
 
@@ -247,7 +261,7 @@ class CallExecutor:
         (written,) = self.call.writes
         data.put(written, share, torch.tensor(values, dtype=torch.float32))
         metrics = Metrics()
-        metrics.add(written, sum(values), len(values))
+        add_distribution(metrics, written, torch.tensor(values, dtype=torch.float64))
         return metrics
 
     def _sample(self, data: IterationData, position: int, iteration: int) -> Sample:

@@ -33,6 +33,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -115,16 +116,18 @@ class Saver:
         options: SaveOptions,
         write: WriteTensors = write_tensors,
         has_metrics: Callable[[int], bool] = lambda _: True,
+        states: Callable[[], Mapping[str, Mapping[str, float]]] = dict,
     ) -> None:
         """`has_metrics`: whether the metrics of an iteration (and those before) are on disk.
 
         A checkpoint should not be newer than they are, or a run that goes on from it lacks a line.
+        `states`: what this rank's calls keep between iterations (`Engine.states`).
         """
         self._folder = checkpoints_folder(out)
         self._plan, self._roles, self._rank = plan, roles, rank
         self._world_size = plan.cluster.num_gpus
         self._store, self._options, self._write_tensors = store, options, write
-        self._has_metrics = has_metrics
+        self._has_metrics, self._states = has_metrics, states
         # read now: a long run may outlive the folders it began with
         self._configs = {
             role: read_config(plan.experiment.models[role].model) for role in trained_roles(plan)
@@ -165,7 +168,8 @@ class Saver:
         before, self._last = self._last, iteration + 1
         snapshot = self._take()
         steps = {name: r.trainer.num_steps for name, r in self._roles.items() if r.trainer is not None}
-        self._pending = self._pool.submit(self._write, iteration + 1, before, snapshot, steps)
+        counts = {"steps": steps, "states": {call: dict(state) for call, state in self._states().items()}}
+        self._pending = self._pool.submit(self._write, iteration + 1, before, snapshot, counts)
         if not self._options.background:
             self._wait()
 
@@ -215,7 +219,7 @@ class Saver:
         done: int,
         before: int | None,
         snapshot: Mapping[str, torch.Tensor],
-        steps: Mapping[str, int],
+        counts: Mapping[str, Any],
     ) -> None:
         """This rank's part of the checkpoint after `done` iterations; on rank 0, the rest of it too.
 
@@ -226,7 +230,7 @@ class Saver:
         try:
             partial.mkdir(parents=True, exist_ok=True)
             files = self._write_files(partial, snapshot, needed)
-            record = {"files": {name: asdict(file) for name, file in files.items()}, "steps": steps}
+            record = {"files": {name: asdict(file) for name, file in files.items()}, **counts}
             self._store.set(_key(done, self._rank), json.dumps(record))
             if self._rank == 0:
                 self._commit(done, partial)
@@ -264,12 +268,16 @@ class Saver:
             time.sleep(POLL_S)
         files: dict[str, FileRecord] = {}
         steps: dict[str, int] = {}
+        states: dict[str, Mapping[str, float]] = {}
         for key in keys:
             record = json.loads(self._store.get(key))
             files |= {name: FileRecord(**file) for name, file in record["files"].items()}
             steps |= record["steps"]
+            states |= record["states"]  # ranks of a call keep the same
             self._store.delete_key(key)
-        write_synced(partial / MANIFEST, manifest_text(self._manifest(done, files, steps)))
+        write_synced(
+            partial / MANIFEST, manifest_text(replace(self._manifest(done, files, steps), states=states))
+        )
         sync_folder(partial)
         final = self._folder / name_of(done)
         if final.exists():

@@ -18,7 +18,7 @@ import shutil
 import zlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +64,7 @@ class Manifest:
     `iteration` iterations are done: the next one has this index, reads the data from sequence
     `iteration * sequences` on, and draws its samples from (seed, iteration, ...), so this number and
     the experiment are the data's position and the random state. `experiment` is its content as in a
-    plan, `placements` call -> mesh and strategy as text.
+    plan, `placements` call -> mesh and strategy as text, `states` call -> what its `prepare` keeps.
     """
 
     iteration: int
@@ -73,6 +73,7 @@ class Manifest:
     world_size: int
     roles: Mapping[str, RoleRecord]
     files: Mapping[str, FileRecord]
+    states: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 def checkpoints_folder(out: Path) -> Path:
@@ -125,6 +126,7 @@ def manifest_text(manifest: Manifest) -> str:
         "placements": dict(manifest.placements),
         "experiment": manifest.experiment,
         "files": {name: asdict(record) for name, record in manifest.files.items()},
+        "states": {call: dict(state) for call, state in manifest.states.items()},
     }
     content["crc32"] = _content_crc(content)
     return json.dumps(content, indent=1) + "\n"
@@ -162,6 +164,7 @@ def read_manifest(checkpoint: Path) -> Manifest:
         world_size=reader.integer("world_size", minimum=1),
         roles={name: _parse_role(role) for name, role in _children(reader, "roles")},
         files={name: _parse_file(name, file) for name, file in _children(reader, "files")},
+        states={call: _parse_state(state) for call, state in _state_readers(reader)},
     )
     reader.done()
     return manifest
@@ -170,6 +173,15 @@ def read_manifest(checkpoint: Path) -> Manifest:
 def _children(reader: Reader, key: str) -> list[tuple[str, Reader]]:
     child = reader.child(key)
     return [(name, child.child(name)) for name in child.keys()]
+
+
+def _state_readers(reader: Reader) -> list[tuple[str, Reader]]:
+    child = reader.optional_child("states")  # checkpoints of earlier versions have none
+    return [] if child is None else [(name, child.child(name)) for name in child.keys()]
+
+
+def _parse_state(reader: Reader) -> Mapping[str, float]:
+    return {name: reader.number(name) for name in reader.keys()}
 
 
 def _parse_role(reader: Reader) -> RoleRecord:

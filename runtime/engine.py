@@ -68,6 +68,16 @@ class Engine:
         for instruction in self._instructions:
             self._build(instruction.node)
 
+    @property
+    def states(self) -> Mapping[str, Mapping[str, float]]:
+        """Call -> what its `prepare` keeps between iterations, of the calls that keep something here."""
+        return {name: call.state for name, call in self._calls.items() if call.state}
+
+    def resume(self, states: Mapping[str, Mapping[str, float]]) -> None:
+        """Goes on with what a checkpoint holds of `states`."""
+        for name, call in self._calls.items():
+            call.state.update(states.get(name, {}))
+
     def run(self, iterations: range, recorder: Recorder, observer: Observer) -> None:
         """Executes whole iterations. Whatever an instruction raises passes through."""
         for iteration in iterations:

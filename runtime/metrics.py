@@ -1,7 +1,8 @@
 """Metrics: what ranks report of an iteration, added up over ranks.
 
 A metric is a ratio of two sums over ranks, so that a rank reports its own share without any
-communication. Reports travel as JSON through the run's key-value store.
+communication. One whose name ends in `_max` is the largest value that was reported. One `X_square`
+beside an `X` gives `X_std`, the standard deviation. Reports travel as JSON through the run's key-value store.
 """
 
 from __future__ import annotations
@@ -9,10 +10,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from math import sqrt
 
 import torch.distributed as dist
 
 _WRITTEN = "written"
+LARGEST, SQUARE, DEVIATION = "_max", "_square", "_std"
 
 
 @dataclass
@@ -23,12 +26,14 @@ class Metrics:
     _step: dict[str, float] = field(default_factory=dict)
 
     def add(self, name: str, numerator: float, denominator: float) -> None:
-        a, b = self.sums.get(name, (0.0, 0.0))
-        self.sums[name] = (a + numerator, b + denominator)
+        self.sums[name] = _joined(name, self.sums.get(name), (numerator, denominator))
 
     def add_contribution(self, name: str, value: float) -> None:
         """Adds to a metric of the current optimizer step, whose total is a sum over ranks."""
-        self._step[name] = self._step.get(name, 0.0) + value
+        if name.endswith(LARGEST):
+            self.add(name, value, 1.0)
+        else:
+            self._step[name] = self._step.get(name, 0.0) + value
 
     def end_step(self, weight: float) -> None:
         """Closes an optimizer step; metrics average over steps. `weight` is 1 / reporters."""
@@ -42,9 +47,20 @@ def combine(reports: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, f
     totals: dict[str, tuple[float, float]] = {}
     for report in reports:
         for name, (numerator, denominator) in report.items():
-            a, b = totals.get(name, (0.0, 0.0))
-            totals[name] = (a + numerator, b + denominator)
-    return {name: a / b for name, (a, b) in totals.items() if b}
+            totals[name] = _joined(name, totals.get(name), (numerator, denominator))
+    means = {name: a / b for name, (a, b) in totals.items() if b}
+    for name in [name for name in means if name.endswith(SQUARE) and name.removesuffix(SQUARE) in means]:
+        mean = means[name.removesuffix(SQUARE)]
+        means[name.removesuffix(SQUARE) + DEVIATION] = sqrt(max(0.0, means.pop(name) - mean * mean))
+    return means
+
+
+def _joined(name: str, one: tuple[float, float] | None, other: tuple[float, float]) -> tuple[float, float]:
+    if one is None:
+        return other
+    if name.endswith(LARGEST):
+        return max(one[0], other[0]), 1.0
+    return one[0] + other[0], one[1] + other[1]
 
 
 class MetricsChannel:

@@ -22,7 +22,7 @@ from realloc.errors import ReallocError
 from realloc.plan import ExecutionPlan, read_plan
 from realloc.trace import Trace
 from runtime.checkpoint import SaveOptions, Saver
-from runtime.checkpoint_files import iteration_of
+from runtime.checkpoint_files import iteration_of, read_manifest
 from runtime.checkpoint_shares import trained_roles
 from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
@@ -115,18 +115,17 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     dataset = open_dataset(plan.experiment)
     groups = make_plan_groups(plan, rank, timeout)
     roles = load_roles(plan, groups, device)
-    first = 0
-    if spec.checkpoint is not None:
-        restore(Path(spec.checkpoint), roles, trained_roles(plan))
-        first = iteration_of(Path(spec.checkpoint))
     engine = Engine(plan, program, rank, groups, roles, dataset, device)
+    first = 0 if spec.checkpoint is None else _resume(Path(spec.checkpoint), plan, roles, engine)
     status = Status(out / "status" / f"rank-{rank}")
     channel = MetricsChannel(dist.PrefixStore("metrics", main_store), reporting_ranks(plan))
     # a connection of its own: the background thread waits on it while the main thread uses the other
     own = _connect(spec)
     confirmed = MetricsChannel(dist.PrefixStore("metrics", own), ()).is_written
     store = dist.PrefixStore("checkpoints", own)
-    saver = Saver(out, plan, roles, rank, store, spec.saving, has_metrics=confirmed)
+    saver = Saver(
+        out, plan, roles, rank, store, spec.saving, has_metrics=confirmed, states=lambda: engine.states
+    )
     dist.barrier()
     recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
 
@@ -162,6 +161,13 @@ def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], e
     engine.resume(read_manifest(checkpoint).states)
     return iteration_of(checkpoint)
 
+
+
+def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], engine: Engine) -> int:
+    """Takes this rank to where the checkpoint was taken; returns the iteration to go on with."""
+    restore(checkpoint, roles, trained_roles(plan))
+    engine.resume(read_manifest(checkpoint).states)
+    return iteration_of(checkpoint)
 
 
 def _connect(spec: WorkerSpec) -> dist.TCPStore:

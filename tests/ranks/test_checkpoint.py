@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from runtime.checkpoint import SaveOptions, Saver, WriteTensors
-from runtime.checkpoint_files import checkpoints_folder, choose, list_checkpoints, verify
+from runtime.checkpoint_files import checkpoints_folder, choose, list_checkpoints, read_manifest, verify
 from runtime.checkpoint_shares import trained_roles
 from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
@@ -42,6 +42,10 @@ from tests.ranks.launch import RankFailure, run_ranks
 
 TOTAL, STOP = 4, 2
 SHAPE = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48, "tied": True}
+# whatever keeps numbers between iterations
+KEEPING = {"kl_target": 0.02, "kl_horizon": 20, "score_normalization": "running", "critic_warmup": 1}
+DETAILS = {"whiten_rewards": True, "missing_eos_penalty": 0.5}
+CHANGES = {"hyperparameters": {"mini_batches": 2, "epochs": 1, **KEEPING, **DETAILS}}
 Placements = Mapping[str, tuple[str, str]]
 
 SAME_PLAN: Placements = {
@@ -70,7 +74,9 @@ class Workplace:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.folder = folder
         optimizer = {"learning_rate": 2e-3, "eps": 1e-5, "warmup_steps": 3, "decay": "cosine"}
-        self.content = ppo_content(folder, write_models(folder, **SHAPE), iterations=TOTAL, **changes)
+        self.content = ppo_content(
+            folder, write_models(folder, **SHAPE), iterations=TOTAL, **(CHANGES | changes)
+        )
         for role in ("actor", "critic"):
             self.content["models"][role]["optimizer"] = optimizer
         self.plan = make_plan(folder, self.content, 4, SAME_PLAN)
@@ -133,10 +139,13 @@ def _rank(
     if checkpoint is not None:
         restore(checkpoint, roles, trained_roles(plan))
     engine = Engine(plan, compile_program(plan), rank, groups, roles, open_dataset(plan.experiment), device)
+    if checkpoint is not None:
+        engine.resume(read_manifest(checkpoint).states)
     sums_by_iteration: list[Sums] = []
     tokens: list[dict[int, tuple[int, ...]]] = []
     store = dist.FileStore(str(out / "store"), world_size)
-    saver = Saver(out, plan, roles, rank, store, save or SaveOptions(every=0), write)
+    options, states = save or SaveOptions(every=0), lambda: engine.states
+    saver = Saver(out, plan, roles, rank, store, options, write, states=states)
 
     def report(iteration: int, sums: Sums, data: IterationData) -> None:
         sums_by_iteration.append(sums)
@@ -166,6 +175,10 @@ def assert_identical(actual: Outcome, expected: Outcome) -> None:
 def test_same_plan_resumes_bit_for_bit(workplace: Workplace) -> None:
     assert workplace.whole.metrics[0] != workplace.whole.metrics[STOP]
     assert_identical(workplace.resume(workplace.plan, "resumed"), workplace.expected)
+    kept = verify(checkpoints_folder(workplace.out) / f"iteration-{STOP}").states
+    names = {"kl_coef", "score_count", "score_mean", "score_squares"}
+    assert kept["critic_train"].keys() == names
+    assert kept["actor_train"].keys() == names | {"iterations"}
 
 
 @pytest.mark.parametrize("name", OTHER_PLANS)
@@ -205,6 +218,10 @@ def test_every_element_is_stored_once_and_replicas_share_the_work(workplace: Wor
 def test_bfloat16_with_masters_resumes_bit_for_bit(tmp_path: Path) -> None:
     workplace = Workplace(tmp_path, dtype="bfloat16")
     assert_identical(workplace.resume(workplace.plan, "resumed"), workplace.expected)
+    kept = verify(checkpoints_folder(workplace.out) / f"iteration-{STOP}").states
+    names = {"kl_coef", "score_count", "score_mean", "score_squares"}
+    assert kept["critic_train"].keys() == names
+    assert kept["actor_train"].keys() == names | {"iterations"}
 
 
 @dataclass(frozen=True)

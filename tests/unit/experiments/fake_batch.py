@@ -6,7 +6,7 @@ import random
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,6 +46,8 @@ class FakeBatch:
     num_prompts: int = 0
     samples_per_prompt: int = 0
     max_response_tokens: int = 0
+    state: dict[str, float] = field(default_factory=dict)
+    reported: dict[str, float] = field(default_factory=dict)
 
     @property
     def num_sequences(self) -> int:
@@ -68,6 +70,12 @@ class FakeBatch:
         if key == "scores":
             return torch.ones(self.num_sequences, dtype=torch.int64)
         return torch.tensor([len(s[key]) for s in self.sequences], dtype=torch.int64)
+
+    def finished(self, key: str) -> torch.Tensor:
+        return torch.tensor([s["finished"] for s in self.sequences], dtype=torch.bool)
+
+    def report(self, name: str, value: float) -> None:
+        self.reported[name] = value
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         self.num_sums += 1
@@ -101,6 +109,7 @@ def prepare_on_ranks(
 def make_sequences(lengths: Sequence[int], seed: int = 0) -> list[dict[str, Any]]:
     rng = random.Random(seed)
     return [
-        {key: [rng.gauss(0, 1) for _ in range(n)] for key in PER_TOKEN} | {"scores": rng.gauss(0, 3)}
+        {key: [rng.gauss(0, 1) for _ in range(n)] for key in PER_TOKEN}
+        | {"scores": rng.gauss(0, 3), "finished": n % 2 == 0}
         for n in lengths
     ]

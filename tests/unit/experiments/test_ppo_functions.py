@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import product
+from statistics import fmean, pstdev
 from typing import Any
 
 import pytest
@@ -27,6 +29,22 @@ HYPERPARAMETERS: Mapping[str, Any] = {
     "value_clip_range": 0.3,
     "reward_clip": 1.5,
     "whiten_advantages": True,
+    "clip_range_high": 0.25,
+    "whiten_rewards": False,
+    "kl_target": 0.0,
+    "kl_horizon": 100.0,
+    "kl_estimator": "k1",
+    "score_normalization": "none",
+    "missing_eos_penalty": 0.0,
+    "critic_warmup": 0,
+}
+EVERYTHING: Mapping[str, Any] = {
+    **HYPERPARAMETERS,
+    "whiten_rewards": True,
+    "kl_target": 0.5,
+    "kl_estimator": "k3",
+    "score_normalization": "running",
+    "missing_eos_penalty": 0.7,
 }
 LENGTHS = (5, 1, 33, 8, 2, 64, 7, 1, 17)
 
@@ -95,16 +113,24 @@ def test_advantages_stay_as_they_are_without_whitening() -> None:
 def test_prepared_values_do_not_depend_on_the_split_over_ranks(cuts: Sequence[int]) -> None:
     sequences = make_sequences(LENGTHS)
     shares = [sequences[a:b] for a, b in zip((0, *cuts), cuts, strict=False)]
-    for prepare, key in ((ppo.prepare_actor, "advantages"), (ppo.prepare_critic, "returns")):
-        whole = prepare(whole_batch(sequences), HYPERPARAMETERS)[key]
-        split = torch.cat([result[key] for result in prepare_on_ranks(prepare, shares, HYPERPARAMETERS)])
-        torch.testing.assert_close(split, whole, rtol=1e-6, atol=1e-6)
+    both = (HYPERPARAMETERS, EVERYTHING)
+    for (prepare, key), h in product(
+        ((ppo.prepare_actor, "advantages"), (ppo.prepare_critic, "returns")), both
+    ):
+        whole = prepare(whole_batch(sequences), h)[key]
+        split = torch.cat([result[key] for result in prepare_on_ranks(prepare, shares, h)])
+        torch.testing.assert_close(split, whole, rtol=1e-5, atol=1e-6)
 
 
 def test_an_empty_share_sums_with_the_others() -> None:
     batch = FakeBatch([], 4, 20)
     assert ppo.prepare_actor(batch, HYPERPARAMETERS)["advantages"].shape == (0,)
     assert batch.num_sums == 2  # as often as a rank with sequences
+    batch = FakeBatch([], 4, 20)
+    assert ppo.prepare_critic(batch, EVERYTHING)["returns"].shape == (0,)
+    full = whole_batch(make_sequences(LENGTHS))
+    ppo.prepare_critic(full, EVERYTHING)
+    assert batch.num_sums == full.num_sums
 
 
 def test_a_sequence_without_response_leaves_the_others_alone() -> None:
@@ -115,8 +141,8 @@ def test_a_sequence_without_response_leaves_the_others_alone() -> None:
 
 
 def slow_actor_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> tuple[float, dict[str, float]]:
-    low, high = 1 - h["clip_range"], 1 + h["clip_range"]
-    terms, clipped, divergence, reference, advantages = [], 0, 0.0, 0.0, 0.0
+    low, high = 1 - h["clip_range"], 1 + h["clip_range_high"]
+    terms, clipped, divergence, reference, advantages, largest = [], 0, 0.0, 0.0, 0.0, 0.0
     for s in sequences:
         for new, old, ref, a in zip(
             s["output"], s["logprobs"], s["ref_logprobs"], s["advantages"], strict=True
@@ -127,12 +153,14 @@ def slow_actor_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> tup
             divergence += ratio - 1 - (new - old)
             reference += old - ref
             advantages += a
+            largest = max(largest, ratio)
     n = len(terms)
     metrics = {
         "clip_fraction": clipped / n,
         "approx_kl": divergence / n,
         "ref_kl": reference / n,
         "advantage": advantages / n,
+        "ratio_max": largest,
     }
     return sum(terms) / n, metrics
 
@@ -183,7 +211,8 @@ def test_micro_batches_add_up_to_the_whole(loss: Any) -> None:
         assert piece_output.grad is not None
         gradients.append(piece_output.grad)
         total += value.item()
-        totals = {k: totals[k] + float(v) for k, v in metrics.items()}
+        for k, v in metrics.items():
+            totals[k] = max(totals[k], float(v)) if k.endswith("_max") else totals[k] + float(v)
     assert total == pytest.approx(whole.item(), rel=1e-5)
     assert totals == pytest.approx({k: float(v) for k, v in whole_metrics.items()}, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(torch.cat(gradients), output.grad)
@@ -214,3 +243,104 @@ def test_the_divergence_from_the_reference_is_reported_though_nothing_is_made_of
     expected = ppo.actor_loss(batch["output"], batch, HYPERPARAMETERS)[1]["ref_kl"]
     actual = ppo.actor_loss(batch["output"], batch, {**HYPERPARAMETERS, "kl_coef": 0.0})[1]["ref_kl"]
     assert actual.item() == expected.item() != 0.0
+
+
+def returns_of_rewards(sequences: Sequence[Sequence_], **changes: Any) -> tuple[list[list[float]], FakeBatch]:
+    """Rewards as the functions make them: with no discount, no decay and no values, each token's reward is
+    its return less the next one's."""
+    h = {**HYPERPARAMETERS, "gamma": 1.0, "gae_lambda": 1.0, "reward_clip": 0.0, **changes}
+    plain = [{**s, "values": [0.0] * len(s["values"])} for s in sequences]
+    batch = whole_batch(plain)
+    sums = ppo.prepare_critic(batch, h)["returns"].split([len(s["values"]) for s in sequences])
+    return [
+        [a - b for a, b in zip(p, [*p[1:], 0.0], strict=True)] for p in map(torch.Tensor.tolist, sums)
+    ], batch
+
+
+def close(actual: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> None:
+    for mine, theirs in zip(actual, expected, strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_the_penalty_of_a_token_is_the_estimator_of_its_divergence(estimator: str) -> None:
+    formula = {
+        "k1": lambda p, q: p - q,
+        "k2": lambda p, q: (p - q) ** 2 / 2,
+        "k3": lambda p, q: math.exp(q - p) - 1 - (q - p),
+    }[estimator]
+    sequences = make_sequences((3, 6))
+    expected = []
+    for s in sequences:
+        rewards = [-0.1 * formula(p, q) for p, q in zip(s["logprobs"], s["ref_logprobs"], strict=True)]
+        expected.append([*rewards[:-1], rewards[-1] + s["scores"]])
+    close(returns_of_rewards(sequences, kl_estimator=estimator)[0], expected)
+
+
+def test_whitened_rewards_have_variance_one_and_their_own_mean() -> None:
+    sequences = make_sequences(LENGTHS)
+    raw = returns_of_rewards(sequences)[0]
+    mean, deviation = fmean(flat := [x for r in raw for x in r]), pstdev(flat)
+    expected = [[(x - mean) / math.sqrt(deviation**2 + 1e-8) + mean for x in r] for r in raw]
+    close(returns_of_rewards(sequences, whiten_rewards=True)[0], expected)
+
+
+def test_responses_without_an_end_are_penalised_beyond_the_clip() -> None:
+    sequences = make_sequences((4, 5, 6))
+    assert [s["finished"] for s in sequences] == [True, False, True]
+    raw = returns_of_rewards(sequences, reward_clip=0.5)[0]
+    raw[1][-1] -= 0.7
+    close(returns_of_rewards(sequences, reward_clip=0.5, missing_eos_penalty=0.7)[0], raw)
+
+
+def test_scores_are_normalised_by_the_batch_or_by_all_so_far() -> None:
+    h = {**HYPERPARAMETERS, "kl_coef": 0.0, "gamma": 1.0, "gae_lambda": 1.0, "reward_clip": 0.0}
+    parts = [make_sequences((2,) * n, seed=n) for n in (3, 7, 4)]
+    for how in ("batch", "running"):
+        state: dict[str, float] = {}
+        seen: list[float] = []
+        for part in parts:
+            scores = [s["scores"] for s in part]
+            seen = seen + scores if how == "running" else scores
+            expected = [(x - fmean(seen)) / (pstdev(seen) + 1e-5) for x in scores]
+            batch = whole_batch([{**s, "values": [0.0, 0.0]} for s in part], state=state)
+            actual = ppo.prepare_critic(batch, {**h, "score_normalization": how})["returns"]
+            assert actual[1::2].tolist() == pytest.approx(expected, rel=1e-5)
+        assert bool(state) == (how == "running")
+
+
+def test_the_adaptive_coefficient_follows_ziegler() -> None:
+    """The first iteration uses `kl_coef`; each changes the next one's by its own divergence."""
+    h = {**HYPERPARAMETERS, "kl_target": 0.5, "kl_horizon": 40.0}
+    for prepare in (ppo.prepare_actor, ppo.prepare_critic):
+        state: dict[str, float] = {}
+        expected = HYPERPARAMETERS["kl_coef"]
+        for seed in range(4):
+            sequences = make_sequences(LENGTHS, seed=seed)
+            batch = whole_batch(sequences, state=state)
+            prepare(batch, h)
+            assert batch.reported["kl_coef"] == pytest.approx(expected)
+            pairs = [zip(s["logprobs"], s["ref_logprobs"], strict=True) for s in sequences]
+            divergence = sum(p - q for pair in pairs for p, q in pair) / len(sequences)
+            error = max(-0.2, min(0.2, divergence / 0.5 - 1))
+            expected *= 1 + error * len(sequences) / 40
+            assert state["kl_coef"] == pytest.approx(expected)
+    assert expected != HYPERPARAMETERS["kl_coef"]
+
+
+def test_the_actor_waits_for_the_critic() -> None:
+    h, state = {**HYPERPARAMETERS, "critic_warmup": 2}, dict[str, float]()
+    moved = []
+    for _ in range(3):
+        advantages = ppo.prepare_actor(whole_batch(make_sequences(LENGTHS), state=state), h)["advantages"]
+        moved.append(bool(advantages.any()))
+    assert moved == [False, False, True]
+
+
+def test_explained_variance_is_reported() -> None:
+    sequences = make_sequences(LENGTHS)
+    batch = whole_batch(sequences)
+    returns = ppo.prepare_critic(batch, HYPERPARAMETERS)["returns"].tolist()
+    errors = [r - v for r, v in zip(returns, batch["values"].tolist(), strict=True)]
+    expected = 1 - pstdev(errors) ** 2 / pstdev(returns) ** 2
+    assert batch.reported["explained_variance"] == pytest.approx(expected, rel=1e-5)
