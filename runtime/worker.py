@@ -155,13 +155,6 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     status.close()
     dist.destroy_process_group()
 
-def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], engine: Engine) -> int:
-    """Takes this rank to where the checkpoint was taken; returns the iteration to go on with."""
-    restore(checkpoint, roles, trained_roles(plan))
-    engine.resume(read_manifest(checkpoint).states)
-    return iteration_of(checkpoint)
-
-
 
 def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], engine: Engine) -> int:
     """Takes this rank to where the checkpoint was taken; returns the iteration to go on with."""
