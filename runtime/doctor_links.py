@@ -54,6 +54,11 @@ def link_findings(request: DoctorRequest, store: dist.Store) -> list[Finding]:
     return told
 
 
+def usual_ranks() -> int:
+    """How many ranks try the links where no plan says it: one for each GPU, or two."""
+    return torch.cuda.device_count() or 2
+
+
 def _told(request: DoctorRequest, store: dist.Store, processes: Sequence[BaseProcess]) -> list[Finding]:
     """Waits for the ranks' numbers, or says who is missing."""
     ranks = request.nodes * request.ranks

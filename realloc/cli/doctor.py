@@ -114,9 +114,9 @@ def _request(arguments: argparse.Namespace) -> DoctorRequest:
 def _ranks(arguments: argparse.Namespace, plan: ExecutionPlan | None) -> int:
     if plan is not None:
         return plan.cluster.gpus_per_node
-    import torch
+    from runtime.doctor_links import usual_ranks
 
-    return arguments.ranks or torch.cuda.device_count() or 2
+    return arguments.ranks or usual_ranks()
 
 
 def _with_profile(request: DoctorRequest, plan: ExecutionPlan) -> DoctorRequest:
