@@ -1,4 +1,4 @@
-"""What several algorithms share: keys, the calls that score and compare, checks of hyperparameters.
+"""What several algorithms share: keys, the calls that generate and compare, checks of hyperparameters.
 
 Knows graphs, not tensors: the shared tensor functions are in `experiments.shared_functions`.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from experiments.scoring import scoring
 from realloc.algorithm import Algorithm
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.errors import InputError
@@ -125,41 +126,12 @@ def critic_free_graph(
     given = given_hyperparameters(algorithm, experiment)
     check_mini_batches(given, experiment)
     check_samples(title, least_samples, experiment)
+    scores = scoring(title, experiment)
     calls = (
         generate_call(),
-        score_call(title, experiment),
+        *scores.calls,
         *ref_calls(given),
         policy_train_call(given, ("scores",)),
     )
-    return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("advantages", advantages)), ("prompts",))
-
-
-def score_call(
-    algorithm: str,
-    experiment: Experiment,
-    name: str = "rew_inf",
-    tokens: str = "tokens",
-    scores: str = "scores",
-) -> Call:
-    """Inference with a reward model, or a reward function where one is named.
-
-    Who trains splits its batch by `tokens`, so scores of others need to know their lengths too.
-    Raises InputError without exactly one source of scores.
-    """
-    has_model = "reward" in experiment.models
-    if has_model == (experiment.reward is not None):
-        found = "has both" if has_model else "has neither"
-        raise InputError(
-            f"experiment: {algorithm} takes its scores from a model (models: reward: PATH) or from a "
-            f"function (reward: module:function); this one {found}; give exactly one."
-        )
-    reads = tuple(dict.fromkeys((tokens, "tokens")))
-    if has_model:
-        return Call(name, CallKind.INFERENCE, reads, (scores,), "reward", tokens, Output.SCORES)
-    module, colon, function = str(experiment.reward).partition(":")
-    if not (module and colon and function):
-        raise InputError(
-            f"experiment: reward: '{experiment.reward}' is not of the form module:function, such as "
-            f"experiments.rewards:sentiment."
-        )
-    return Call(name, CallKind.COMPUTE, reads, (scores,), sequence=tokens, function=experiment.reward)
+    keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("advantages", advantages))
+    return DataflowGraph(calls, keys, ("prompts",))

@@ -16,9 +16,9 @@ from experiments.common import (
     generate_call,
     given_hyperparameters,
     ref_call,
-    score_call,
 )
 from experiments.dpo import preference_hyperparameters
+from experiments.scoring import scoring
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -58,5 +58,6 @@ class IterativeDPO:
             epochs=given["epochs"],
             together=samples,
         )
-        calls = (generate_call(), score_call("iterative DPO", experiment), ref_call(), train)
-        return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("choices", Per.SEQUENCE)), ("prompts",))
+        scores = scoring("iterative DPO", experiment)
+        keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("choices", Per.SEQUENCE))
+        return DataflowGraph((generate_call(), *scores.calls, ref_call(), train), keys, ("prompts",))

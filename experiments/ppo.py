@@ -16,8 +16,8 @@ from experiments.common import (
     given_hyperparameters,
     passes,
     ref_call,
-    score_call,
 )
+from experiments.scoring import scoring
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -79,9 +79,10 @@ class PPO:
         given = given_hyperparameters(self, experiment)
         check_mini_batches(given, experiment)
         mini_batches, epochs = given["mini_batches"], given["epochs"]
+        scores = scoring("PPO", experiment)
         calls = (
             generate_call(),
-            score_call("PPO", experiment),
+            *scores.calls,
             ref_call(),
             Call(
                 "critic_inf", CallKind.INFERENCE, ("tokens",), ("values",), "critic", "tokens", Output.VALUES
@@ -115,7 +116,7 @@ class PPO:
                 epochs=epochs,
             ),
         )
-        return DataflowGraph(calls, _keys(), ("prompts",))
+        return DataflowGraph(calls, (*_keys(), *scores.keys), ("prompts",))
 
 
 def _keys() -> tuple[DataKey, ...]:

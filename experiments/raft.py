@@ -16,8 +16,8 @@ from experiments.common import (
     generate_call,
     given_hyperparameters,
     passes,
-    score_call,
 )
+from experiments.scoring import scoring
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.errors import InputError
 from realloc.experiment import Experiment
@@ -62,5 +62,6 @@ class RAFT:
             mini_batches=given["mini_batches"],
             epochs=given["epochs"],
         )
-        calls = (generate_call(), score_call("RAFT", experiment), train)
-        return DataflowGraph(calls, (*ROLLOUT_KEYS, DataKey("weights", Per.RESPONSE_TOKEN)), ("prompts",))
+        scores = scoring("RAFT", experiment)
+        keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("weights", Per.RESPONSE_TOKEN))
+        return DataflowGraph((generate_call(), *scores.calls, train), keys, ("prompts",))

@@ -17,8 +17,8 @@ from experiments.common import (
     passes,
     policy_train_call,
     ref_calls,
-    score_call,
 )
+from experiments.scoring import scoring
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -64,12 +64,14 @@ class ReMax:
             sequence="prompts",
             greedy=True,
         )
+        scores = scoring("ReMax", experiment)
+        baseline = scoring("ReMax", experiment, "greedy_", "greedy_tokens", "greedy_scores")
         calls = (
             generate_call(),
             greedy,
-            score_call("ReMax", experiment),
-            score_call("ReMax", experiment, "greedy_rew_inf", "greedy_tokens", "greedy_scores"),
+            *scores.calls,
+            *baseline.calls,
             *ref_calls(given),
             policy_train_call(given, ("scores", "greedy_scores")),
         )
-        return DataflowGraph(calls, _KEYS, ("prompts",))
+        return DataflowGraph(calls, (*_KEYS, *scores.keys, *baseline.keys), ("prompts",))

@@ -57,7 +57,8 @@ def graph_text(graph: DataflowGraph) -> str:
 
 def _what(call: Call) -> str:
     if call.kind is CallKind.COMPUTE:
-        return f"compute {call.function}"
+        sources = [source.title for source in call.functions] or [key for key, _ in call.weights]
+        return f"compute {' + '.join(sources)}"
     text = f"{call.kind.value} of {call.role}"
     if call.greedy:
         text += ", greedy"

@@ -15,6 +15,7 @@ import networkx as nx
 
 from realloc.errors import InputError
 from realloc.files import nearest
+from realloc.rewards import RewardSource, function_source
 
 
 class CallKind(StrEnum):
@@ -74,6 +75,9 @@ class Call:
     `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes. A
     `greedy` generate call takes the most likely token, whatever the experiment's sampling. The loss
     compares each `together` neighbours (a pair, the samples of a prompt): they share a micro-batch.
+
+    A compute call has one `function`, or several with weights in `rewards`, or adds up other calls'
+    scores: `weights` are of keys that it reads.
     """
 
     name: str
@@ -91,6 +95,13 @@ class Call:
     epochs: int = 1
     greedy: bool = False
     together: int = 1
+    rewards: tuple[RewardSource, ...] = ()
+    weights: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def functions(self) -> tuple[RewardSource, ...]:
+        """The Python functions that a compute call runs."""
+        return self.rewards if self.function is None else (function_source(self.function),)
 
 
 @dataclass(frozen=True)
@@ -145,13 +156,14 @@ class DataflowGraph:
     def values_read(self, call: str, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `keys` of which a call needs the values; of the others it knows the lengths.
 
-        A call without loss works on its `sequence` alone. What else it reads says by which lengths
-        those who read its results split their batch.
+        A call without loss works on its `sequence` alone, or on the scores that it adds up. What else
+        it reads says by which lengths those who read its results split their batch.
         """
         reader = self.by_name[call]
         if reader.kind is CallKind.TRAIN_STEP:
             return keys
-        return tuple(key for key in keys if key == reader.sequence)
+        used = {reader.sequence, *(key for key, _ in reader.weights)}
+        return tuple(key for key in keys if key in used)
 
     def as_networkx(self) -> nx.DiGraph[str]:
         """Calls as nodes; data edges have `keys`, parameter-version edges have `lag` 1."""
@@ -218,11 +230,16 @@ def _check_call(call: Call) -> None:
         CallKind.GENERATE: ("role", "sequence"),
         CallKind.INFERENCE: ("role", "sequence", "output"),
         CallKind.TRAIN_STEP: ("role", "sequence", "output", "loss"),
-        CallKind.COMPUTE: ("sequence", "function"),
+        CallKind.COMPUTE: ("sequence",),
     }
     for field in needs[call.kind]:
         if getattr(call, field) is None:
             raise InputError(f"dataflow graph: {call.name} is a {call.kind} and needs '{field}'.")
+    if call.kind is CallKind.COMPUTE and not (call.functions or call.weights):
+        raise InputError(f"dataflow graph: {call.name} is a compute and needs 'function'.")
+    for key, _ in call.weights:
+        if key not in call.reads:
+            raise InputError(f"dataflow graph: {call.name} adds up '{key}' without reading it.")
     if call.sequence is not None and call.sequence not in call.reads:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
     if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:

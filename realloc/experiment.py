@@ -18,6 +18,7 @@ from realloc.files import Reader, nearest, read_file, resolve_path
 from realloc.lengths import Lengths, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
+from realloc.rewards import RewardSource, parse_rewards, rewards_content
 from realloc.text_lengths import TextLengths
 
 
@@ -101,6 +102,7 @@ class Experiment:
     iterations: int = 1
     data: DataSpec | None = None
     reward: str | None = None
+    rewards: tuple[RewardSource, ...] = ()
     hyperparameters: Mapping[str, Any] | None = None
     sampling: Sampling = Sampling()
     dtype: str = "float32"
@@ -178,6 +180,7 @@ def parse_experiment(reader: Reader, folder: Path) -> Experiment:
         iterations=reader.integer("iterations", 1, minimum=1),
         data=data,
         reward=reader.get("reward", str, None),
+        rewards=parse_rewards(reader.raw("rewards", None), reader.at("rewards")),
         sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
@@ -336,6 +339,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
         content["data"] = data_content(experiment.data)
     if experiment.reward is not None:
         content["reward"] = experiment.reward
+    if experiment.rewards:
+        content["rewards"] = rewards_content(experiment.rewards)
     content["hyperparameters"] = dict(experiment.hyperparameters or {})
     content["sampling"] = _sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype

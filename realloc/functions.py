@@ -14,8 +14,8 @@ from typing import Any, Protocol
 class Sample:
     """One finished sequence as text, for reward functions.
 
-    `row` is the row of the data set that the prompt came from. `finished` says whether the
-    response ended by itself rather than at the length limit.
+    `row` is the row of the data set that the prompt came from, `where` its file and line. `finished`
+    says whether the response ended by itself rather than at the length limit.
     """
 
     id: int
@@ -23,10 +23,15 @@ class Sample:
     response: str
     finished: bool
     row: Mapping[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 class RewardFunction(Protocol):
-    """`compute` call: one finite number for each sample, in order."""
+    """`compute` call: one finite number for each sample, in order.
+
+    It runs in a process of its own (see `realloc.rewards`), in which samples and rows are what JSON
+    can say. `options` of the experiment come as keyword arguments.
+    """
 
     def __call__(self, samples: Sequence[Sample]) -> Sequence[float]: ...
 

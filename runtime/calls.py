@@ -6,10 +6,8 @@ back. Nothing here knows other calls or where data goes next.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,7 +16,6 @@ from realloc.augmented import Placement
 from realloc.dataflow import Call, CallKind, Output, Per
 from realloc.errors import RunError
 from realloc.experiment import Experiment
-from realloc.functions import Sample
 from runtime.attention import PackedSequences
 from runtime.batch import PackedBatch
 from runtime.batching import Assignment, micro_batches, num_passes
@@ -32,6 +29,7 @@ from runtime.generation import generate
 from runtime.metrics import Metrics
 from runtime.parallel import ParallelContext
 from runtime.pipeline import MicroBatch, run_forward
+from runtime.scoring import Scorer, may_skip, text_samples, unscored, weighted_sum
 from runtime.stopwatch import Stopwatch
 from runtime.training import Trainer
 from runtime.transfer import assignment_of
@@ -53,6 +51,7 @@ class CallExecutor:
     trainer: Trainer | DeepSpeedTrainer | None = None
     watch: Stopwatch = field(default_factory=Stopwatch)
     state: dict[str, float] = field(default_factory=dict)
+    scorer: Scorer | None = None
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
         """Runs this rank's share; returns its contribution to the call's metrics.
@@ -62,6 +61,8 @@ class CallExecutor:
         assignment = self._assignment(data)
         metrics = self._run(data, assignment, iteration)
         written = self.call.writes[0] if self.call.kind is CallKind.GENERATE else self._sequence
+        if self.call.weights:  # it works on scores
+            written = next(key for key in self.call.reads if data.keys[key].per is Per.TOKEN)
         lengths = data.key_lengths(written)
         tokens = sum(lengths[p] for p in assignment.of(self.context.at.dp))
         metrics.add("tokens", tokens, 1.0 / self.context.strategy.dp)
@@ -154,6 +155,8 @@ class CallExecutor:
 
         def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
             output = self._output(hidden, batch, data).float().cpu()
+            if self.call.output is Output.SCORES and not bool(output.isfinite().all()):
+                raise RunError(f"{self.call.name}: the model's score is {output[~output.isfinite()][0]}.")
             data.put(written, batch.positions, output)
             add_distribution(metrics, written, output.double())
 
@@ -164,25 +167,51 @@ class CallExecutor:
 
     def _train(self, data: IterationData, assignment: Assignment) -> Metrics:
         metrics = Metrics()
-        self._prepare(data, assignment, metrics)
+        marked = self._marked(data, assignment)
+        self._prepare(data, assignment, metrics, marked)
         for _ in range(self.call.epochs):
             for mini_batch in assignment.shares:
-                self._mini_batch(data, mini_batch, metrics)
+                self._mini_batch(data, mini_batch, metrics, marked)
         return metrics
 
-    def _mini_batch(self, data: IterationData, shares: Sequence[Sequence[int]], metrics: Metrics) -> None:
+    def _marked(self, data: IterationData, assignment: Assignment) -> Set[int]:
+        """Sequences of the whole batch that have no score; known on the last stage, which has the loss.
+
+        They pass through the model with the others, since every rank must know what passes, but no
+        function sees them and no mean counts them.
+        """
+        if not (self.context.is_last and may_skip(self.experiment)):
+            return frozenset()
+        marks = unscored(self.call, data, assignment.of(self.context.at.dp)).to(self.context.device)
+        if self.context.dp_group is not None:
+            dist.all_reduce(marks, group=self.context.dp_group)
+        marked = frozenset(marks.nonzero()[:, 0].tolist())
+        if len(marked) == data.num_sequences:
+            raise RunError(
+                f"{self.call.name}: none of the {len(marked)} samples of this iteration has a score; every "
+                f"reward of one failed, and 'on_failure: skip' (rewards) left nothing to learn from."
+            )
+        return marked
+
+    def _mini_batch(
+        self, data: IterationData, shares: Sequence[Sequence[int]], metrics: Metrics, marked: Set[int]
+    ) -> None:
         if self.trainer is None or self.call.loss is None:
             raise AssertionError(f"{self.call.name} cannot train")
-        positions = [p for share in shares for p in share]
+        counted = [[p for p in share if p not in marked] for share in shares]
+        positions = [p for share in counted for p in share]
         elements = self._num_elements(data, positions)
         function = self.functions.loss(self.call.loss)
-        reporters = sum(1 for share in shares if share)
+        reporters = sum(1 for share in counted if share)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-            if not batch.positions:
+            kept = [p for p in batch.positions if p not in marked]
+            if not kept:
                 return self._zero_loss(hidden, batch)
             output = self._output(hidden, batch, data)
-            view = self._view(data, batch.positions, len(positions), elements)
+            if len(kept) < len(batch.positions):
+                output = output[self._counted_rows(data, batch, marked)]
+            view = self._view(data, kept, len(positions), elements)
             value, extra = function(output, view, self.experiment.hyperparameters or {})
             metrics.add_contribution("loss", value.detach().double().item())
             for name, contribution in extra.items():
@@ -199,10 +228,16 @@ class CallExecutor:
         self.trainer.run(batches, loss)
         with self.watch.timed("optimizer"):
             step = self.trainer.step()
-        if batches and batches[0].positions:  # a replica without sequences has no loss to report
+        if counted[self.context.at.dp]:  # a replica without sequences has no loss to report
             for name, value in step.items():
                 metrics.add_contribution(name, value / reporters)
             metrics.end_step(1.0 / reporters)
+
+    def _counted_rows(self, data: IterationData, batch: MicroBatch, marked: Set[int]) -> torch.Tensor:
+        """Which elements of the model's output are of sequences that are not marked; bool [elements]."""
+        counts = [self._num_elements(data, [p]) for p in batch.positions]
+        flags = torch.tensor([p not in marked for p in batch.positions])
+        return flags.repeat_interleave(torch.tensor(counts)).to(self.context.device)
 
     def _empty_pass(self) -> MicroBatch:
         """One token of no sequence: replicas that communicate in every pass run equally many."""
@@ -217,13 +252,15 @@ class CallExecutor:
             output = self._model.scalar(hidden)
         return output.sum() * 0.0
 
-    def _prepare(self, data: IterationData, assignment: Assignment, metrics: Metrics) -> None:
+    def _prepare(
+        self, data: IterationData, assignment: Assignment, metrics: Metrics, marked: Set[int]
+    ) -> None:
         """Runs the algorithm's `prepare` where its inputs are: on the last stage."""
         if self.call.prepare is None or not self.context.is_last:
             return
-        share = assignment.of(self.context.at.dp)
-        everyone = range(data.num_sequences)
-        batch = self._view(data, share, data.num_sequences, self._num_elements(data, everyone))
+        share = [p for p in assignment.of(self.context.at.dp) if p not in marked]
+        everyone = [p for p in range(data.num_sequences) if p not in marked]
+        batch = self._view(data, share, len(everyone), self._num_elements(data, everyone))
         function = self.functions.prepare(self.call.prepare)
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
@@ -252,30 +289,16 @@ class CallExecutor:
     # compute --------------------------------------------------------------------------------
 
     def _compute(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
-        if self.call.function is None:
+        share, metrics = assignment.of(self.context.at.dp), Metrics()
+        if self.call.weights:
+            values = weighted_sum(self.call, data, share, metrics)
+        elif self.scorer is not None:
+            samples = text_samples(self.call, self.experiment, self.dataset, data, share, iteration)
+            values = self.scorer.score(samples, iteration, self.context.strategy.dp, metrics)
+        else:
             raise AssertionError(f"{self.call.name} has no function")
-        share = assignment.of(self.context.at.dp)
-        samples = [self._sample(data, p, iteration) for p in share]
-        rewards = self.functions.reward(self.call.function)(samples)
-        values = _checked_rewards(self.call, samples, rewards)
-        (written,) = self.call.writes
-        data.put(written, share, torch.tensor(values, dtype=torch.float32))
-        metrics = Metrics()
-        add_distribution(metrics, written, torch.tensor(values, dtype=torch.float64))
+        data.put(self.call.writes[0], share, torch.tensor(values, dtype=torch.float32))
         return metrics
-
-    def _sample(self, data: IterationData, position: int, iteration: int) -> Sample:
-        tokens = data.packed(self._sequence, [position]).tolist()
-        prompt = data.prompt_lengths[position]
-        response = self.dataset.decode(tokens[prompt:])
-        ended = tokens[-1] in self.dataset.eos_ids and len(tokens) > prompt
-        return Sample(
-            id=iteration * data.num_sequences + position,
-            prompt=self.dataset.decode(tokens[:prompt]),
-            response=response,
-            finished=ended or any(string in response for string in self.experiment.sampling.stop),
-            row=self.dataset.row(iteration, position),
-        )
 
     # shared ---------------------------------------------------------------------------------
 
@@ -335,22 +358,3 @@ def response_rows(totals: Sequence[int], prompts: Sequence[int]) -> torch.Tensor
         rows.extend(range(start + prompt - 1, start + total - 1))
         start += total
     return torch.tensor(rows, dtype=torch.int64)
-
-
-def _checked_rewards(call: Call, samples: Sequence[Sample], rewards: Any) -> list[float]:
-    """The rewards as finite floats, one for each sample; RunError names what is wrong."""
-    if not isinstance(rewards, Sequence) or len(rewards) != len(samples):
-        got = len(rewards) if isinstance(rewards, Sequence) else type(rewards).__name__
-        raise RunError(
-            f"{call.name}: {call.function} returned {got} for {len(samples)} samples; "
-            f"it must return a list with one number for each."
-        )
-    values = []
-    for sample, reward in zip(samples, rewards, strict=True):
-        if not isinstance(reward, (int, float)) or not math.isfinite(reward):
-            raise RunError(
-                f"{call.name}: {call.function} returned {reward!r} for sample {sample.id}, "
-                f"expected a finite number. Response: {sample.response[:80]!r}"
-            )
-        values.append(float(reward))
-    return values

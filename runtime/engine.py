@@ -26,6 +26,7 @@ from runtime.parallel import Groups
 from runtime.program import Instruction, Program
 from runtime.reallocation import Holding, Reallocator, Staging
 from runtime.roles import DTYPES, RankRole
+from runtime.scoring import Scorer
 from runtime.stopwatch import Stopwatch
 from runtime.tracing import Recorder
 from runtime.transfer import TransferExecutor
@@ -176,6 +177,7 @@ class Engine:
             decoder=None if role is None else role.by_call[node.name].decoder,
             trainer=role.trainer if role is not None and trains else None,
             watch=self._watch,
+            scorer=Scorer(call) if call.functions else None,
         )
 
     def _reallocator(self, node: Node) -> Reallocator:

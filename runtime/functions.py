@@ -9,7 +9,7 @@ from typing import Any
 
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
-from realloc.functions import LossFunction, PrepareFunction, RewardFunction
+from realloc.functions import LossFunction, PrepareFunction
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,10 @@ class FunctionTable:
         function: PrepareFunction = self._load(name)
         return function
 
-    def reward(self, name: str) -> RewardFunction:
-        function: RewardFunction = self._load(name)
-        return function
-
     def check(self, graph: DataflowGraph) -> None:
         """Loads every function the graph names. Raises InputError for one that is not there."""
         for call in graph.calls:
-            for name in (call.prepare, call.loss, call.function):
+            for name in (call.prepare, call.loss, *(source.function for source in call.functions)):
                 if name is not None:
                     self._load(name)
 

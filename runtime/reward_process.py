@@ -1,0 +1,110 @@
+"""The process in which one Python reward runs: reads samples, calls the function, writes numbers.
+
+Started as `python -m runtime.reward_process` by `runtime.reward_worker`, with which it speaks JSON, a line a
+message, over pipes. What the function prints goes to the log, what it raises becomes a message; whatever
+else it does to this process, the rank that started it lives on. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import json
+import math
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, BinaryIO
+
+from realloc.functions import Sample
+
+_PR_SET_PDEATHSIG = 1
+
+
+def main() -> None:
+    """Serves requests until the pipe is closed. Its first line says which function, and where to find it."""
+    requests = os.fdopen(os.dup(0), "rb")
+    replies = os.fdopen(os.dup(1), "wb", buffering=0)
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    os.dup2(2, 1)  # what the function prints must not look like a reply
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launcher
+    start = json.loads(requests.readline() or b"null")
+    if start is None:
+        return
+    _die_with(start["parent"])
+    sys.path[:] = start["path"]
+    try:
+        function = _load(start["function"])
+    except BaseException as error:  # noqa: BLE001 (importing a user's module may do anything)
+        _send(replies, {"error": f"cannot be loaded: {_description(error)}"})
+        return
+    _send(replies, {"ready": True})
+    for line in requests:
+        request = json.loads(line)
+        samples = [Sample(**sample) for sample in request["samples"]]
+        _send(replies, answer(function, samples, start["options"]))
+
+
+def answer(
+    function: Callable[..., Any], samples: Sequence[Sample], options: Mapping[str, Any]
+) -> Mapping[str, Any]:
+    """The reply to one request: `values`, None where one is no finite number, which `bad` then shows.
+
+    `error` instead where the function raised or returned something else than one value for each sample.
+    """
+    try:
+        result = function(samples, **options)
+        if hasattr(result, "tolist"):  # an array or a tensor
+            result = result.tolist()
+    except BaseException as error:  # noqa: BLE001 (a user's function may raise anything, SystemExit too)
+        return {"error": f"raised {_description(error)}"}
+    if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
+        got = type(result).__name__
+        return {"error": f"returned {got}; it must return a list with one number for each sample"}
+    if len(result) != len(samples):
+        return {
+            "error": f"returned {len(result)} for {len(samples)} samples; it must return a list with one "
+            f"number for each"
+        }
+    values = [float(v) if isinstance(v, Real) and math.isfinite(v) else None for v in result]
+    bad = {i: _short(repr(v)) for i, v in enumerate(result) if values[i] is None}
+    return {"values": values, "bad": bad}
+
+
+def _load(name: str) -> Callable[..., Any]:
+    module, _, attribute = name.partition(":")
+    function: Callable[..., Any] = getattr(importlib.import_module(module), attribute)
+    return function
+
+
+def _send(replies: BinaryIO, content: Mapping[str, Any]) -> None:
+    data = json.dumps(content).encode() + b"\n"
+    while data:
+        data = data[replies.write(data) :]
+
+
+def _description(error: BaseException) -> str:
+    """Type, message and the line that raised."""
+    frames = traceback.extract_tb(error.__traceback__)
+    text = _short(f"{type(error).__name__}: {error}".rstrip(": "))
+    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else text
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
+def _die_with(parent: int) -> None:
+    """Has the kernel end this process with the rank that started it (Linux), hang or not."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+
+if __name__ == "__main__":
+    main()
