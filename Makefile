@@ -34,7 +34,7 @@ demo-model: $(STAMP)
 	$(BIN)/realloc run out/toy/plan.yaml --out out/toy/run --overwrite
 	rm -rf experiments/demo/model
 	cp -r out/toy/run/models/actor experiments/demo/model
-	cp out/toy/prompts.jsonl experiments/demo/prompts.jsonl
+	cp out/toy/prompts.jsonl out/toy/pairs.jsonl experiments/demo/
 
 test: $(STAMP)
 	$(BIN)/python -m pytest

@@ -5,7 +5,7 @@ of its word choices, and over many stories the moods balance. So a model trained
 average and has many choices to shift when a reward asks for a mood. Decides the language, its tokenizer's
 files and a random initial model; knows nothing of training.
 
-`python -m experiments.toy OUT [--seed N] [--stories N]` writes OUT/{train,test,prompts}.jsonl and
+`python -m experiments.toy OUT [--seed N] [--stories N]` writes OUT/{train,test,prompts,pairs}.jsonl and
 OUT/model.
 """
 
@@ -16,6 +16,7 @@ import json
 import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ MOOD_KEPT = 0.6
 SPECIAL_TOKENS = ("<pad>", "<bos>", "<eos>", "<unk>")
 CONTEXT = 128
 NUM_PROMPTS = 512
+NUM_PAIRS = 256
 
 NEUTRAL_SLOTS: Mapping[str, str] = {
     "who": "dog cat boy girl bird fox bear frog horse mouse king queen farmer baker robot rabbit",
@@ -110,9 +112,17 @@ def stories(seed: int) -> Iterator[Story]:
         mood = _pick(rng, MOODS)
         hero = _pick(rng, NEUTRAL_SLOTS["who"].split())
         prompt = _sentence(_pick(rng, OPENINGS), rng, mood, hero)
-        templates = [_pick(rng, BODY) for _ in range(2 + int(rng.random() * 3))] + [_pick(rng, ENDINGS)]
-        sentences = [_sentence(template, rng, mood, hero) for template in templates]
-        yield Story(prompt, " ".join([prompt, *sentences]))
+        yield Story(prompt, f"{prompt} {_rest(rng, mood, hero)}")
+
+
+def pairs(seed: int) -> Iterator[Mapping[str, str]]:
+    """An endless, reproducible stream of preferences: a glad and a gloomy end of the same story."""
+    rng = random.Random(seed)
+    while True:
+        hero = _pick(rng, NEUTRAL_SLOTS["who"].split())
+        prompt = _sentence(_pick(rng, OPENINGS), rng, PLAIN, hero)
+        chosen, rejected = (f"{prompt} {_rest(rng, mood, hero)}" for mood in (GLAD, GLOOMY))
+        yield {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def is_sentence(text: str) -> bool:
@@ -154,6 +164,12 @@ def _pick(rng: random.Random, options: Sequence[str]) -> str:
     return options[int(rng.random() * len(options))]
 
 
+def _rest(rng: random.Random, mood: str, hero: str) -> str:
+    """What follows a story's first sentence."""
+    templates = [_pick(rng, BODY) for _ in range(2 + int(rng.random() * 3))] + [_pick(rng, ENDINGS)]
+    return " ".join(_sentence(template, rng, mood, hero) for template in templates)
+
+
 def _sentence(template: str, rng: random.Random, mood: str, hero: str) -> str:
     return " ".join(_word(slot, rng, mood, hero) for slot in template.split())
 
@@ -176,7 +192,8 @@ def _word(slot: str, rng: random.Random, mood: str, hero: str) -> str:
 def write_data(folder: Path, seed: int, num_train: int, num_test: int) -> None:
     """Writes `train.jsonl` and `test.jsonl`, columns `prompt` and `story`; no prompt is in both.
 
-    `prompts.jsonl` gets the first distinct prompts of the training stories, at most `NUM_PROMPTS`.
+    `prompts.jsonl` gets the first distinct prompts of the training stories, at most `NUM_PROMPTS`, and
+    `pairs.jsonl` preferences, columns `prompt`, `chosen` and `rejected`.
     """
     source = stories(seed)
     test: dict[str, Story] = {}
@@ -192,6 +209,7 @@ def write_data(folder: Path, seed: int, num_train: int, num_test: int) -> None:
         _write_rows(folder / f"{name}.jsonl", [vars(row) for row in rows])
     prompts = list(dict.fromkeys(story.prompt for story in train))[:NUM_PROMPTS]
     _write_rows(folder / "prompts.jsonl", [{"prompt": prompt} for prompt in prompts])
+    _write_rows(folder / "pairs.jsonl", list(islice(pairs(seed), NUM_PAIRS)))
 
 
 def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from experiments import toy
+from experiments import rewards, toy
 from realloc.model_shape import read_config, shape_from_config
 from runtime.tokenizer import read_tokenizer
 
@@ -25,7 +25,7 @@ def test_the_command_writes_the_same_files_for_the_same_seed(tmp_path: Path) -> 
     for name, seed in (("a", "3"), ("b", "3"), ("c", "4")):
         toy.main([str(tmp_path / name), "--seed", seed, "--stories", "50"])
     files = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
-    assert len(files) == 7
+    assert len(files) == 8
     for file in files:
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes()
     for seeded in ("train.jsonl", "test.jsonl", "model/model.safetensors"):
@@ -91,3 +91,11 @@ def test_the_demos_prompts_are_those_of_its_model(tmp_path: Path) -> None:
     demo = Path(toy.__file__).parent / "demo"
     assert (tmp_path / "prompts.jsonl").read_text() == (demo / "prompts.jsonl").read_text()
     assert sum(file.stat().st_size for file in demo.rglob("*") if file.is_file()) < 2_000_000
+
+
+def test_of_a_pair_the_chosen_end_is_the_gladder_one_on_average() -> None:
+    some = list(islice(toy.pairs(0), 300))
+    assert all(pair[end].startswith(pair["prompt"] + " ") for pair in some for end in ("chosen", "rejected"))
+    gain = [rewards.mood(pair["chosen"]) - rewards.mood(pair["rejected"]) for pair in some]
+    assert sum(gain) / len(gain) > 2
+    assert sum(value > 0 for value in gain) > 0.8 * len(gain)
