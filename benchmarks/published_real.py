@@ -247,6 +247,7 @@ class _RealMemory:
         self.overlaps_host_copies = costs.overlaps_host_copies
         self.call_s, self.transfer_s = costs.call_s, costs.transfer_s
         self.reallocate_s, self.host_copy_s = costs.reallocate_s, costs.host_copy_s
+        self.least_reallocate_s = costs.least_reallocate_s
 
     def call_memory(self, call: Call, placement: Placement) -> CallMemory:
         shape, s, work = self.costs.shape(str(call.role)), placement.strategy, self.costs.experiment.workload

@@ -14,6 +14,7 @@ from cost_models.communication import Communication
 from cost_models.compute import ComputeCosts
 from cost_models.measured import compute_costs, describe_sources
 from cost_models.memory import CallMemory, call_memory
+from cost_models.move_bounds import least_reallocate_s
 from cost_models.moves import reallocate_s, transfer_s
 from cost_models.profile import HardwareProfile
 from realloc.augmented import Node, NodeKind, Placement, copied_causes
@@ -118,6 +119,12 @@ class CostModel:
                 self._moves[alike] = seconds * self._factor(NodeKind.REALLOCATE)
             self._moves[key] = self._moves[alike]
         return self._moves[key]
+
+    def least_reallocate_s(self, role: str, src: Placement, dst: Placement, *, anywhere: bool) -> float:
+        """At most `reallocate_s`; `anywhere`: wherever meshes of these sizes lie."""
+        shape, size = self._shapes[role], self._element_bytes
+        seconds = least_reallocate_s(self.profile, shape, size, src, dst, anywhere=anywhere)
+        return seconds * self._factor(NodeKind.REALLOCATE)
 
     @property
     def shares_cores(self) -> bool:

@@ -169,8 +169,8 @@ class Problem:
         """Steady seconds per iteration of a choice; inf when it does not fit in memory.
 
         May return inf without simulating when the calls alone prove that it takes at least `limit_s`.
-        `hasty` also gives up when it takes that long with reallocations that were never priced for
-        free: pricing one can take a hundred times as long as all the rest. Nearly always right, but no
+        `hasty` also gives up when it takes that long with reallocations that were never priced at the
+        least they may take: pricing one can take a hundred times as long as all the rest. Nearly always right, but no
         proof, since cheaper nodes can lead to a worse order.
         """
         self.evaluated += 1
@@ -179,7 +179,7 @@ class Problem:
             return inf
         structure = self._structure(rows, choice)
         if hasty and limit_s < inf and self._unpriced(structure, rows):
-            seconds, masks = self._priced(structure, rows, choice, free=True)
+            seconds, masks = self._priced(structure, rows, choice, least=True)
             if steady_order(structure, seconds, masks)[0] >= limit_s:
                 return inf
         seconds, masks = self._priced(structure, rows, choice)
@@ -308,9 +308,9 @@ class Problem:
         return best_order(structure, seconds, masks, fits, limit_s, overlaps_loads=overlaps)
 
     def _priced(
-        self, structure: Structure, rows: Sequence[Row], choice: Choice, *, free: bool = False
+        self, structure: Structure, rows: Sequence[Row], choice: Choice, *, least: bool = False
     ) -> tuple[list[float], list[int]]:
-        """Seconds and ranks of every node. `free`: reallocations not priced yet take no time."""
+        """Seconds and ranks of every node. `least`: reallocations not priced yet take the least they may."""
         count, base = len(rows), len(rows) + len(self._edges)
         seconds: list[float] = []
         masks: list[int] = []
@@ -340,13 +340,14 @@ class Problem:
                 trainer = self._trainer_of(user)
                 a, b = rows[trainer], rows[user]
                 key = (user, a[4], b[4])
-                spent = self._reallocate_s.get(key, 0.0 if free else None)
+                spent = self._reallocate_s.get(key)
                 if spent is None:
-                    role = self.graph.calls[user].role
-                    assert role is not None
-                    spent = self._reallocate_s[key] = self._moves.reallocate_s(
-                        role, self._placed(trainer, choice), self._placed(user, choice)
-                    )
+                    role = str(self.graph.calls[user].role)
+                    ends = self._placed(trainer, choice), self._placed(user, choice)
+                    if least:
+                        spent = self._moves.least_reallocate_s(role, *ends)
+                    else:
+                        spent = self._reallocate_s[key] = self._moves.reallocate_s(role, *ends)
                 seconds.append(spent)
                 masks.append(a[3] | b[3])
         return seconds, masks

@@ -9,7 +9,7 @@ every choice of candidates that they stand for.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
@@ -25,7 +25,11 @@ from planner.windows import Ints, Windows
 from realloc.augmented import Placement
 
 MOST_POSITIONS = 32
-"""Above so many relative positions, the least move between two kinds of meshes counts as free."""
+"""Above so many relative positions, moves between two kinds of meshes count as if they could lie anywhere."""
+
+
+Placed = dict[tuple[int, int], list[Placement]]
+"""(call, layout number) -> the placements that have it."""
 
 
 @dataclass(frozen=True)
@@ -131,7 +135,7 @@ class Spaces:
 
     def _space(self, keys: Sequence[dict[int, Hashable]]) -> Space:
         layouts: dict[Hashable, int] = {}
-        placed: dict[tuple[int, int], list[Placement]] = {}
+        placed: Placed = {}
         items, bytes_, members = [], [], []
         for call, of in enumerate(keys):
             groups: dict[Hashable, list[int]] = {}
@@ -149,7 +153,9 @@ class Spaces:
             items.append(_items(rows, layout))
             bytes_.append(_bytes(rows, layout))
             members.append(list(groups.values()))
-        prices = MovePrices(self.windows, items, partial(self._least_move_s, placed))
+        prices = MovePrices(
+            self.windows, items, partial(self._least_move_s, placed), partial(self._move_s, placed)
+        )
         return Space(items, members, self._room(items, bytes_), prices)
 
     def _room(self, items: Sequence[Items], bytes_: Sequence[Bytes]) -> Room:
@@ -169,19 +175,33 @@ class Spaces:
             return self._problem.rows[call][index][4]
         return key
 
-    def _least_move_s(
-        self, placed: dict[tuple[int, int], list[Placement]], user: int, layout: int, trainer_layout: int
+    def _least_move_s(self, placed: Placed, user: int, layout: int, trainer_layout: int) -> float:
+        """At most `_move_s`, without asking for what is exact."""
+        return self._over_positions(placed, user, layout, trainer_layout, self._moves.least_reallocate_s)
+
+    def _move_s(self, placed: Placed, user: int, layout: int, trainer_layout: int) -> float:
+        """The least of all positions at both ends, where they are not too many."""
+        return self._over_positions(placed, user, layout, trainer_layout, self._moves.reallocate_s)
+
+    def _over_positions(
+        self,
+        placed: Placed,
+        user: int,
+        layout: int,
+        trainer_layout: int,
+        price: Callable[[str, Placement, Placement], float],
     ) -> float:
-        """Of all positions at both ends; those that differ by whole nodes alone cost the same."""
+        """Positions that differ by whole nodes alone cost the same."""
         trainer = next(t for u, t in self._problem.users if u == user)
         role = str(self._problem.graph.calls[user].role)
+        sources, targets = placed[trainer, trainer_layout], placed[user, layout]
         found: dict[tuple[int, ...], tuple[Placement, Placement]] = {}
-        for a, b in product(placed[trainer, trainer_layout], placed[user, layout]):
+        for a, b in product(sources, targets):
             (node_a, gpu_a), (node_b, gpu_b) = (divmod(p.mesh.first, p.mesh.gpus_per_node) for p in (a, b))
             found.setdefault((node_a - node_b, gpu_a, gpu_b), (a, b))
-        if len(found) > MOST_POSITIONS:
-            return 0.0
-        return min(self._moves.reallocate_s(role, a, b) for a, b in found.values())
+            if len(found) > MOST_POSITIONS:
+                return self._moves.least_anywhere_s(role, sources[0], targets[0])
+        return min(price(role, a, b) for a, b in found.values())
 
 
 def _items(rows: Sequence[Sequence[Row]], layouts: Sequence[int]) -> Items:

@@ -21,6 +21,8 @@ CHUNK = 512
 PRICED_AT_ONCE = 64
 _SLACK = 1e-9
 
+Price = Callable[[int, int, int], float]
+
 
 @dataclass(frozen=True)
 class Items:
@@ -46,33 +48,39 @@ class Items:
 
 
 class MovePrices:
-    """Seconds of moves by layouts at both ends, asked for when needed.
+    """Seconds of moves by layouts at both ends, asked for when needed: first at least, then exactly.
 
-    `price(user, layout of the user, layout of the trainer)`; a move within one layout is free.
+    Both prices are of (user, layout of the user, layout of the trainer); `least` is quick and at most
+    `price`. A move within one layout is free.
     """
 
-    def __init__(
-        self, windows: Windows, items: Sequence[Items], price: Callable[[int, int, int], float]
-    ) -> None:
-        self._users, self._price = windows.users, price
+    def __init__(self, windows: Windows, items: Sequence[Items], least: Price, price: Price) -> None:
+        self._users, self._prices = windows.users, (least, price)
         self._ends = [
             (_Numbers(items[user].layouts), _Numbers(items[trainer].layouts)) for user, trainer in self._users
         ]
-        self._known = [np.full((u.count, t.count), np.nan) for u, t in self._ends]
+        self._known = [np.zeros((u.count, t.count)) for u, t in self._ends]
+        # how many of the two prices were asked for
+        self._asked = [np.zeros((u.count, t.count), dtype=np.int8) for u, t in self._ends]
 
     def known(self, move: int, user: Ints, trainer: Ints) -> Floats:
-        """Seconds where they were asked for, else 0."""
+        """Seconds as far as they were asked for, else 0."""
         u, t = self._ends[move]
-        found: Floats = np.nan_to_num(self._known[move][u.of[user], t.of[trainer]])
+        found: Floats = self._known[move][u.of[user], t.of[trainer]]
         return found
 
     def ask(self, move: int, user: Ints, trainer: Ints) -> bool:
-        """Has them priced; whether some were not known."""
-        table, (us, ts) = self._known[move], self._ends[move]
-        unknown = np.isnan(table[us.of[user], ts.of[trainer]])
-        for u, t in {*zip(user[unknown].tolist(), trainer[unknown].tolist(), strict=True)}:
-            table[us.of[u], ts.of[t]] = 0.0 if u == t else self._price(self._users[move][0], u, t)
-        return bool(unknown.any())
+        """Has them priced, one step further than the least that is known of them; whether there was one."""
+        table, asked, (us, ts) = self._known[move], self._asked[move], self._ends[move]
+        step = asked[us.of[user], ts.of[trainer]]
+        least = int(step.min())
+        if least == len(self._prices):
+            return False
+        wanted = step == least
+        for u, t in {*zip(user[wanted].tolist(), trainer[wanted].tolist(), strict=True)}:
+            table[us.of[u], ts.of[t]] = 0.0 if u == t else self._prices[least](self._users[move][0], u, t)
+            asked[us.of[u], ts.of[t]] = len(self._prices) if u == t else least + 1
+        return True
 
 
 class _Numbers:

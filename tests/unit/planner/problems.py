@@ -66,6 +66,9 @@ class TableCosts:
     def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
         return 3 * self.moves * draw(self.seed, role, *_where(src, dst))
 
+    def least_reallocate_s(self, role: str, src: Placement, dst: Placement, *, anywhere: bool) -> float:
+        return 0.0 if anywhere else 0.8 * self.reallocate_s(role, src, dst)
+
     def call_memory(self, call: Call, placement: Placement) -> TableMemory:
         strategy = placement.strategy
         shards = strategy.tp * strategy.pp
