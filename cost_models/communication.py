@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from cost_models.link import CollectiveCost
 from cost_models.profile import HardwareProfile
 from realloc.mesh import DeviceMesh
 
@@ -39,7 +40,7 @@ class Communication:
         self._profile = profile
         self._per_node = min(mesh.size, mesh.gpus_per_node)
         self._across = mesh.num_nodes > 1
-        self._lines: dict[tuple[str, GroupShape], tuple[tuple[float, float], ...]] = {}
+        self._known: dict[tuple[str, GroupShape], tuple[float, tuple[CollectiveCost, ...]]] = {}
 
     def _contention(self, group: GroupShape) -> float:
         """A measured collective had the cores to itself; on CPU hosts other groups take their share."""
@@ -54,18 +55,21 @@ class Communication:
         if group.size < 2:
             return 0.0
         key = (collective, group)
-        if key not in self._lines:
-            self._lines[key] = self._ways(collective, group)
-        return min(latency + per_byte * size_bytes for latency, per_byte in self._lines[key])
+        if key not in self._known:
+            self._known[key] = self._ways(collective, group)
+        shared, ways = self._known[key]
+        return shared * min(way.seconds(size_bytes) for way in ways)
 
-    def _ways(self, collective: str, group: GroupShape) -> tuple[tuple[float, float], ...]:
-        """(seconds, seconds per byte) of every algorithm."""
+    def _ways(self, collective: str, group: GroupShape) -> tuple[float, tuple[CollectiveCost, ...]]:
+        """How many times longer than measured, and every algorithm."""
         if group.nodes == 1:
-            shared = self._contention(group)
-            ways = self._intra.ways(collective, group.per_node)
-            return tuple((way.latency_s * shared, shared / way.bytes_per_s) for way in ways)
+            return self._contention(group), self._intra.ways(collective, group.per_node)
         latency = self._across_s(collective, group, 0.0)
-        return ((latency, (self._across_s(collective, group, 1e12) - latency) * 1e-12),)
+        knees = [way.knee for way in self._inter.ways(collective, group.nodes) if way.knee is not None]
+        at = knees[0][0] * group.per_node if knees else 1.0
+        knee_s = self._across_s(collective, group, at)
+        per_byte = (self._across_s(collective, group, 1e12) - knee_s) / (1e12 - at)
+        return 1.0, (CollectiveCost(group.size, latency, 1 / per_byte, (at, knee_s)),)
 
     def _across_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
         part = size_bytes / group.per_node

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from math import log2
 from typing import Any
 
+from cost_models.curve import positive
 from realloc.errors import InputError
 from realloc.files import Reader
 
@@ -31,11 +32,24 @@ def traffic_share(collective: str, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class CollectiveCost:
-    """A collective in a group of `ranks`: latency plus tensor bytes / `bytes_per_s`."""
+    """A collective in a group of `ranks`: latency plus tensor bytes / `bytes_per_s`.
+
+    With a `knee`, (bytes, seconds) that were measured between: a straight line up to it, and
+    `bytes_per_s` from there on. Small tensors go another way than large ones, through other caches.
+    """
 
     ranks: int
     latency_s: float
     bytes_per_s: float
+    knee: tuple[float, float] | None = None
+
+    def seconds(self, size_bytes: float) -> float:
+        if self.knee is None:
+            return self.latency_s + size_bytes / self.bytes_per_s
+        at, knee_s = self.knee
+        if size_bytes >= at:
+            return knee_s + (size_bytes - at) / self.bytes_per_s
+        return self.latency_s + (knee_s - self.latency_s) * size_bytes / at
 
 
 @dataclass(frozen=True)
@@ -92,7 +106,7 @@ class Link:
         """Seconds of one collective over `ranks` ranks; 0 for one rank."""
         if ranks < 2:
             return 0.0
-        return min(way.latency_s + size_bytes / way.bytes_per_s for way in self.ways(collective, ranks))
+        return min(way.seconds(size_bytes) for way in self.ways(collective, ranks))
 
 
 def read_link(reader: Reader) -> Link:
@@ -120,6 +134,7 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             ranks=reader.integer("ranks", minimum=2, maximum=1_000_000),
             latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
             bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
+            knee=_read_knee(reader),
         )
         reader.done()
         if rows and row.ranks <= rows[-1].ranks:
@@ -130,10 +145,25 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
     return tuple(rows)
 
 
+def _read_knee(reader: Reader) -> tuple[float, float] | None:
+    value = reader.raw("knee", None)
+    if value is None:
+        return None
+    where = reader.at("knee")
+    if not isinstance(value, list) or len(value) != 2:
+        raise InputError(f"{where}: expected [bytes, seconds], found {value!r}.")
+    return positive(value[0], where), positive(value[1], where)
+
+
+def _row_content(row: CollectiveCost) -> Mapping[str, Any]:
+    content = {key: value for key, value in vars(row).items() if key != "knee"}
+    return content if row.knee is None else {**content, "knee": list(row.knee)}
+
+
 def link_content(link: Link) -> Mapping[str, Any]:
     """The link as the mapping that a profile file holds."""
     return {
         "latency_s": link.latency_s,
         "bytes_per_s": link.bytes_per_s,
-        "collectives": {name: [dict(vars(row)) for row in rows] for name, rows in link.collectives},
+        "collectives": {name: [_row_content(row) for row in rows] for name, rows in link.collectives},
     }

@@ -1,4 +1,4 @@
-"""Micro-benchmarks of one device and of its links: medians of seconds and bytes, no judgement.
+"""Micro-benchmarks of one device: medians of seconds and bytes, no judgement.
 
 Decides what is run and how it is timed. Does not know what a profile is for, and starts no
 processes (`runtime.profiler` does).
@@ -6,8 +6,9 @@ processes (`runtime.profiler` does).
 
 from __future__ import annotations
 
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
-from runtime.collectives import all_gather, reduce_scatter
 from runtime.linear import linear
+from runtime.pace import Probe
 
 Action = Callable[[], object]
+_ROUNDS = 5
+"""Of ranks that compute at once."""
 
 
 @dataclass(frozen=True)
@@ -168,130 +171,67 @@ def host_bytes_per_s(clock: Clock, device: torch.device) -> float:
     return size / clock.seconds(lambda: target.copy_(source, non_blocking=True))
 
 
-def concurrency_points(clock: Clock, device: torch.device, rank: int, ranks: int) -> list[list[float]]:
-    """[ranks that compute at once, slowdown against one alone], of the first `ranks`; every rank calls it.
+@dataclass(frozen=True)
+class Concurrency:
+    """[ranks that compute at once, slowdown against one alone], and what a profile holds of the pace."""
 
-    The load is half products, half streaming, as training and decoding are.
+    points: list[list[float]]
+    pace: Mapping[str, float]
+
+
+def concurrency(clock: Clock, device: torch.device, rank: int, ranks: int) -> Concurrency:
+    """How much slower the first `ranks` are together; every rank calls it.
+
+    The load is half products, half streaming, as training and decoding are. What counts is for how long
+    a rank had a core, and that ranks beyond the cores take turns: a busy host changes nothing.
     """
     x = torch.randn(256, 256, device=device)
     stream = torch.zeros(1 << 20, device=device)
+    probe = Probe()
 
     def load() -> None:
         for _ in range(4):
             F.linear(x, x)
         stream.add_(1.0)
 
-    count = max(10, int(0.25 / max(clock.run(load, 5) / 5, 1e-6)))
+    count = max(10, int(0.1 / max(clock.run(load, 5) / 5, 1e-6)))
     count = _agreed(device, count)
-    alone = 0.0
-    points = []
+    points: list[list[float]] = []
+    alone, probes = 0.0, (0.0, 0.0)
     for active in group_sizes(ranks, first=1):
-        samples = []
-        for _ in range(3):
+        samples, probed = [], []
+        for _ in range(_ROUNDS):
             dist.barrier()
-            spent = clock.run(load, count) if rank < active else 0.0
-            samples.append(_largest(device, spent))
-        seconds = median(samples)
-        alone = alone or seconds
-        # sharing the cores in turns slows n ranks down n times; more is the work of others
-        points.append([float(active), min(max(1.0, seconds / alone), float(active))])
-    return points
+            if rank < active:
+                probed += [probe.seconds(time.process_time) for _ in range(4)][1:]
+                samples.append(_own_seconds(load, count))
+            dist.barrier()
+        seconds = median(samples) if samples else 0.0
+        own = median(probed) if probed else 0.0
+        shared = turns(active)
+        alone, probes = alone or seconds, (probes[0] or own, own * shared)
+        points.append([float(active), max(1.0, seconds / max(alone, 1e-9) * shared)])
+    pace = {"alone_s": probes[0], "together_s": max(probes), "ranks": ranks}
+    return Concurrency(points, pace)
 
 
-def message_costs(
-    clock: Clock,
-    device: torch.device,
-    rank: int,
-    pairs: Sequence[tuple[int, int]],
-    large: int,
-    repeats: int,
-) -> dict[str, float]:
-    """Latency and bytes/s of messages between pairs of ranks, all at once; every rank calls it."""
-    sends_first = dict(pairs)
-    answers = {b: a for a, b in pairs}
-    seconds = []
-    for size in (256, large):
-        buffer = torch.zeros(size, dtype=torch.uint8, device=device)
-
-        def there_and_back(buffer: torch.Tensor = buffer) -> None:
-            if rank in sends_first:
-                dist.send(buffer, sends_first[rank])
-                dist.recv(buffer, sends_first[rank])
-            elif rank in answers:
-                dist.recv(buffer, answers[rank])
-                dist.send(buffer, answers[rank])
-
-        seconds.append(_timed_together(clock, there_and_back, 20 if size == 256 else 3, repeats) / 2)
-    return _latency_and_rate(seconds[0], seconds[1], large)
+def _own_seconds(action: Action, count: int) -> float:
+    """Seconds of the actions for which this process had a core."""
+    start = time.process_time()
+    for _ in range(count):
+        action()
+    return time.process_time() - start
 
 
-def collective_rows(
-    clock: Clock,
-    device: torch.device,
-    rank: int,
-    groups: Sequence[Sequence[int]],
-    large: int,
-    repeats: int,
-) -> dict[str, list[dict[str, float]]]:
-    """Latency and tensor bytes/s of collectives by group size; every rank calls it.
-
-    `groups` are disjoint, of equal size, and work at once: for each group size, their first ranks.
-    """
-    names = ("all_reduce", "all_gather", "reduce_scatter")
-    tables: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for size in group_sizes(len(groups[0]), first=2):
-        mine = None
-        for members in groups:  # every rank makes every group
-            group = dist.new_group(list(members[:size]))
-            mine = group if rank in members[:size] else mine
-        for name, rows in tables.items():
-            seconds = []
-            for num_bytes in (256, large):
-                action = _collective(name, device, num_bytes // 4, size, mine)
-                seconds.append(_timed_together(clock, action, 10 if num_bytes == 256 else 3, repeats))
-            rows.append({"ranks": size, **_latency_and_rate(seconds[0], seconds[1], large)})
-    return tables
+def turns(ranks: int) -> float:
+    """How many ranks take turns on each core of this host, where there are fewer cores than ranks."""
+    return max(1.0, ranks / len(os.sched_getaffinity(0)))
 
 
 def group_sizes(ranks: int, *, first: int) -> list[int]:
     """Powers of two from `first` up to all ranks, and all ranks."""
     sizes = [first << i for i in range(32) if first << i < ranks]
     return [*sizes, ranks] if ranks >= first else sizes
-
-
-def _collective(
-    name: str, device: torch.device, elements: int, size: int, group: dist.ProcessGroup | None
-) -> Action:
-    if group is None:
-        return lambda: None
-    if name == "all_reduce":
-        tensor = torch.zeros(elements, device=device)
-        return lambda: dist.all_reduce(tensor, group=group)
-    part = torch.zeros(max(1, elements // size), device=device)
-    whole = torch.zeros(size * part.numel(), device=device)
-    if name == "reduce_scatter":
-        return lambda: reduce_scatter(part, whole, group)
-    return lambda: all_gather(whole, part, group)
-
-
-def _timed_together(clock: Clock, action: Action, count: int, repeats: int) -> float:
-    """Median seconds of one action that several ranks take part in, started together."""
-    clock.run(action, 2)
-    samples = []
-    for _ in range(repeats):
-        dist.barrier()
-        samples.append(clock.run(action, count) / count)
-    return median(samples)
-
-
-def _latency_and_rate(small_s: float, large_s: float, large_bytes: int) -> dict[str, float]:
-    return {"latency_s": small_s, "bytes_per_s": large_bytes / max(large_s - small_s, 0.05 * large_s)}
-
-
-def _largest(device: torch.device, value: float) -> float:
-    tensor = torch.tensor([value], dtype=torch.float64, device=device)
-    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
-    return float(tensor.item())
 
 
 def _agreed(device: torch.device, value: int) -> int:

@@ -59,7 +59,17 @@ def profile_content(
         content["tables"] = tables["tables"]
         if tables["concurrency"]:
             content["concurrency"] = tables["concurrency"]
+    if pace := _pace(measured.get("pace"), (tables or {}).get("pace")):
+        content["pace"] = pace
     return _rounded(content)  # type: ignore[no-any-return]
+
+
+def _pace(device: Mapping[str, Any] | None, tables: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """That of the tables, from which most is predicted; what others do to it from where it was measured."""
+    if not tables or (tables["ranks"] > 1) or not device:
+        return tables or device
+    together_s = tables["alone_s"] * device["together_s"] / device["alone_s"]
+    return {**tables, "together_s": together_s, "ranks": device["ranks"]}
 
 
 def _inter_node(

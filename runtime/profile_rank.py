@@ -25,6 +25,7 @@ from realloc.errors import InputError
 from runtime import microbenchmarks as bench
 from runtime.collectives import all_gather
 from runtime.host_memory import keep_freed_memory
+from runtime.link_benchmarks import LinkClock, collective_rows, message_costs
 from runtime.machine import device_name
 from runtime.nvml import find_gpus
 
@@ -68,34 +69,27 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         result |= {"ranks": ranks, "nodes": len(hosts)}
     if ranks > 1:
         dist.barrier()
-    large, repeats = budget.message_bytes, budget.repeats
+    links = LinkClock(clock, device, budget.message_bytes)
     if len(local) > 1:
         if device.type == "cpu":
-            result["concurrency"] = bench.concurrency_points(clock, device, rank, len(local))
-        link: dict[str, Any] = dict(
-            bench.message_costs(clock, device, rank, [(local[0], local[1])], large, repeats)
-        )
-        link["collectives"] = bench.collective_rows(clock, device, rank, [local], large, repeats)
+            shared = bench.concurrency(clock, device, rank, len(local))
+            result |= {"concurrency": shared.points, "pace": shared.pace}
+        link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
+        link["collectives"] = collective_rows(links, rank, [local])
         result["link"] = link
     if len(hosts) > 1:
-        result["inter_link"] = _between(clock, device, rank, hosts, large, repeats)
+        result["inter_link"] = _between(links, rank, hosts)
     return result
 
 
-def _between(
-    clock: bench.Clock,
-    device: torch.device,
-    rank: int,
-    hosts: Sequence[Sequence[int]],
-    large: int,
-    repeats: int,
-) -> Mapping[str, Any]:
+def _between(clock: LinkClock, rank: int, hosts: Sequence[Sequence[int]]) -> Mapping[str, Any]:
     """The link between hosts, with all ranks of each at it: what each one's share of it is."""
     share = min(map(len, hosts))
     pairs = list(zip(hosts[0][:share], hosts[1][:share], strict=True))
-    link: dict[str, Any] = dict(bench.message_costs(clock, device, rank, pairs, large, repeats))
-    groups = [[members[i] for members in hosts] for i in range(share)]
-    link["collectives"] = bench.collective_rows(clock, device, rank, groups, large, repeats)
+    link: dict[str, Any] = dict(message_costs(clock, rank, pairs))
+    link["collectives"] = collective_rows(
+        clock, rank, [[members[i] for members in hosts] for i in range(share)]
+    )
     return link
 
 

@@ -2,7 +2,9 @@
 
 Products hardly feel what another core does, small operators and streams feel it much, where cores share
 caches, memory or a physical core. So the mixture matters, and an experiment's own passes are run, by as many
-processes at once as there will be ranks. Only of hosts without GPUs.
+processes at once as there will be ranks. The time that counts is that in
+which this process had a core, so that a host which is busy with something else gives the same numbers;
+ranks beyond the cores take turns besides. Only of hosts without GPUs.
 """
 
 from __future__ import annotations
@@ -14,8 +16,9 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 
@@ -23,26 +26,41 @@ from realloc.dataflow import Call, CallKind
 from realloc.experiment import Experiment, read_experiment
 from runtime.host_memory import keep_freed_memory
 from runtime.layer_benchmarks import ShardBenchmarks, pack_lengths
-from runtime.microbenchmarks import group_sizes
+from runtime.microbenchmarks import group_sizes, turns
+from runtime.pace import Probe
 
 Load = Callable[[], None]
-_ROUNDS = 4
+_ROUNDS = 6
+_PROBES = 4
+"""Of the pace, in each round, alone and beside others."""
 _GO, _STOP = "go\n", "stop\n"
 
 
-def slowdowns(paths: Sequence[str], ranks: int, seconds: float) -> list[list[float]]:
+@dataclass(frozen=True)
+class SharedCores:
     """[ranks that compute at once, how many times longer each takes than alone], mean over experiments.
 
-    Every point is measured for about so many seconds, by this process and as many more as it takes.
-    Experiments that train nothing say nothing; the list is empty when none does.
+    `probe`: how many times longer the work of `runtime.pace` takes with all ranks computing.
     """
-    curves: list[Mapping[int, float]] = []
+
+    points: list[list[float]]
+    probe: float
+
+
+def shared_cores(paths: Sequence[str], ranks: int, seconds: float) -> SharedCores | None:
+    """Every point is measured for about so many seconds, by this process and as many more as it takes.
+
+    Experiments that train nothing say nothing; None when none does.
+    """
+    curves: list[Mapping[int, tuple[float, float]]] = []
     for path in paths:
         load = training_load(read_experiment(path))
         if load is not None:
             curves.append(_slowdowns(path, load, ranks, seconds))
-    sizes = sorted(curves[0]) if curves else []
-    return [[float(n), max(1.0, mean(curve[n] for curve in curves))] for n in sizes]
+    if not curves:
+        return None
+    points = [[float(n), max(1.0, mean(curve[n][0] for curve in curves))] for n in sorted(curves[0])]
+    return SharedCores(points, max(1.0, mean(curve[ranks][1] for curve in curves)))
 
 
 def training_load(experiment: Experiment) -> Load | None:
@@ -65,29 +83,41 @@ def _lengths(experiment: Experiment, call: Call) -> tuple[int, ...]:
     return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, not work.response.is_fixed))
 
 
-def _slowdowns(path: str, load: Load, ranks: int, seconds: float) -> Mapping[int, float]:
-    """Ranks at once -> slowdown. In turns with the load alone, in windows of seconds: hosts change pace."""
+def _slowdowns(path: str, load: Load, ranks: int, seconds: float) -> Mapping[int, tuple[float, float]]:
+    """Ranks at once -> slowdown of the load, of the probe.
+
+    In turns with the load alone, in windows of seconds, and the median over them: hosts change pace.
+    """
     load()
+    probe = Probe()
+    window = seconds / 2 / _ROUNDS
     with _neighbours(path, ranks - 1) as others:
-        found = {1: 1.0}
+        found = {1: (1.0, 1.0)}
         for busy in group_sizes(ranks, first=2):
-            alone, beside = [], []
+            ratios, probed = [], []
             for _ in range(_ROUNDS):
-                alone.append(_time(load, seconds / 2 / _ROUNDS))
+                alone = _time(load, probe, window)
                 _tell(others[: busy - 1], _GO)
-                beside.append(_time(load, seconds / 2 / _ROUNDS))
+                beside = _time(load, probe, window)
                 _tell(others[: busy - 1], _STOP)
-            found[busy] = mean(beside) / mean(alone)
+                ratios.append(beside[0] / alone[0])
+                probed.append(beside[1] / alone[1])
+            found[busy] = (median(ratios) * turns(busy), median(probed) * turns(busy))
     return found
 
 
-def _time(load: Load, seconds: float) -> float:
-    """Mean seconds of the load, run again and again for so many."""
-    start, count = time.perf_counter(), 0
-    while not count or time.perf_counter() < start + seconds:
+def _time(load: Load, probe: Probe, seconds: float) -> tuple[float, float]:
+    """Mean seconds on a core of the load, run again and again for so many, and of the probe between."""
+    probed: list[float] = []
+    start, spent, count = time.perf_counter(), 0.0, 0
+    while count < _PROBES or time.perf_counter() < start + seconds:
+        if count < _PROBES:
+            probed.append(probe.seconds(time.process_time))
+        begin = time.process_time()
         load()
+        spent += time.process_time() - begin
         count += 1
-    return (time.perf_counter() - start) / count
+    return spent / count, mean(probed)
 
 
 @contextmanager

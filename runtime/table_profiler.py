@@ -10,9 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import psutil
@@ -37,7 +39,8 @@ from runtime.measuring_plan import (
     experiment_sizes,
     subjects,
 )
-from runtime.shared_cores import slowdowns
+from runtime.pace import Probe
+from runtime.shared_cores import SharedCores, shared_cores
 from runtime.supported import check_runs
 from runtime.table_rows import LEAST_S, Entry, Kept, table_rows, typical
 from runtime.unit_timer import PassSeconds
@@ -184,7 +187,7 @@ def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
 def measure_tables(
     spec: TableSpec, device: torch.device, fingerprint: str, groups: Mapping[int, dist.ProcessGroup]
 ) -> Mapping[str, Any]:
-    """Measures all points of a spec; returns `tables`, `notes` and `concurrency`, empty where unknown.
+    """Measures a spec's points; returns `tables`, `notes`, `concurrency` and `pace`, empty where unknown.
 
     Says on stdout how far it is.
     """
@@ -196,7 +199,7 @@ def measure_tables(
     kept = Kept(Path(spec.kept), fingerprint)
     collected: list[tuple[str, Entry]] = []
     notes: list[str] = []
-    done = 0
+    done, pace = 0, TablePace(kept)
     for subject in todo:
         bench: ShardBenchmarks | None = None
         over: dict[tuple[object, ...], int] = {}
@@ -212,17 +215,55 @@ def measure_tables(
                     bench = ShardBenchmarks(shape, subject.dtype, subject.tp, groups.get(subject.tp), device)
                 found = PointRunner(subject, bench, effort).run(point)
                 kept.put(key, *found)
+                pace.sample()
             collected += [(subject.dtype, entry) for entry in found[1]]
             if found[0] > longest_s:
                 over[point.line] = point.count
             _say(done, total, f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device)
-    concurrency: list[list[float]] = []
+    shared: SharedCores | None = None
     if not gpu and spec.ranks > 1 and spec.experiments:
         _say(1, 1, f"{spec.ranks} ranks at once")
-        concurrency = slowdowns(spec.experiments, spec.ranks, 6.0 if spec.quick else 20.0)
-    return {"tables": table_rows(collected), "notes": notes, "concurrency": concurrency}
+        shared = shared_cores(spec.experiments, spec.ranks, 8.0 if spec.quick else 24.0)
+    return {
+        "tables": table_rows(collected),
+        "notes": notes,
+        "concurrency": [] if shared is None else shared.points,
+        "pace": {} if gpu else pace.content(spec.ranks, shared),
+    }
+
+
+class TablePace:
+    """The pace of the machine while tables are measured, of one rank as they are."""
+
+    _KEY = "pace"
+
+    def __init__(self, kept: Kept) -> None:
+        self._kept, self._probe = kept, Probe()
+        found = kept.get(self._KEY)
+        self._samples = [] if found is None else list(found[1][0].samples)
+
+    def sample(self) -> None:
+        """Beside every point, as warm as the work that tables are of."""
+        self._probe.run()
+        self._samples.append(min(self._probe.seconds(time.process_time) for _ in range(2)))
+        entry = Entry(self._KEY, self._KEY, False, 1.0, 1.0, self._samples)
+        self._kept.put(self._KEY, 0.0, [entry])
+
+    def content(self, ranks: int, shared: SharedCores | None) -> Mapping[str, Any]:
+        """What a profile holds of it: what more ranks do to it counts where that was measured."""
+        if not self._samples:
+            return {}
+        alone_s = median(self._samples)
+        quarter = len(self._samples) // 4
+        ordered = sorted(self._samples)
+        return {
+            "alone_s": alone_s,
+            "together_s": alone_s * (1.0 if shared is None else shared.probe),
+            "ranks": 1 if shared is None else ranks,
+            "spread": (ordered[-1 - quarter] - ordered[quarter]) / alone_s,
+        }
 
 
 def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> list[tuple[str, Entry]]:

@@ -1,0 +1,131 @@
+"""Times messages and collectives between ranks: typical seconds by size and group, no judgement.
+
+On hosts a rank computes a little before each of them, as ranks do: what is asked while the other side is
+asleep takes longer than what follows closely. Every rank calls every function here, at the same time.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from runtime.collectives import all_gather, reduce_scatter
+from runtime.microbenchmarks import Clock, group_sizes
+from runtime.table_rows import typical
+
+Action = Callable[[], object]
+SMALL_BYTES = 256
+_GAP_OPERATORS = 60
+"""Small ones before each message of ranks on a host: some 60 microseconds."""
+_SAMPLES, _FEW = 100, 16
+_ROUND = 20
+"""Samples between two barriers."""
+
+
+@dataclass(frozen=True)
+class LinkClock:
+    """Times what ranks do together. `large`: bytes of a large message."""
+
+    clock: Clock
+    device: torch.device
+    large: int
+
+    def sizes(self) -> tuple[int, int, int]:
+        return SMALL_BYTES, max(SMALL_BYTES * 2, self.large // 64), self.large
+
+    def seconds(self, action: Action, num_bytes: int) -> float:
+        """Typical seconds of one action, without what a rank computes before it."""
+        samples = _SAMPLES if num_bytes < self.large else _FEW
+        if self.device.type != "cpu":
+            return self._typical(lambda: self.clock.run(action, 10) / 10, samples)
+        small = torch.zeros(4, 16)
+
+        def gap() -> None:
+            for _ in range(_GAP_OPERATORS):
+                torch.add(small, small)
+
+        def timed(work: Action) -> float:
+            gap()
+            start = time.perf_counter()
+            work()
+            return time.perf_counter() - start
+
+        return self._typical(lambda: timed(action), samples)
+
+    def _typical(self, sample: Callable[[], float], count: int) -> float:
+        found = []
+        for i in range(count + 2):
+            if i % _ROUND == 0:
+                dist.barrier()
+            found.append(sample())
+        return typical(found[2:])
+
+
+def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
+    """Latency and bytes/s of messages between pairs of ranks, all at once."""
+    sends_first = dict(pairs)
+    answers = {b: a for a, b in pairs}
+    seconds = []
+    for size in (SMALL_BYTES, clock.large):
+        buffer = torch.zeros(size, dtype=torch.uint8, device=clock.device)
+
+        def there_and_back(buffer: torch.Tensor = buffer) -> None:
+            if rank in sends_first:
+                dist.send(buffer, sends_first[rank])
+                dist.recv(buffer, sends_first[rank])
+            elif rank in answers:
+                dist.recv(buffer, answers[rank])
+                dist.send(buffer, answers[rank])
+
+        seconds.append(clock.seconds(there_and_back, size) / 2)
+    small_s, large_s = seconds
+    return {"latency_s": small_s, "bytes_per_s": clock.large / max(large_s - small_s, 0.05 * large_s)}
+
+
+def collective_rows(
+    clock: LinkClock, rank: int, groups: Sequence[Sequence[int]]
+) -> dict[str, list[Mapping[str, object]]]:
+    """Seconds of collectives by group size: latency, tensor bytes/s, and what each size took.
+
+    `groups` are disjoint, of equal size, and work at once: for each group size, their first ranks.
+    """
+    names = ("all_reduce", "all_gather", "reduce_scatter")
+    tables: dict[str, list[Mapping[str, object]]] = {name: [] for name in names}
+    for size in group_sizes(len(groups[0]), first=2):
+        mine = None
+        for members in groups:  # every rank makes every group
+            group = dist.new_group(list(members[:size]))
+            mine = group if rank in members[:size] else mine
+        for name, rows in tables.items():
+            found = []
+            for num_bytes in clock.sizes():
+                action = _collective(name, clock.device, num_bytes // 4, size, mine)
+                found.append(clock.seconds(action, num_bytes))
+            small_s, middle_s, large_s = found
+            # never faster for more bytes
+            middle_s, large_s = max(small_s, middle_s), max(small_s, middle_s, large_s)
+            middle, large = clock.sizes()[1:]
+            rate = (large - middle) / max(large_s - middle_s, 0.05 * large_s)
+            rows.append(
+                {"ranks": size, "latency_s": small_s, "bytes_per_s": rate, "knee": [middle, middle_s]}
+            )
+    return tables
+
+
+def _collective(
+    name: str, device: torch.device, elements: int, size: int, group: dist.ProcessGroup | None
+) -> Action:
+    if group is None:
+        return lambda: None
+    if name == "all_reduce":
+        tensor = torch.zeros(elements, device=device)
+        return lambda: dist.all_reduce(tensor, group=group)
+    part = torch.zeros(max(1, elements // size), device=device)
+    whole = torch.zeros(size * part.numel(), device=device)
+    if name == "reduce_scatter":
+        return lambda: reduce_scatter(part, whole, group)
+    return lambda: all_gather(whole, part, group)
