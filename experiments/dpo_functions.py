@@ -25,16 +25,20 @@ def dpo_loss(
 
 
 def prepare_best_and_worst(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """`choices`, one per sequence: 1 for the best-scored of its prompt's samples, -1 for the worst, else 0.
+    """`choices`, one per sequence: above 0 for the best-scored of its prompt's samples, below for the worst.
 
-    Of equal scores the first sample is the best and the last the worst.
+    Else 0. Of equal scores the first sample is the best and the last the worst. All choices are 1 or -1
+    times one weight, which makes the loss a mean over pairs where samples without a score leave fewer.
     """
-    table = score_table(batch["scores"], batch)
+    table, present = score_table(batch["scores"], batch)
     last = table.shape[1] - 1
-    best, worst = table.argmax(1), last - table.flip(1).argmin(1)
+    best = table.masked_fill(~present, -torch.inf).argmax(1)
+    worst = last - table.masked_fill(~present, torch.inf).flip(1).argmin(1)
+    pairs = (present.sum(1) > 1).sum()
+    weight = present.sum() / (present.shape[1] * pairs.clamp(min=1))
     prompts, samples = batch.prompts, batch.samples
     choices = (samples == best[prompts]).float() - (samples == worst[prompts]).float()
-    return {"choices": choices}
+    return {"choices": choices * weight.float()}
 
 
 def online_dpo_loss(
@@ -45,7 +49,8 @@ def online_dpo_loss(
     `output`: log-probabilities of the response tokens now. The samples of a prompt are neighbours.
     """
     rewards, choices = _log_ratios(output, batch, hyperparameters), batch["choices"]
-    pairs = batch.global_sequences // batch.samples_per_prompt
+    weight = choices.abs().max()  # the same in all pairs
+    pairs = batch.global_sequences / batch.samples_per_prompt / weight.clamp(min=1e-6)
     return _pair_loss(rewards[choices > 0], rewards[choices < 0], pairs, hyperparameters)
 
 
@@ -57,7 +62,7 @@ def _log_ratios(output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 
 
 def _pair_loss(
-    chosen: Tensor, rejected: Tensor, pairs: int, hyperparameters: Mapping[str, Any]
+    chosen: Tensor, rejected: Tensor, pairs: int | Tensor, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """`chosen`, `rejected`: log ratios to the reference of this micro-batch's pairs, of `pairs` in all.
 

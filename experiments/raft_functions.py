@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from experiments.shared_functions import per_token, score_table
@@ -17,11 +18,14 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
     They add up to samples / keep over a kept sequence, so to 1 a sequence on average. Of equal scores the
     earlier samples come first.
     """
-    table, keep = score_table(batch["scores"], batch), hyperparameters["keep"]
-    ranks = table.argsort(dim=1, descending=True, stable=True).argsort(dim=1)
-    kept = ranks[batch.prompts, batch.samples] < keep
+    table, present = score_table(batch["scores"], batch)
+    ranks = (
+        table.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
+    )
+    kept = (ranks < hyperparameters["keep"]) & present
     lengths = batch.lengths("weights")
-    weights = kept.float() * (table.shape[1] / keep) / lengths.clamp(min=1)
+    weights = kept[batch.prompts, batch.samples].float() * (present.sum() / kept.sum())
+    weights = (weights / lengths.clamp(min=1)).float()
     return {"weights": per_token(weights, lengths, int(lengths.sum()))}
 
 

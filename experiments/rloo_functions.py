@@ -22,8 +22,10 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
     if hyperparameters["kl_coef"] > 0:
         log_ratio = (batch["logprobs"] - batch["ref_logprobs"]).double()
         rewards = rewards - hyperparameters["kl_coef"] * sequence_sums(log_ratio, batch.lengths("logprobs"))
-    others = (group_sums(rewards, batch) - rewards) / (group_size(batch) - 1).clamp(min=1)
-    advantages = rewards - others
+    size = group_size(batch)
+    others = (group_sums(rewards, batch) - rewards) / (size - 1).clamp(min=1)
+    # alone, because the prompt's others have no score: nothing to compare with
+    advantages = torch.where(size > 1, rewards - others, 0.0)
     if hyperparameters["whiten_advantages"]:
         advantages = whiten(advantages, batch)
     return {"advantages": advantages.to(torch.float32)}

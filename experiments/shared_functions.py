@@ -46,14 +46,17 @@ def group_size(batch: Batch) -> Tensor:
     return group_sums(torch.ones_like(batch.prompts, dtype=torch.float64), batch)
 
 
-def score_table(values: Tensor, batch: Batch) -> Tensor:
-    """`values` ([num_sequences]) as [num_prompts, samples_per_prompt], float64, on every rank."""
-    table = torch.zeros(
-        batch.num_prompts, batch.samples_per_prompt, dtype=torch.float64, device=values.device
-    )
-    table[batch.prompts, batch.samples] = values.double()
-    result: Tensor = batch.sum(table)
-    return result
+def score_table(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """`values` ([num_sequences]) as [num_prompts, samples_per_prompt], float64, and which entries are there.
+
+    On every rank. Samples without a score are not in the batch.
+    """
+    shape = (2, batch.num_prompts, batch.samples_per_prompt)
+    tables = torch.zeros(shape, dtype=torch.float64, device=values.device)
+    tables[0, batch.prompts, batch.samples] = values.double()
+    tables[1, batch.prompts, batch.samples] = 1.0
+    scores, present = batch.sum(tables)
+    return scores, present > 0
 
 
 def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:
