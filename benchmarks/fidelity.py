@@ -5,12 +5,15 @@ axis and saver: data, tensor and pipeline parallelism, micro-batches, schedules,
 parallelism, reallocation between layouts, disjoint meshes, offload. A profile is taken first, from the
 experiments themselves (never from their runs); predictions are made from it before a plan runs.
 
-Measured is the median distance between the ends of successive iterations, the first left out. `error` is
-|predicted - measured| / measured. `spearman` is the rank correlation of predicted and measured seconds among
-the plans of one experiment, `regret` how much slower the plan predicted best ran than the fastest that ran;
-both are those of the worst experiment. Between experiments ranking is easy and says nothing. `core_share`
-says whether the machine was quiet: below about 0.95 other work took the ranks' cores, and no time is to be
-trusted.
+Every plan runs in several rounds, one plan after the other in each, so that phases in which the machine is
+slow meet all alike. Measured is the median over rounds of the median distance between the ends of successive
+iterations, the first left out. `error` is |predicted - measured| / measured. Ranks also take the pace of the
+machine (`realloc.pace`): `..._at_pace` are the same numbers with measured seconds divided by how much slower
+the machine was than while it was profiled, which is the error of the model alone. `spearman` is the rank
+correlation of predicted and measured seconds among the plans of one experiment, `regret` how much slower the
+plan predicted best ran than the fastest that ran; both are those of the worst experiment. Between
+experiments ranking is easy and says nothing. `core_share` says whether the machine was quiet: below about
+0.95 other work took the ranks' cores, and no time is to be trusted.
 
     python benchmarks/fidelity.py [--quick] [--json] [--experiments NAME ...] [--profile FILE] [--verbose]
 
@@ -28,7 +31,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,25 +42,28 @@ from experiments import toy  # noqa: E402
 from planner.predict import predict  # noqa: E402
 from realloc.augmented import Placement  # noqa: E402
 from realloc.cli import main as realloc_main  # noqa: E402
-from realloc.comparison import Comparison, compare, comparison_text, core_share  # noqa: E402
+from realloc.comparison import Comparison, compare, core_share  # noqa: E402
+from realloc.comparison_text import comparison_text  # noqa: E402
 from realloc.dataflow import CallKind  # noqa: E402
 from realloc.experiment import Experiment, read_experiment  # noqa: E402
 from realloc.files import dump_yaml  # noqa: E402
 from realloc.mesh import parse_mesh  # noqa: E402
 from realloc.plan import ExecutionPlan, write_plan  # noqa: E402
 from realloc.strategy import parse_strategy  # noqa: E402
-from realloc.trace import read_trace  # noqa: E402
+from realloc.trace import Trace, read_trace  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
 RANKS = 2
 QUICK_S, FULL_S = 7.0, 25.0
-"""For how long each plan runs: cores that share a host with others change their pace within seconds."""
-FEWEST = 5
-"""Iterations, however long they take."""
+"""For how long each plan runs, all rounds together."""
+QUICK_ROUNDS, FULL_ROUNDS = 2, 3
+FEWEST = 4
+"""Iterations of a round, however long they take."""
 QUICK_CASES = ("ppo-260K", "grpo-15M")
 BOTH, ONE, OTHER = "node[0]", "node0:gpu[0]", "node0:gpu[1]"
 MAX_PROMPT = 16
 Placed = tuple[str, str]
+RANKING = ("spearman", "spearman_at_pace", "regret")
 
 # For each call, or for each kind of call: generate, inference, train_step; `*` is everything else.
 PLANS: Mapping[str, Mapping[str, Placed]] = {
@@ -98,24 +104,13 @@ class Case:
     mini_batches: int
 
 
-STORIES_260K = {
-    "hidden": 64,
-    "layers": 5,
-    "heads": 8,
-    "kv_heads": 4,
-    "ffn": 172,
-    "vocab": 512,
-    "context": 128,
-}
-STORIES_15M = {
-    "hidden": 288,
-    "layers": 6,
-    "heads": 6,
-    "kv_heads": 6,
-    "ffn": 768,
-    "vocab": 32000,
-    "context": 128,
-}
+def _llama(hidden: int, layers: int, heads: int, kv_heads: int, ffn: int, vocab: int) -> Mapping[str, int]:
+    names = ("hidden", "layers", "heads", "kv_heads", "ffn", "vocab", "context")
+    return dict(zip(names, (hidden, layers, heads, kv_heads, ffn, vocab, 128), strict=True))
+
+
+STORIES_260K = _llama(64, 5, 8, 4, 172, 512)
+STORIES_15M = _llama(288, 6, 6, 6, 768, 32000)
 
 CASES = (
     Case("ppo-260K", "ppo", STORIES_260K, (32, 64), (24, 48), 2),
@@ -127,19 +122,36 @@ CASES = (
 
 @dataclass(frozen=True)
 class Result:
-    """One plan of one experiment."""
+    """One plan of one experiment: seconds per iteration predicted, and measured in each round.
+
+    `paces`: of each round, 1 where it is not known. `core_share`: for how much of their computing time
+    ranks had their core; below 0.95 the machine was not quiet. `comparison` is of a typical round.
+    """
 
     case: str
     plan: str
     predicted_s: float
-    measured_s: float
+    rounds_s: tuple[float, ...]
+    paces: tuple[float, ...]
     comparison: Comparison
     core_share: float | None
-    """For how much of their computing time ranks had their core; below 0.95 the machine was not quiet."""
+
+    @property
+    def measured_s(self) -> float:
+        return median(self.rounds_s)
+
+    @property
+    def at_pace_s(self) -> float:
+        """Measured seconds had the machine been as fast as when it was profiled."""
+        return median(s / pace for s, pace in zip(self.rounds_s, self.paces, strict=True))
 
     @property
     def error(self) -> float:
         return abs(self.predicted_s - self.measured_s) / self.measured_s
+
+    @property
+    def error_at_pace(self) -> float:
+        return abs(self.predicted_s - self.at_pace_s) / self.at_pace_s
 
 
 def prepare(case: Case, folder: Path, quick: bool) -> Path:
@@ -191,38 +203,55 @@ def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan
     return plan
 
 
-def run_case(case: Case, folder: Path, profile: Path, seconds: float, *, quiet: bool) -> Sequence[Result]:
-    """Predicts every plan of one experiment, and runs it for about so many seconds."""
+def run_case(
+    case: Case, folder: Path, profile: Path, seconds: float, rounds: int, *, quiet: bool
+) -> Sequence[Result]:
+    """Predicts every plan of one experiment, and runs it for about so many seconds, in so many rounds."""
     experiment = read_experiment(folder / "experiment.yaml")
-    results = []
-    for label, placed in PLANS.items():
-        plan = predict(place(experiment, placed), str(profile))
-        path, out = folder / "plan.yaml", folder / "out"
-        write_plan(plan, path)
-        assert plan.predictions is not None
-        iterations = max(FEWEST, round(seconds / plan.predictions.iteration_s))
-        _command(
-            "run", str(path), "--out", str(out), "--overwrite", "--pin", "--save-every", "0",
-            "--iterations", str(iterations),
-        )  # fmt: skip
-        trace = read_trace(out / "trace.jsonl")
-        comparison = compare(plan, trace)
-        result = Result(
-            case=case.name,
-            plan=label,
-            predicted_s=plan.predictions.iteration_s,
-            measured_s=trace.iteration_seconds(),
-            comparison=comparison,
-            core_share=core_share(trace),
+    plans = {label: predict(place(experiment, placed), str(profile)) for label, placed in PLANS.items()}
+    traces: dict[str, list[Trace]] = {label: [] for label in plans}
+    for _ in range(rounds):
+        for label, plan in plans.items():
+            traces[label].append(run_once(plan, folder, seconds / rounds))
+    results = [result_of(case.name, label, plan, traces[label]) for label, plan in plans.items()]
+    for result in () if quiet else results:
+        print(
+            f"{case.name:10} {result.plan:30} predicted {result.predicted_s:7.3f} s, measured "
+            f"{result.measured_s:7.3f} s, ratio {result.measured_s / result.predicted_s:5.2f}, at pace "
+            f"{result.at_pace_s / result.predicted_s:5.2f}",
+            flush=True,
         )
-        results.append(result)
-        if not quiet:
-            print(
-                f"{case.name:10} {label:30} predicted {result.predicted_s:7.3f} s, measured "
-                f"{result.measured_s:7.3f} s, ratio {result.measured_s / result.predicted_s:5.2f}",
-                flush=True,
-            )
     return results
+
+
+def run_once(plan: ExecutionPlan, folder: Path, seconds: float) -> Trace:
+    """Runs a plan for about so many seconds."""
+    path, out = folder / "plan.yaml", folder / "out"
+    write_plan(plan, path)
+    assert plan.predictions is not None
+    iterations = max(FEWEST, round(seconds / plan.predictions.iteration_s))
+    _command(
+        "run", str(path), "--out", str(out), "--overwrite", "--pin", "--save-every", "0",
+        "--iterations", str(iterations),
+    )  # fmt: skip
+    return read_trace(out / "trace.jsonl")
+
+
+def result_of(case: str, label: str, plan: ExecutionPlan, traces: Sequence[Trace]) -> Result:
+    """What the rounds of one plan give."""
+    assert plan.predictions is not None
+    found = sorted(traces, key=lambda trace: trace.iteration_seconds())
+    comparisons = [compare(plan, trace) for trace in traces]
+    shares = [share for share in map(core_share, traces) if share is not None]
+    return Result(
+        case=case,
+        plan=label,
+        predicted_s=plan.predictions.iteration_s,
+        rounds_s=tuple(trace.iteration_seconds() for trace in traces),
+        paces=tuple(1.0 if c.pace is None else c.pace.ratio for c in comparisons),
+        comparison=compare(plan, found[(len(found) - 1) // 2]),
+        core_share=median(shares) if shares else None,
+    )
 
 
 def _command(*arguments: str) -> None:
@@ -267,7 +296,10 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         name: {
             "error_mean": mean(r.error for r in found),
             "error_worst": max(r.error for r in found),
+            "error_mean_at_pace": mean(r.error_at_pace for r in found),
+            "error_worst_at_pace": max(r.error_at_pace for r in found),
             "spearman": spearman([r.predicted_s for r in found], [r.measured_s for r in found]),
+            "spearman_at_pace": spearman([r.predicted_s for r in found], [r.at_pace_s for r in found]),
             "regret": regret(found),
         }
         for name, found in by_case.items()
@@ -275,7 +307,10 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     return {
         "error_mean": mean(r.error for r in results),
         "error_worst": max(r.error for r in results),
+        "error_mean_at_pace": mean(r.error_at_pace for r in results),
+        "error_worst_at_pace": max(r.error_at_pace for r in results),
         "spearman": min(case["spearman"] for case in cases.values()),
+        "spearman_at_pace": min(case["spearman_at_pace"] for case in cases.values()),
         "regret": max(case["regret"] for case in cases.values()),
         "plans": [
             {
@@ -284,6 +319,9 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
                 "predicted_s": r.predicted_s,
                 "measured_s": r.measured_s,
                 "error": r.error,
+                "error_at_pace": r.error_at_pace,
+                "rounds_s": list(r.rounds_s),
+                "paces": list(r.paces),
                 "core_share": r.core_share,
             }
             for r in results
@@ -332,15 +370,15 @@ def main(argv: Sequence[str] | None = None) -> None:
             profile = folder / "profile.yaml"
             _profile(profile, experiments, options.quick)
         for case in cases:
-            seconds = QUICK_S if options.quick else FULL_S
-            found = run_case(case, folder / case.name, profile.resolve(), seconds, quiet=options.json)
+            effort = (QUICK_S, QUICK_ROUNDS) if options.quick else (FULL_S, FULL_ROUNDS)
+            found = run_case(case, folder / case.name, profile.resolve(), *effort, quiet=options.json)
             results += found
             if options.verbose:
                 for result in found:
                     print(result.plan, comparison_text(result.comparison), sep="\n", flush=True)
     report = {"benchmark": "fidelity", **summary(results), "provenance": provenance(("torch", "realloc"))}
     if not options.json:
-        for key in ("error_mean", "error_worst", "spearman", "regret"):
+        for key in ("error_mean", "error_worst", "error_mean_at_pace", "error_worst_at_pace", *RANKING):
             print(f"{key}: {report[key]:.3f}")
     print(json.dumps(report))
 

@@ -7,6 +7,7 @@ following each other is so counted with the call.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -46,7 +47,8 @@ class CallBenchmarks:
             context=bench.context(micro_batches=micro_batches),
             experiment=self._experiment,
             functions=self._functions,
-            dataset=cast(Any, None),  # generation and rewards alone ask it
+            # generation and rewards alone ask it for more; made-up sequences end nowhere
+            dataset=cast(Any, SimpleNamespace(eos_ids=())),
             decoder=bench.decoder(micro_batches=micro_batches),
             trainer=bench.trainer if call.kind is CallKind.TRAIN_STEP else None,
         )

@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from runtime import microbenchmarks as bench
 from runtime.doctor_report import FAILURE, OK, WARNING, DoctorRequest, Finding, LinkExpectation
+from runtime.link_benchmarks import LinkClock, message_costs
 from runtime.stores import interface_towards
 
 SLOW, BROKEN = 0.5, 0.1
@@ -166,12 +167,13 @@ def _measure(request: DoctorRequest, rank: int, local: int, device: torch.device
     budget = bench.effort(device, quick=True)
     clock = bench.Clock(device, budget)
     size, per_node = budget.message_bytes, request.ranks
+    links = LinkClock(clock, device, size)
     hosts = [[node * per_node + i for i in range(per_node)] for node in range(request.nodes)]
     dist.all_reduce(torch.zeros(1, device=device))  # NCCL wants a collective before the first message
     result: dict[str, Any] = {}
     if per_node > 1:
         pairs = [(members[0], members[1]) for members in hosts]
-        result["intra_node"] = bench.message_costs(clock, device, rank, pairs, size, _REPEATS)
+        result["intra_node"] = message_costs(links, rank, pairs)
     for first in (0, 1):  # neighbours in turns: every node is at work once or twice, whatever their number
         pairs = [
             (a, b)
@@ -180,7 +182,7 @@ def _measure(request: DoctorRequest, rank: int, local: int, device: torch.device
         ]
         if not pairs:
             continue
-        found = bench.message_costs(clock, device, rank, pairs, size, _REPEATS)
+        found = message_costs(links, rank, pairs)
         if any(rank in pair for pair in pairs):
             best = result.get("inter_node")
             if best is None or found["bytes_per_s"] > best["bytes_per_s"]:

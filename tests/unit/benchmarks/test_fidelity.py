@@ -13,7 +13,7 @@ from realloc.experiment import read_experiment
 
 def result(plan: str, predicted_s: float, measured_s: float, case: str = "a") -> Result:
     total = Line("", "", "", predicted_s, measured_s)
-    return Result(case, plan, predicted_s, measured_s, Comparison((total,), total, (), ""), 1.0)
+    return Result(case, plan, predicted_s, (measured_s,), (1.0,), Comparison((total,), total, (), ""), 1.0)
 
 
 def test_rank_correlation():
@@ -35,6 +35,17 @@ def test_numbers_are_of_the_worst_experiment():
     assert found["error_worst"] == pytest.approx(0.2 / 1.2)
     assert found["error_mean"] == pytest.approx((0.2 / 1.2 + 0.1) / 4)
     assert len(found["plans"]) == 4
+
+
+def test_what_a_slow_machine_adds_is_told_apart_and_hides_nothing():
+    whole = Comparison((), Line("", "", "", 1.0, 1.3), (), "")
+    slow = Result("a", "x", 1.0, (1.3, 1.8, 1.1), (1.3, 1.5, 1.0), whole, 1.0)
+    assert slow.measured_s == 1.3
+    assert slow.at_pace_s == pytest.approx(1.1)  # of 1.0, 1.2 and 1.1
+    found = summary([slow])
+    assert found["error_mean"] == pytest.approx(0.3 / 1.3)
+    assert found["error_mean_at_pace"] == pytest.approx(0.1 / 1.1)
+    assert found["plans"][0]["rounds_s"] == [1.3, 1.8, 1.1]
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.name.endswith("260K")])
