@@ -64,7 +64,7 @@ def check_samples(algorithm: str, least: int, experiment: Experiment) -> None:
 def check_pairs(algorithm: str, experiment: Experiment) -> None:
     """Raises InputError unless the data are preferences: two sequences for each prompt."""
     data, samples = experiment.data, experiment.workload.samples_per_prompt
-    if data is not None and len(data.responses) != 2:
+    if data is not None and data.chosen is None and (data.response or data.text or data.messages):
         raise InputError(
             f"experiment: data: {algorithm} learns from preferences; name the columns of the two responses "
             f"with the keys 'chosen' and 'rejected'."

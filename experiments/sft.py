@@ -28,9 +28,10 @@ class SFT:
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """Raises InputError when the data name no response column, or mini-batches would be empty."""
         given = given_hyperparameters(self, experiment)
-        if experiment.data is not None and experiment.data.response is None:
+        if experiment.data is not None and experiment.data.chosen is not None:
             raise InputError(
-                "experiment: data: SFT trains on responses; name their column with the key 'response'."
+                "experiment: data: SFT trains on one response; name its column with the key 'response', not "
+                "two with 'chosen' and 'rejected'."
             )
         check_mini_batches(given, experiment)
         train = Call(

@@ -245,9 +245,7 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
 def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, ModelSpec]) -> Workload:
     """`measured` lengths are those of the data, by the tokenizer of the first model that is a folder."""
     folder = next((spec.model for spec in models.values() if spec.has_weights), None)
-    texts = TextLengths(reader.where, folder)
-    if data is not None:
-        texts = TextLengths(reader.where, folder, data.path, data.prompt, data.responses)
+    texts = TextLengths(reader.where, folder, data)
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
         prompt=parse_lengths(reader, "prompt_tokens", texts.prompts),

@@ -1,48 +1,37 @@
-"""Prompts (and, for supervised training, responses) from a JSONL file, as token ids.
+"""The sequences of each iteration, as token ids.
 
-Decides which rows make up which iteration: a pure function of (seed, iteration), so every rank reads any
-iteration without state, and resuming takes a number. Knows nothing of tensors, ranks or calls.
+Decides which examples make up which iteration: a pure function of (seed, iteration), so every rank reads any
+iteration without state, and resuming takes a number. What an example is, `realloc.examples` decides. Knows
+nothing of tensors, ranks or calls.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
+from realloc.columns import Want, wanted
 from realloc.data_spec import DataSpec
 from realloc.errors import InputError
+from realloc.examples import Counts, Example, Examples, Limits, open_examples
 from realloc.experiment import Experiment
-from realloc.files import nearest
+from realloc.row_sources import held_out_spec, row_at
+from runtime.row_order import Order, groups_of, split
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 
-HOLDOUT = 2**32
-"""The order that decides which rows are held out is that of an epoch no run reaches."""
-
-
-@dataclass(frozen=True)
-class Example:
-    """A row of the file that is used, and its responses; each ends with EOS unless it was cut.
-
-    None without responses in the data, two (chosen, rejected) with preferences, else one.
-    """
-
-    row: Mapping[str, Any]
-    prompt: tuple[int, ...]
-    responses: tuple[tuple[int, ...], ...]
+_RECENT = 2
+"""Batches that are kept, for those who ask for their rows."""
 
 
 @dataclass(frozen=True)
 class DataBatch:
     """The sequences of one iteration, in order of position. `responses` is None when the data have none.
 
-    Each `samples_per_prompt` neighbours have one prompt.
+    Each `samples_per_prompt` neighbours have one prompt. `masks`: for each response, 1 for the tokens that
+    are learned; None where all are.
     """
 
     ids: tuple[int, ...]
@@ -50,43 +39,25 @@ class DataBatch:
     responses: tuple[tuple[int, ...], ...] | None
     rows: tuple[Mapping[str, Any], ...]
     samples_per_prompt: int = 1
+    masks: tuple[tuple[int, ...], ...] | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Dataset:
-    """All examples, and which of them an iteration uses: `sequences / samples_per_prompt` of them.
+    """Examples in their order; an iteration uses `sequences / samples_per_prompt` of them."""
 
-    `dropped` rows had prompts over the maximum; `truncated` responses were cut to theirs.
-    """
-
-    examples: tuple[Example, ...]
+    examples: Examples
+    order: Order
     tokenizer: TextTokenizer
     sequences: int
-    seed: int
-    dropped: int = 0
-    truncated: int = 0
-    samples_per_prompt: int = 1
-    held: tuple[Example, ...] = ()
+    samples_per_prompt: int
+    counts: Counts
+    held: Dataset | None = None
+    _recent: dict[int, DataBatch] = field(default_factory=dict, repr=False)
 
-    def held_out(self, sequences: int, samples_per_prompt: int = 1) -> Dataset:
-        """The rows that no iteration trains on, in batches of so many sequences.
-
-        Raises InputError when the experiment keeps none.
-        """
-        if not self.held:
-            raise InputError(
-                "experiment: data: evaluation takes rows that are not trained on; keep some with "
-                "data.holdout, such as holdout: 0.05."
-            )
-        return replace(
-            self,
-            examples=self.held,
-            held=(),
-            sequences=sequences,
-            samples_per_prompt=samples_per_prompt,
-            dropped=0,
-            truncated=0,
-        )
+    def __len__(self) -> int:
+        """Examples of an epoch."""
+        return len(self.order)
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
@@ -100,71 +71,75 @@ class Dataset:
         """The text of these tokens; special tokens give none."""
         return self.tokenizer.decode(tokens)
 
+    def held_out(self, sequences: int, samples_per_prompt: int = 1) -> Dataset:
+        """The rows that no iteration trains on, in batches of so many sequences.
+
+        Raises InputError when the experiment keeps none.
+        """
+        if self.held is None:
+            raise InputError(
+                "experiment: data: evaluation takes rows that are not trained on; keep some with "
+                "data.holdout, such as holdout: 0.05, or name others with data.holdout_path."
+            )
+        return replace(self.held, sequences=sequences, samples_per_prompt=samples_per_prompt, _recent={})
+
+    def example(self, index: int) -> Example:
+        """The example at a place of the order (from 0). Epoch follows epoch, each in its own order."""
+        return self.examples.read([self.order.row(index)])[0]
+
     def batch(self, iteration: int) -> DataBatch:
-        """The sequences of an iteration (from 0). Epoch follows epoch, each in its own order."""
-        first = iteration * self.sequences
+        """The sequences of an iteration (from 0)."""
+        if iteration not in self._recent:
+            while len(self._recent) >= _RECENT:
+                self._recent.pop(next(iter(self._recent)))
+            self._recent[iteration] = self._batch(iteration)
+        return self._recent[iteration]
+
+    def _batch(self, iteration: int) -> DataBatch:
+        first, each = iteration * self.sequences, self.samples_per_prompt
         ids = tuple(range(first, first + self.sequences))
-        examples = [self._example(index // self.samples_per_prompt) for index in ids]
-        responses = tuple(
-            e.responses[index % len(e.responses)]
-            for index, e in zip(ids, examples, strict=True)
-            if e.responses
-        )
+        indices = range(ids[0] // each, ids[-1] // each + 1)
+        found = self.examples.read([self.order.row(index) for index in indices])
+        examples = [found[index // each - indices[0]] for index in ids]
+        pairs = [
+            (example, index % len(example.responses))
+            for index, example in zip(ids, examples, strict=True)
+            if example.responses
+        ]
+        responses = tuple(example.responses[which] for example, which in pairs)
+        masks = tuple(example.masks[which] for example, which in pairs if example.masks)
         return DataBatch(
             ids=ids,
-            prompts=tuple(e.prompt for e in examples),
+            prompts=tuple(example.prompt for example in examples),
             responses=responses or None,
-            rows=tuple(e.row for e in examples),
-            samples_per_prompt=self.samples_per_prompt,
+            rows=tuple(example.row for example in examples),
+            samples_per_prompt=each,
+            masks=masks or None,
         )
 
     def row(self, iteration: int, position: int) -> Mapping[str, Any]:
         """The row of the file that a sequence came from."""
-        return self._example((iteration * self.sequences + position) // self.samples_per_prompt).row
+        if iteration in self._recent:
+            return self._recent[iteration].rows[position]
+        index = (iteration * self.sequences + position) // self.samples_per_prompt
+        return row_at(self.examples.source.rows, self.order.row(index))
 
     def summary(self) -> str:
-        """One log line: how much was read, dropped and cut."""
-        text = f"data: {len(self.examples)} examples"
-        if self.dropped:
-            text += f", {self.dropped} dropped for their long prompts"
-        if self.truncated:
-            text += f", {self.truncated} responses cut"
-        return text
-
-    def _example(self, index: int) -> Example:
-        epoch, offset = divmod(index, len(self.examples))
-        return self.examples[int(shuffled(len(self.examples), self.seed, epoch)[offset])]
-
-
-@lru_cache(maxsize=4)
-def shuffled(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """A permutation of range(count): the order of hashes of (seed, epoch, index).
-
-    The hash is SplitMix64 (Steele, Lea and Flood 2014). Own arithmetic, because numpy may change its
-    generators' streams between versions, and a resumed run must go on in the same order.
-    """
-    start = _mix(_mix(np.full(count, seed, dtype=np.uint64)) + np.uint64(epoch))
-    keys = _mix(np.arange(count, dtype=np.uint64) + start)
-    return np.argsort(keys, kind="stable").astype(np.int64)
-
-
-def _mix(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's next output for each state; uint64 arithmetic wraps around."""
-    z = state + np.uint64(0x9E3779B97F4A7C15)
-    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return z ^ (z >> np.uint64(31))
+        """One log line: which columns, and how much was read, left out and cut."""
+        text = f"data: {self.counts}; columns {self.examples.columns}"
+        return text if self.held is None else f"{text}; {len(self.held):,} rows held out"
 
 
 def open_dataset(experiment: Experiment) -> Dataset:
-    """Reads the experiment's data and tokenizes them with the tokenizer of the first role's model.
+    """Opens the experiment's data with the tokenizer of the first role's model.
 
     Raises InputError: no data, a model without weights and so without a tokenizer, a bad file (with its
     line), no prompt short enough, a token that a model's vocabulary lacks.
     """
     if experiment.data is None:
         raise InputError("experiment: a run needs prompts; add data: {path: FILE.jsonl, prompt: COLUMN}.")
-    spec = experiment.models[experiment.graph().roles[0]]
+    graph = experiment.graph()
+    spec = experiment.models[graph.roles[0]]
     if not spec.has_weights:
         raise InputError(
             f"experiment: models.{spec.role}: '{spec.model}' is the name of a shape, for planning only; a "
@@ -173,6 +148,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
     dataset = read_dataset(
         experiment.data,
         read_tokenizer(spec.model),
+        want=wanted(graph),
         sequences=experiment.workload.sequences,
         max_prompt=experiment.workload.prompt.maximum,
         max_response=experiment.workload.response.maximum,
@@ -187,124 +163,34 @@ def read_dataset(
     data: DataSpec,
     tokenizer: TextTokenizer,
     *,
+    want: Want,
     sequences: int,
     max_prompt: int,
     max_response: int,
     seed: int,
     samples_per_prompt: int = 1,
 ) -> Dataset:
-    """Reads a JSONL file; maxima are in tokens. Raises InputError, as `open_dataset` does."""
-    path = Path(data.path)
-    rows = list(_rows(path))
-    if not rows:
-        raise InputError(f"{path}: has no rows; it needs one JSON object a line.")
-    prompts = [_text(path, line, row, data.prompt, may_be_empty=False) for line, row in rows]
-    encoded = list(tokenizer.encode(prompts, special_tokens=True))
-    for (line, _), ids in zip(rows, encoded, strict=True):
-        if not ids:
-            raise InputError(f"{path}, line {line}: the tokenizer makes no token of the prompt.")
-    kept = [i for i, ids in enumerate(encoded) if len(ids) <= max_prompt]
-    if not kept:
-        raise InputError(
-            f"{path}: all {len(rows)} prompts are longer than workload.prompt_tokens, {max_prompt}: they "
-            f"have {min(map(len, encoded))} to {max(map(len, encoded))} tokens; raise it or shorten them."
-        )
-    columns: list[list[tuple[int, ...]]] = []
-    truncated = 0
-    for column in data.responses:
-        texts = [_text(path, *rows[i], column, may_be_empty=True) for i in kept]
-        whole = _responses(tokenizer, [prompts[i] for i in kept], [encoded[i] for i in kept], texts)
-        truncated += sum(len(ids) > max_response for ids in whole)
-        columns.append([tuple(ids[:max_response]) for ids in whole])
-    examples = tuple(
-        Example(rows[i][1], tuple(encoded[i]), tuple(column[at] for column in columns))
-        for at, i in enumerate(kept)
-    )
-    dropped = len(rows) - len(kept)
-    used, held = _split(examples, data.holdout, seed)
-    return Dataset(used, tokenizer, sequences, seed, dropped, truncated, samples_per_prompt, held)
-
-
-def _split(
-    examples: tuple[Example, ...], holdout: float, seed: int
-) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
-    """What iterations use and what is held out, at least one of each; both in the order of the file."""
-    if holdout == 0 or len(examples) < 2:
-        return examples, ()
-    number = min(max(1, round(holdout * len(examples))), len(examples) - 1)
-    held = set(shuffled(len(examples), seed, HOLDOUT)[:number].tolist())
-    kept = tuple(example for i, example in enumerate(examples) if i not in held)
-    return kept, tuple(examples[i] for i in sorted(held))
-
-
-def _responses(
-    tokenizer: TextTokenizer,
-    prompts: Sequence[str],
-    prompt_ids: Sequence[Sequence[int]],
-    texts: Sequence[str],
-) -> list[list[int]]:
-    """Token ids of each response with EOS at the end, prompt excluded.
-
-    A response that begins with its prompt is taken for the whole text. Prompt and response are tokenized
-    together, so that the seam is as in running text; where that changes the prompt's own tokens, apart.
-    """
-    whole = [t if t.startswith(p) else p + t for p, t in zip(prompts, texts, strict=True)]
-    joined = list(tokenizer.encode(whole, special_tokens=True))
-    rest = [text[len(prompt) :] for prompt, text in zip(prompts, whole, strict=True)]
-    alone = tokenizer.encode(rest, special_tokens=False)
-    end = list(tokenizer.eos_ids[:1])
-    result = []
-    for ids, together, apart in zip(prompt_ids, joined, alone, strict=True):
-        seamless = together[: len(ids)] == list(ids)
-        result.append((together[len(ids) :] if seamless else apart) + end)
-    return result
-
-
-def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Line number and object of every line that is not blank."""
-    try:
-        with path.open("rb") as stream:
-            for number, raw in enumerate(stream, 1):
-                if raw.strip():
-                    yield number, _row(f"{path}, line {number}", raw)
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such file (the experiment's data.path).") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
-
-
-def _row(where: str, raw: bytes) -> Mapping[str, Any]:
-    try:
-        value = json.loads(raw.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where}: not UTF-8 text (byte {error.start} of the line).") from None
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: not valid JSON: {error.msg} (column {error.colno}).") from None
-    except RecursionError:
-        raise InputError(f"{where}: not valid JSON: nested too deeply.") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}.")
-    return value
-
-
-def _text(path: Path, line: int, row: Mapping[str, Any], column: str, *, may_be_empty: bool) -> str:
-    if column not in row:
-        raise InputError(f"{path}, line {line}: has no column '{column}'.{nearest(column, row)}")
-    value = row[column]
-    if not isinstance(value, str):
-        raise InputError(f"{path}, line {line}: {column}: expected text, found {type(value).__name__}.")
-    if not may_be_empty and not value.strip():
-        raise InputError(f"{path}, line {line}: {column}: is empty.")
-    return value
+    """Opens a data set; maxima are in tokens. Raises InputError, as `open_dataset` does."""
+    limits = Limits(max_prompt, max_response)
+    examples = open_examples(data, want, tokenizer, limits)
+    rows, counts = examples.scan()
+    used, held_rows = split(np.array(rows, dtype=np.int64), data.holdout, seed)
+    groups = groups_of(used, examples.source.parts) if data.weights else (used,)
+    if not all(map(len, groups)):
+        raise InputError(f"{data.path}: a path with a weight has no row that can be used.")
+    held: Dataset | None = None
+    if (apart := held_out_spec(data)) is not None:
+        settings = {"sequences": sequences, "max_prompt": max_prompt, "max_response": max_response}
+        held = read_dataset(apart, tokenizer, want=want, seed=seed, **settings)
+    elif len(held_rows):
+        held = Dataset(examples, Order((held_rows,), (), seed), tokenizer, sequences, 1, counts)
+    order = Order(groups, data.weights, seed)
+    return Dataset(examples, order, tokenizer, sequences, samples_per_prompt, counts, held)
 
 
 def _check_vocabularies(experiment: Experiment, dataset: Dataset, folder: str) -> None:
-    largest = max(
-        (
-            *dataset.eos_ids,
-            *(max((*e.prompt, *(t for r in e.responses for t in r))) for e in dataset.examples),
-        )
-    )
+    sets = [dataset] if dataset.held is None else [dataset, dataset.held]
+    largest = max((*dataset.eos_ids, *(found.counts.largest_token for found in sets)))
     for spec in experiment.models.values():
         if largest >= spec.shape.vocab:
             raise InputError(

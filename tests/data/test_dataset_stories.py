@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from realloc.columns import Want
 from realloc.data_spec import DataSpec
 from runtime.dataset import read_dataset
 from runtime.tokenizer import read_tokenizer
@@ -22,8 +23,9 @@ def test_tokens_equal_those_of_transformers() -> None:
     from transformers import AutoTokenizer
 
     dataset = read_dataset(
-        DataSpec(str(STORIES), "prompt", "story"),
+        DataSpec((str(STORIES),), "prompt", "story"),
         read_tokenizer(MODEL),
+        want=Want.RESPONSES,
         sequences=32,
         max_prompt=24,
         max_response=200,
@@ -37,6 +39,6 @@ def test_tokens_equal_those_of_transformers() -> None:
         assert list(prompt) == oracle(row["prompt"]).input_ids
         assert [*prompt, *response] == whole[: len(prompt) + 200]
         assert dataset.decode(prompt) == row["prompt"]
-    assert 0 < dataset.dropped < 732
-    assert len(dataset.examples) + dataset.dropped == 732
+    assert 0 < sum(dataset.counts.dropped.values()) < 732
+    assert dataset.counts.rows == 732
     assert (dataset.eos_ids, dataset.pad_id) == ((1,), 2)

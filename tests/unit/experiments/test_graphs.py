@@ -113,8 +113,8 @@ def test_sft_trains_one_role_on_tokens_of_the_data_set() -> None:
     graph = parse(SFT, data={"path": "x.jsonl", "response": "story"}).graph()
     assert [call.name for call in graph.calls] == ["actor_train"]
     assert graph.source_keys == ("tokens",)
-    with pytest.raises(InputError, match="key 'response'"):
-        parse(SFT, data={"path": "x.jsonl"})
+    with pytest.raises(InputError, match="SFT trains on one response"):
+        parse(SFT, data={"path": "x.jsonl", "chosen": "a", "rejected": "b"})
 
 
 @pytest.mark.parametrize("content", [PPO, SFT], ids=["ppo", "sft"])

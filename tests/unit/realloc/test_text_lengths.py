@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from experiments import toy
+from realloc.columns import Want
 from realloc.data_spec import DataSpec
 from realloc.errors import InputError
 from realloc.experiment import Experiment, parse_experiment
@@ -41,16 +42,18 @@ def test_lengths_are_those_that_a_run_has(folder: Path):
     measured = {"prompt_tokens": "measured", "response_tokens": {"measured": True, "max": 9}}
     work = experiment(folder, measured).workload
     dataset = read_dataset(
-        DataSpec(str(folder / "train.jsonl"), "prompt", "story"),
+        DataSpec((str(folder / "train.jsonl"),), "prompt", "story"),
         read_tokenizer(str(folder / "actor")),
+        want=Want.RESPONSES,
         sequences=8,
         max_prompt=work.prompt.maximum,
         max_response=9,
         seed=0,
     )
-    prompts = [len(example.prompt) for example in dataset.examples]
-    responses = [len(response) for example in dataset.examples for response in example.responses]
-    assert dataset.truncated
+    examples = [dataset.example(i) for i in range(len(dataset))]
+    prompts = [len(example.prompt) for example in examples]
+    responses = [len(response) for example in examples for response in example.responses]
+    assert dataset.counts.cut_responses
     assert work.prompt.maximum == max(prompts)
     assert work.prompt.mean == pytest.approx(sum(prompts) / len(prompts))
     assert work.response.maximum == 9
@@ -63,11 +66,14 @@ def test_lengths_are_those_that_a_run_has(folder: Path):
         ({"data": None}, "measuring takes data"),
         ({"models": {"actor": "llama-7b"}}, "a model's folder"),
         ({"data": {"path": "train.jsonl", "prompt": "prompt"}}, "realloc lengths RUN"),
-        ({"data": {"path": "train.jsonl", "prompt": "text", "response": "story"}}, "line 1: has no text"),
+        (
+            {"data": {"path": "train.jsonl", "prompt": "text", "response": "story"}},
+            "line 1: has no column 'text'",
+        ),
         ({"data": {"path": "none.jsonl", "prompt": "prompt"}}, "no such file"),
         (
             {"lengths": {"prompt_tokens": {"measured": True, "max": 2}}},
-            "all prompts are longer",
+            "all 60 prompts are longer",
         ),
     ],
 )

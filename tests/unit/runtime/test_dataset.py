@@ -12,11 +12,13 @@ import numpy as np
 import pytest
 
 from experiments import toy
+from realloc.columns import Want
 from realloc.data_spec import DataSpec
 from realloc.errors import InputError
 from realloc.experiment import Experiment, parse_experiment
 from realloc.files import Reader
-from runtime.dataset import Dataset, open_dataset, read_dataset, shuffled
+from runtime.dataset import Dataset, open_dataset, read_dataset
+from runtime.row_order import shuffled
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 BOS, EOS = 1, 2
@@ -42,7 +44,8 @@ def write(path: Path, rows: Sequence[Any]) -> Path:
 
 def read(path: Path, tokenizer: TextTokenizer, response: str | None = None, **changes: Any) -> Dataset:
     settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 0} | changes
-    return read_dataset(DataSpec(str(path), "prompt", response), tokenizer, **settings)
+    want = Want.PROMPTS if response is None else Want.RESPONSES
+    return read_dataset(DataSpec((str(path),), "prompt", response), tokenizer, want=want, **settings)
 
 
 def prompts(count: int) -> list[dict[str, Any]]:
@@ -119,9 +122,10 @@ def test_shuffling_has_no_visible_pattern() -> None:
 
 def test_rows_held_out_are_never_trained_on(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write(tmp_path / "x.jsonl", prompts(20))
-    settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 3}
-    whole = read_dataset(DataSpec(str(path)), tokenizer, **settings)
-    dataset = read_dataset(DataSpec(str(path), holdout=0.25), tokenizer, **settings)
+    settings: dict[str, Any] = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 3}
+    whole = read_dataset(DataSpec((str(path),)), tokenizer, want=Want.PROMPTS, **settings)
+    data = DataSpec((str(path),), holdout=0.25)
+    dataset = read_dataset(data, tokenizer, want=Want.PROMPTS, **settings)
     trained = {row["number"] for iteration in range(20) for row in dataset.batch(iteration).rows}
     held = [row["number"] for row in dataset.held_out(sequences=5).batch(0).rows]
     assert len(trained) == 15
@@ -143,13 +147,13 @@ def test_prompts_begin_with_bos_and_long_ones_are_dropped(tmp_path: Path, tokeni
     assert sorted(dataset.decode(prompt) for prompt in batch.prompts) == ["the cat .", "the dog ."]
     assert all(prompt[0] == BOS and EOS not in prompt for prompt in batch.prompts)
     assert batch.responses is None
-    assert dataset.dropped == 1
-    assert "2 examples, 1 dropped" in dataset.summary()
+    assert dataset.counts.dropped == {"prompt over 15 tokens": 1}
+    assert "2 of 3 rows; left out: 1 (prompt over 15 tokens)" in dataset.summary()
 
 
 def test_a_prompt_of_exactly_the_maximum_stays(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": "the dog ."}])
-    assert read(path, tokenizer, max_prompt=4).dropped == 0
+    assert read(path, tokenizer, max_prompt=4).counts.dropped == {}
     with pytest.raises(InputError, match=r"all 1 prompts are longer than .*, 3: they have 4 to 4 tokens"):
         read(path, tokenizer, max_prompt=3)
 
@@ -173,8 +177,8 @@ def test_responses_end_with_eos_or_are_cut(tmp_path: Path, tokenizer: TextTokeni
         "the fox": ("was happy . they danced", False, 5),
         "the bird": ("", True, 1),
     }
-    assert dataset.truncated == 1
-    assert "1 responses cut" in dataset.summary()
+    assert dataset.counts.cut_responses == 1
+    assert "cut: 1 responses" in dataset.summary()
 
 
 def test_a_seam_within_a_token_leaves_the_prompt_alone(tmp_path: Path, tokenizer: TextTokenizer) -> None:
@@ -232,7 +236,7 @@ def test_a_missing_response_column_is_an_error(tmp_path: Path, tokenizer: TextTo
 def test_windows_files_are_read(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = tmp_path / "x.jsonl"
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.replace(b"\n", b"\r\n") * 2)
-    assert len(read(path, tokenizer).examples) == 2
+    assert len(read(path, tokenizer)) == 2
 
 
 # experiments --------------------------------------------------------------------------------------
@@ -252,7 +256,7 @@ def experiment(model: Path, data: Path) -> Experiment:
 
 def test_an_experiment_names_all_that_is_needed(tmp_path: Path, model: Path) -> None:
     dataset = open_dataset(experiment(model, write(tmp_path / "x.jsonl", prompts(10))))
-    assert (dataset.seed, dataset.sequences, dataset.eos_ids, dataset.pad_id) == (3, 4, (EOS,), 0)
+    assert (dataset.order.seed, dataset.sequences, dataset.eos_ids, dataset.pad_id) == (3, 4, (EOS,), 0)
 
 
 def test_runs_need_data_weights_and_one_vocabulary(tmp_path: Path, model: Path) -> None:
@@ -325,8 +329,15 @@ def test_a_preference_is_two_neighbouring_sequences(tmp_path: Path, tokenizer: T
         {"prompt": f"the {words[i]} .", "chosen": f" {words[i + 1]} .", "rejected": f" {words[i + 2]} ."}
         for i in range(5)
     ]
-    data = DataSpec(str(write(tmp_path / "x.jsonl", rows)), "prompt", None, "chosen", "rejected")
-    settings = {"sequences": 4, "max_prompt": 16, "max_response": 8, "seed": 0, "samples_per_prompt": 2}
+    data = DataSpec((str(write(tmp_path / "x.jsonl", rows)),), "prompt", None, "chosen", "rejected")
+    settings = {
+        "want": Want.PAIRS,
+        "sequences": 4,
+        "max_prompt": 16,
+        "max_response": 8,
+        "seed": 0,
+        "samples_per_prompt": 2,
+    }
     batch = read_dataset(data, tokenizer, **settings).batch(1)
     assert batch.responses is not None
     for position, row in enumerate(batch.rows):
