@@ -8,12 +8,16 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from datetime import timedelta
 
 import psutil
 import torch.distributed as dist
 
 from realloc.errors import InputError
+
+LOOPBACK = "127.0.0.1"
+_TRY_S, _PAUSE_S = 2.0, 0.1
 
 
 def listen(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
@@ -43,6 +47,22 @@ def listen(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     )
 
 
+def wait_for(host: str, port: int, timeout_s: float) -> None:
+    """Returns once somebody listens there. Raises InputError when nobody does in time."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=min(_TRY_S, timeout_s)).close()
+            return
+        except (OSError, UnicodeError) as error:
+            if time.monotonic() > deadline:
+                raise InputError(
+                    f"{host}:{port}: nobody answers within {timeout_s:.0f} s ({error}); start node 0 on that "
+                    f"host, see what it says, and check that this machine reaches it."
+                ) from None
+        time.sleep(_PAUSE_S)
+
+
 def connect(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
     """A connection to a store that listens elsewhere. Raises InputError when it does not answer in time."""
     try:
@@ -55,8 +75,8 @@ def connect(host: str, port: int, timeout: timedelta) -> dist.TCPStore:
         ) from None
 
 
-def interface_towards(host: str) -> str:
-    """The name of the network interface by which this machine reaches a host; loopback for itself.
+def address_towards(host: str) -> str:
+    """The address that this machine has for that host: what the host itself would reach it by.
 
     Raises InputError when the name is not known or nothing leads there.
     """
@@ -64,9 +84,17 @@ def interface_towards(host: str) -> str:
         family, kind, protocol, _, address = socket.getaddrinfo(host, 9, type=socket.SOCK_DGRAM)[0]
         with socket.socket(family, kind, protocol) as probe:
             probe.connect(address)  # sends nothing: it only asks for the way
-            own = str(probe.getsockname()[0])
+            return str(probe.getsockname()[0])
     except (OSError, UnicodeError) as error:
         raise InputError(f"{host}: cannot be reached from this machine: {error}.") from None
+
+
+def interface_towards(host: str) -> str:
+    """The name of the network interface by which this machine reaches a host; loopback for itself.
+
+    Raises InputError when the name is not known or nothing leads there.
+    """
+    own = address_towards(host)
     for name, addresses in psutil.net_if_addrs().items():
         if any(entry.address.partition("%")[0] == own for entry in addresses):
             return name
