@@ -32,7 +32,7 @@ from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
 from runtime.machine import check_pinnable, this_machine
 from runtime.metrics import MetricsChannel
-from runtime.monitor import Monitor
+from runtime.monitor import Monitor, Watching
 from runtime.nvml import find_gpus
 from runtime.program import Program, compile_program
 from runtime.restore import changes, check_resumable
@@ -54,6 +54,7 @@ class RunOptions:
     timeout_s: float = 600.0
     saving: SaveOptions = field(default_factory=SaveOptions)
     pin: bool = False
+    watching: Watching = field(default_factory=Watching)
 
 
 def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
@@ -117,6 +118,7 @@ def _execute(
         num_nodes=1,
         ranks_per_node=plan.cluster.num_gpus,
         pin=options.pin,
+        samples=options.watching.samples,
     )
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -125,7 +127,7 @@ def _execute(
     collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
     channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
     try:
-        with Monitor(plan, channel, out, first) as monitor:
+        with Monitor(plan, channel, out, first, options.watching) as monitor:
             _check_ended(run_agent(spec, out / "logs", lambda: None), out, program)
             monitor.finish()
     finally:

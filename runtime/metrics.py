@@ -11,6 +11,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from math import sqrt
+from typing import Any
 
 import torch.distributed as dist
 
@@ -63,6 +64,14 @@ def _joined(name: str, one: tuple[float, float] | None, other: tuple[float, floa
     return one[0] + other[0], one[1] + other[1]
 
 
+@dataclass(frozen=True)
+class Collected:
+    """One iteration's metrics, and what each rank knows of its samples."""
+
+    metrics: dict[str, float]
+    samples: list[dict[str, Any]]
+
+
 class MetricsChannel:
     """Carries reports to one collector through a key-value store, never blocking a reporter."""
 
@@ -70,19 +79,28 @@ class MetricsChannel:
         self._store = store
         self.reporters = frozenset(reporters)
 
-    def report(self, iteration: int, rank: int, sums: Mapping[str, tuple[float, float]]) -> None:
-        self._store.set(_key(iteration, rank), json.dumps(sums))
+    def report(
+        self,
+        iteration: int,
+        rank: int,
+        sums: Mapping[str, tuple[float, float]],
+        samples: Mapping[str, Any] | None = None,
+    ) -> None:
+        """`samples`: what the rank knows of the iteration's samples (`runtime.samples`)."""
+        self._store.set(_key(iteration, rank), json.dumps({"sums": sums, "samples": samples or {}}))
 
-    def collect(self, iteration: int, *, wait: bool) -> dict[str, float] | None:
-        """The iteration's metrics; None when some rank has not reported and `wait` is false."""
+    def collect(self, iteration: int, *, wait: bool) -> Collected | None:
+        """What all ranks have reported; None when some rank has not and `wait` is false."""
         keys = [_key(iteration, rank) for rank in sorted(self.reporters)]
         if not wait and not self._store.check(keys):
             return None
-        reports = []
+        reports, samples = [], []
         for key in keys:
-            reports.append({k: tuple(v) for k, v in json.loads(self._store.get(key)).items()})
+            report = json.loads(self._store.get(key))
+            reports.append({k: tuple(v) for k, v in report["sums"].items()})
+            samples.append(report["samples"])
             self._store.delete_key(key)
-        return combine(reports)
+        return Collected(combine(reports), samples)
 
     def confirm(self, iteration: int) -> None:
         """The collector says that the metrics of this and all earlier iterations are on disk."""

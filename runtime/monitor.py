@@ -7,30 +7,52 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import RunError
+from realloc.experiment import experiment_content
 from realloc.plan import ExecutionPlan
 from runtime.metrics import MetricsChannel
+from runtime.reward_hacking import signs
+from runtime.samples import put_together
+from runtime.writers import open_writers
 
 POLL_S = 0.05
 
 
-class _Writer(Protocol):
-    def add_scalar(self, tag: str, scalar_value: float, global_step: int) -> None: ...
-    def close(self) -> None: ...
+SHOWN_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Watching:
+    """What a user wants to see of a run.
+
+    `loggers`: where metrics go besides the folder (`runtime.writers.LOGGERS`). `samples`: how many generated
+    ones of each iteration are kept.
+    """
+
+    loggers: tuple[str, ...] = ()
+    samples: int = 2
 
 
 class Monitor:
     """Collects each iteration's metrics in a thread, in the launcher's process."""
 
-    def __init__(self, plan: ExecutionPlan, channel: MetricsChannel, out: Path, first: int = 0) -> None:
+    def __init__(
+        self,
+        plan: ExecutionPlan,
+        channel: MetricsChannel,
+        out: Path,
+        first: int = 0,
+        watching: Watching | None = None,
+    ) -> None:
         """`first`: the iteration that the run begins with; earlier ones stay in the metrics' file."""
         self._plan, self._channel, self._first = plan, channel, first
         self._iterations = iterations = plan.experiment.iterations
@@ -38,7 +60,11 @@ class Monitor:
         self._path = out / "metrics.jsonl"
         self._file = self._path.open("a" if first else "w", encoding="utf-8")
         self._failure: OSError | None = None
-        self._events = _tensorboard(out / "tensorboard", first)
+        self._samples = (out / "samples.jsonl").open("a" if first else "w", encoding="utf-8")
+        self._last_samples: list[Mapping[str, Any]] = []
+        self._history, self._told = _earlier(self._path) if first else [], set[str]()
+        settings = experiment_content(plan.experiment)
+        self._writers = open_writers((watching or Watching()).loggers, out, settings, first)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
         self._progress = _progress(iterations, first) if sys.stdout.isatty() else None
@@ -61,8 +87,9 @@ class Monitor:
         if self._progress:
             self._progress.stop()
         self._file.close()
-        if self._events:
-            self._events.close()
+        self._samples.close()
+        for writer in self._writers:
+            writer.close()
 
     def finish(self) -> None:
         """Waits until the last iteration's metrics are written. Raises RunError when they cannot be."""
@@ -77,18 +104,20 @@ class Monitor:
         """The first iteration's headline beside the last one's."""
         if not self._headlines:
             return "no metrics were reported"
-        return f"first iteration: {self._headlines[0]}\nlast iteration:  {self._headlines[-1]}"
+        text = f"first iteration: {self._headlines[0]}\nlast iteration:  {self._headlines[-1]}"
+        return "\n".join([text, *map(_shown, self._last_samples)])
 
     def _watch(self) -> None:
         started = time.monotonic()
         for iteration in range(self._first, self._iterations):
-            while (metrics := self._channel.collect(iteration, wait=False)) is None:
+            while (found := self._channel.collect(iteration, wait=False)) is None:
                 if self._stop.wait(POLL_S):
                     return
             seconds = time.monotonic() - started
             started += seconds
             try:
-                self._show(iteration, metrics, seconds)
+                self._show(iteration, found.metrics, seconds)
+                self._keep(put_together(iteration, found.samples))
                 self._channel.confirm(iteration)
             except OSError as error:  # a full disk must not end a thread without a word
                 self._failure = error
@@ -104,10 +133,8 @@ class Monitor:
         }
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
-        if self._events:
-            for name, value in metrics.items():
-                self._events.add_scalar(name, value, iteration)
-            self._events.add_scalar("tokens_per_s", tokens / seconds, iteration)
+        for writer in self._writers:
+            writer.write(iteration, {**metrics, "tokens_per_s": tokens / seconds})
         line = headline(self._plan.graph, metrics)
         self._headlines.append(line)
         speed = f"{tokens / seconds:,.0f} tokens/s"
@@ -118,6 +145,16 @@ class Monitor:
                 f"iteration {iteration + 1}/{self._iterations}  {line}  {speed}  {seconds:.2f} s",
                 soft_wrap=True,
             )
+        self._history.append(metrics)
+        for sign in signs(self._history):
+            if sign.kind not in self._told:
+                self._told.add(sign.kind)
+                self._console.print(f"warning: iteration {iteration + 1}: {sign.message}", soft_wrap=True)
+
+    def _keep(self, samples: list[Mapping[str, Any]]) -> None:
+        self._samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
+        self._samples.flush()
+        self._last_samples = samples or self._last_samples
 
 
 def tokens_of(metrics: Mapping[str, float]) -> float:
@@ -155,11 +192,14 @@ def _progress(iterations: int, first: int) -> Progress:
     return progress
 
 
-def _tensorboard(folder: Path, first: int) -> _Writer | None:
-    """A TensorBoard writer, where the package is installed; events from iteration `first` on go."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    writer: _Writer = SummaryWriter(log_dir=str(folder), purge_step=first or None)
-    return writer
+def _earlier(path: Path) -> list[Mapping[str, float]]:
+    """The metrics of the iterations before a run goes on."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def _shown(sample: Mapping[str, Any]) -> str:
+    """A sample in a few lines."""
+    scores = [f"{key} {value:.3f}" for key, value in sample.items() if isinstance(value, float)]
+    text = f"{sample['prompt']} →{sample['response']}".replace("\n", " ")
+    cut = text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+    return f"sample {sample['id']}{''.join(f', {score}' for score in scores)}: {cut}"

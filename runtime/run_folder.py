@@ -59,10 +59,10 @@ def rewind_folder(out: Path, iteration: int) -> None:
     for checkpoint in list_checkpoints(checkpoints_folder(out)):
         if iteration_of(checkpoint) > iteration:
             remove_checkpoint(checkpoint)
-    metrics = out / "metrics.jsonl"
-    if metrics.exists():
-        lines = metrics.read_text(encoding="utf-8", errors="replace").splitlines()
-        write_text(metrics, "".join(f"{line}\n" for line in lines if _iteration(line) < iteration))
+    for written in (out / "metrics.jsonl", out / "samples.jsonl"):
+        if written.exists():
+            lines = written.read_text(encoding="utf-8", errors="replace").split("\n")
+            write_text(written, "".join(f"{line}\n" for line in lines if _iteration(line) < iteration))
     if (out / "trace.jsonl").exists():
         (out / "trace.jsonl").replace(out / f"trace-before-{iteration}.jsonl")
     for name in _SCRATCH:

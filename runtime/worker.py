@@ -36,6 +36,7 @@ from runtime.parallel import Groups, make_groups
 from runtime.program import compile_program
 from runtime.restore import restore
 from runtime.roles import RankRole, load_roles
+from runtime.samples import SampleReporter
 from runtime.shared_memory import host_token
 from runtime.tracing import CHECKPOINT, Recorder, Status, write_trace
 
@@ -62,6 +63,7 @@ class WorkerSpec:
     ranks_per_node: int
     checkpoint: str | None = None
     pin: bool = False
+    samples: int = 0
 
 
 @dataclass(frozen=True)
@@ -127,6 +129,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         out, plan, roles, rank, store, spec.saving, has_metrics=confirmed, states=lambda: engine.states
     )
     dist.barrier()
+    samples = SampleReporter(plan, rank, spec.samples, dataset.decode)
     recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
 
     def entering(iteration: int, index: int) -> None:
@@ -137,7 +140,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
 
     def report(iteration: int, sums: Sums, data: IterationData) -> None:
         if rank in channel.reporters:
-            channel.report(iteration, rank, sums)
+            channel.report(iteration, rank, sums, samples.parts(iteration, data))
         if rank == teller:
             recorder.add_lengths(iteration, data.prompt_lengths, data.key_lengths(sequences))
         start = recorder.now()

@@ -40,6 +40,21 @@ def add(commands: Commands) -> None:
     run.add_argument(
         "--pin", action="store_true", help="keep every rank on a core of its own (hosts without GPUs)"
     )
+    run.add_argument(
+        "--log",
+        dest="loggers",
+        choices=("wandb", "mlflow"),
+        action="append",
+        default=[],
+        help="send metrics to Weights & Biases or MLflow too, where installed (may be given twice)",
+    )
+    run.add_argument(
+        "--samples",
+        type=count,
+        default=2,
+        metavar="N",
+        help="keep N generated samples of every iteration in samples.jsonl (default: 2)",
+    )
     saving = run.add_argument_group("checkpoints")
     saving.add_argument(
         "--save-every",
@@ -73,13 +88,17 @@ def _run(arguments: argparse.Namespace) -> int:
         return _by_launcher(arguments)
     from runtime.checkpoint import SaveOptions
     from runtime.launch import RunOptions, resume_run, run_plan
+    from runtime.monitor import Watching
+    from runtime.writers import check_loggers
 
+    check_loggers(arguments.loggers)
     options = RunOptions(
         iterations=arguments.iterations,
         overwrite=arguments.overwrite,
         timeout_s=arguments.timeout,
         saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
         pin=arguments.pin,
+        watching=Watching(tuple(arguments.loggers), arguments.samples),
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
     if plan is not None:

@@ -57,6 +57,19 @@ def test_run_says_what_happened(finished: tuple[Path, str]) -> None:
     assert any((folder / "tensorboard").iterdir())
 
 
+def test_samples_are_kept_and_shown(finished: tuple[Path, str]) -> None:
+    folder, out = finished
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [(s["iteration"], s["id"]) for s in samples] == [(0, 0), (0, 6), (1, 13), (1, 19)]
+    prompts = {
+        json.loads(line)["prompt"] for line in (folder.parent / "train.jsonl").read_text().splitlines()
+    }
+    for sample in samples:
+        assert sample["prompt"] in prompts
+        assert sample["scores"] == pytest.approx(min(1.0, len(sample["response"].split()) / 10))
+    assert f"sample 19, scores {samples[-1]['scores']:.3f}: {samples[-1]['prompt']} →" in out
+
+
 def test_trace_has_every_instruction_of_every_rank(finished: tuple[Path, str]) -> None:
     folder, _ = finished
     trace, plan = read_trace(folder / "trace.jsonl"), read_plan(folder / "plan.yaml")

@@ -1,0 +1,103 @@
+"""Metrics that are no plain means, the loggers that a user asks for, and the samples that are kept."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from statistics import pstdev
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from realloc.errors import InputError
+from runtime.metrics import Metrics, combine
+from runtime.samples import put_together, shown_positions
+from runtime.writers import check_loggers, open_writers
+
+
+def test_largest_values_and_deviations_are_those_of_all_ranks() -> None:
+    ranks = []
+    for values in ([1.0, 5.0], [], [2.0, 2.0, 8.0]):
+        metrics = Metrics()
+        for value in values:
+            metrics.add("x", value, 1)
+            metrics.add("x_square", value * value, 1)
+            metrics.add("x_max", value, 1)
+        ranks.append(metrics.sums)
+    found = combine(ranks)
+    everything = [1.0, 5.0, 2.0, 2.0, 8.0]
+    assert found == pytest.approx({"x": 3.6, "x_max": 8.0, "x_std": pstdev(everything)})
+
+
+def test_the_largest_of_several_micro_batches_counts_once() -> None:
+    metrics = Metrics()
+    for ratio in (1.5, 3.0, 2.0):
+        metrics.add_contribution("ratio_max", ratio)
+        metrics.add_contribution("loss", 0.25)
+    metrics.end_step(0.5)
+    assert combine([metrics.sums, metrics.sums]) == {"ratio_max": 3.0, "loss": 1.5}
+
+
+class Calls(ModuleType):
+    """A module that remembers what was called of it; `init` gives itself as the run."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.calls: list[tuple[str, tuple[Any, ...], dict[str, Any]]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            self.calls.append((name, arguments, options))
+            return self
+
+        return call
+
+
+def test_loggers_get_the_experiment_and_every_iteration(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wandb, mlflow = Calls("wandb"), Calls("mlflow")
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    monkeypatch.setitem(sys.modules, "mlflow", mlflow)
+    out, settings = tmp_path / "run-7", {"algorithm": "ppo", "sampling": {"temperature": 1.0}}
+    writers = open_writers(("wandb", "mlflow"), out, settings, 0)
+    for writer in writers:
+        writer.write(4, {"actor_train/loss": 0.5})
+        writer.close()
+    assert wandb.calls == [
+        ("init", (), {"name": "run-7", "dir": str(out), "config": settings}),
+        ("log", ({"actor_train/loss": 0.5},), {"step": 4}),
+        ("finish", (), {}),
+    ]
+    assert mlflow.calls == [
+        ("start_run", (), {"run_name": "run-7"}),
+        ("log_params", ({"algorithm": "ppo", "sampling.temperature": 1.0},), {}),
+        ("log_metrics", ({"actor_train/loss": 0.5},), {"step": 4}),
+        ("end_run", (), {}),
+    ]
+
+
+def test_a_logger_that_is_not_installed_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="--log wandb: the package is not installed; pip install wandb"):
+        check_loggers(("wandb",))
+
+
+def test_what_ranks_know_of_a_sample_is_put_together() -> None:
+    text = {"0": {"id": 24, "prompt": "a", "response": "b"}, "6": {"id": 30, "prompt": "c", "response": "d"}}
+    scores: dict[str, dict[str, Any]] = {"6": {"id": 30, "scores": 0.5}, "11": {"id": 35, "scores": 1.0}}
+    assert put_together(2, [text, {}, scores, text]) == [
+        {"iteration": 2, "id": 24, "prompt": "a", "response": "b"},
+        {"iteration": 2, "id": 30, "prompt": "c", "response": "d", "scores": 0.5},
+    ]
+
+
+def test_other_sequences_are_shown_in_other_iterations() -> None:
+    assert [shown_positions(i, 12, 3) for i in range(2)] == [[0, 4, 8], [1, 5, 9]]
+    assert {p for i in range(12) for p in shown_positions(i, 12, 1)} == set(range(12))
+    assert shown_positions(5, 3, 10) == [2, 0, 1]
+    assert shown_positions(5, 3, 0) == []
