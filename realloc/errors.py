@@ -5,10 +5,21 @@ message alone and exits with `exit_code`.
 """
 
 
+MAX_MESSAGE = 6000
+"""Characters that a person may be shown: a message may quote what a damaged file says."""
+
+
 class ReallocError(Exception):
     """Base of all errors meant for users."""
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        if len(text) <= MAX_MESSAGE:
+            return text
+        half = MAX_MESSAGE // 2
+        return f"{text[:half]} [... {len(text) - 2 * half} characters ...] {text[-half:]}"
 
 
 class InputError(ReallocError):
