@@ -16,12 +16,16 @@ _OPTIONS = ("--nnodes", "--node-rank", "--rdzv-endpoint")
 
 @dataclass(frozen=True)
 class Place:
-    """Which launcher this is: number `node` of `nnodes`, that meet at `endpoint` (host, port) of node 0."""
+    """Which launcher this is: number `node` of `nnodes`, that meet at `endpoint` (host, port) of node 0.
+
+    `join_timeout_s`: how long they wait for each other. `lost_s`: how long a launcher may be silent.
+    """
 
     nnodes: int = 1
     node: int = 0
     endpoint: tuple[str, int] | None = None
     join_timeout_s: float = 120.0
+    lost_s: float = 6.0
 
 
 def check_place(place: Place, num_nodes: int, arguments: Sequence[str] | None = None) -> None:

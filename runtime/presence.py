@@ -16,9 +16,6 @@ from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
 
-BEAT_S = 0.5
-LOST_S = 6.0
-"""So long a launcher may be silent."""
 MAX_STEP_S = 1.0
 
 
@@ -56,8 +53,9 @@ class Presence:
     `store` must be a connection of its own. Ends with the process, or with `stop`.
     """
 
-    def __init__(self, store: dist.Store, node: int, others: Iterable[int]) -> None:
-        self._store, self._node = store, node
+    def __init__(self, store: dist.Store, node: int, others: Iterable[int], lost_s: float) -> None:
+        """`lost_s`: so long a launcher may be silent."""
+        self._store, self._node, self._lost_s = store, node, lost_s
         self._silent = {other: Silence() for other in others}
         self._store_silent = Silence()
         self._turns = 0
@@ -83,14 +81,14 @@ class Presence:
     @property
     def is_cut_off(self) -> bool:
         """Whether node 0's store does not answer any more. To be asked several times a second."""
-        return self._is_broken or self._store_silent.look(self._turns) > LOST_S
+        return self._is_broken or self._store_silent.look(self._turns) > self._lost_s
 
     def stop(self) -> None:
         self._stop.set()
 
     def _run(self) -> None:
         try:
-            while not self._stop.wait(BEAT_S):
+            while not self._stop.wait(self._lost_s / 12):
                 self._store.set(_beat(self._node), str(self._turns))
                 self._listen()
                 self._turns += 1
@@ -103,7 +101,7 @@ class Presence:
             self._troubles[attempt] = Trouble(**json.loads(self._store.get(_alarm(attempt))))
         for node, silence in self._silent.items():
             key = _beat(node)
-            if self._store.check([key]) and silence.look(int(self._store.get(key))) > LOST_S:
+            if self._store.check([key]) and silence.look(int(self._store.get(key))) > self._lost_s:
                 self._lost.add(node)  # a node that has not come yet is waited for elsewhere
 
 

@@ -35,7 +35,7 @@ from realloc.errors import InputError, ReallocError, RunError
 from realloc.files import write_text
 from runtime.hosts import Host, this_host
 from runtime.place import Place, commands
-from runtime.presence import LOST_S, Presence, Trouble, raise_alarm
+from runtime.presence import Presence, Trouble, raise_alarm
 from runtime.stores import LOOPBACK, connect, listen, wait_for
 
 _T = TypeVar("_T")
@@ -107,7 +107,8 @@ class Team:
         if self.nnodes == 1:
             return
         own = connect(*self.address, self._timeout)
-        self._presence = Presence(own, self.node, self._others() if self.is_first else ())
+        others = self._others() if self.is_first else ()
+        self._presence = Presence(own, self.node, others, self._place.lost_s)
         self._hello(plan_hash)
         if self.is_first:
             self.hosts = (self.me, *(self._welcome(node, plan_hash) for node in self._others()))
@@ -296,8 +297,8 @@ class Team:
         lost = sorted(self._presence.lost)
         names = ", ".join(str(self.hosts[n]) if n < len(self.hosts) else f"node {n}" for n in lost)
         return (
-            f"{names}: nothing was heard of its launcher for {LOST_S:.0f} s: it was killed, the machine is "
-            f"down, or the network between is cut."
+            f"{names}: nothing was heard of its launcher for {self._place.lost_s:.0f} s: it was killed, the "
+            f"machine is down, or the network between is cut."
         )
 
     def _cut_off_text(self) -> str:

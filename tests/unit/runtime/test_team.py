@@ -16,7 +16,6 @@ from pathlib import Path
 import pytest
 
 from realloc.errors import InputError, ReallocError, RunError
-from runtime import presence
 from runtime.place import Place, check_place
 from runtime.team import Order, Report, Team
 
@@ -183,9 +182,7 @@ def test_the_endpoint_is_of_another_host() -> None:
         Team(Place(2, 0, ("192.0.2.1", 29400), 1.0))
 
 
-def test_a_silent_launcher_is_lost(tmp_path: Path, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(presence, "LOST_S", 1.0)
-    monkeypatch.setattr(presence, "BEAT_S", 0.1)
+def test_a_silent_launcher_is_lost(tmp_path: Path, port: int) -> None:
 
     def falls_silent(team: Team) -> None:
         time.sleep(0.5)
@@ -196,7 +193,8 @@ def test_a_silent_launcher_is_lost(tmp_path: Path, port: int, monkeypatch: pytes
     def waits(team: Team) -> None:
         team.end(Report(0))
 
-    nodes = [(place(0), leads(tmp_path, waits)), (place(1), follows(tmp_path, falls_silent))]
+    first = replace(place(0), lost_s=1.0)
+    nodes = [(first, leads(tmp_path, waits)), (place(1), follows(tmp_path, falls_silent))]
     with started(port, *nodes) as futures:
         error = failure(futures[0])
         assert isinstance(error, RunError)
