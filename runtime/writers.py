@@ -68,7 +68,7 @@ def _tensorboard(folder: Path, first: int) -> Writer | None:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return _TensorBoard(SummaryWriter(log_dir=str(folder), purge_step=first or None))
+    return _TensorBoard(SummaryWriter(log_dir=str(folder), purge_step=first))
 
 
 class _Wandb:
