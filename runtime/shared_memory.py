@@ -94,9 +94,14 @@ def _mapped(fd: int, num_bytes: int) -> torch.Tensor:
 
 
 def host_token() -> int:
-    """A number that processes have in common when they see the same kernel and process ids."""
+    """A number that processes have in common when they see the same kernel, process ids and network.
+
+    With another network a process is on another host of the plan, whoever's memory it could read: what the
+    plan sends between hosts has to take the way that was measured.
+    """
     boot = Path("/proc/sys/kernel/random/boot_id")
     if not boot.exists():
         return 0
-    text = boot.read_text() + str(Path("/proc/self/ns/pid").readlink())
+    spaces = [str(Path(f"/proc/self/ns/{kind}").readlink()) for kind in ("pid", "net")]
+    text = "".join([boot.read_text(), *spaces])
     return int.from_bytes(blake2b(text.encode(), digest_size=7).digest(), "big")
