@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import signal
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -26,6 +26,7 @@ from torch.distributed.elastic.rendezvous.api import (
     RendezvousStoreInfo,
 )
 
+from runtime.watchdog import Evidence, Watchdog
 from runtime.worker import WorkerSpec, run_worker
 
 POLL_S = 0.1
@@ -41,20 +42,20 @@ Stop = Callable[[], str | None]
 class Ended:
     """How this machine's ranks have ended. All fields are empty when all is well.
 
-    `exit_codes`: of the ranks that failed by themselves. `reason`: what `Stop` said. `sent`: the signal that
-    ended the launcher.
+    `evidence`: what the watchdog knows when a rank has failed. `reason`: what `Stop` said. `sent`: the signal
+    that ended the launcher.
     """
 
-    exit_codes: Mapping[int, int] = field(default_factory=dict)
+    evidence: Evidence | None = None
     reason: str | None = None
     sent: signal.Signals | None = None
 
     @property
     def is_good(self) -> bool:
-        return not self.exit_codes and self.reason is None and self.sent is None
+        return self.evidence is None and self.reason is None and self.sent is None
 
 
-def run_agent(spec: WorkerSpec, logs: Path, stop: Stop) -> Ended:
+def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> Ended:
     """Runs this machine's ranks until all have ended, one has failed, or `stop` gives a reason.
 
     In the main thread. When it returns, no rank is left. `logs` gets what the ranks print and the agent's
@@ -62,42 +63,49 @@ def run_agent(spec: WorkerSpec, logs: Path, stop: Stop) -> Ended:
     """
     logs.mkdir(parents=True, exist_ok=True)
     _log_to_file(logs / "agent.log")
-    agent = _Agent(spec, logs, stop)
-    first = spec.node * spec.ranks_per_node
+    agent = _Agent(spec, logs, stop, watchdog)
     with _handlers_restored():
         try:
-            result = agent.run()
+            agent.run()
         except SignalException as error:
             return Ended(sent=error.sigval)
     if agent.reason is not None:
         return Ended(reason=agent.reason)
-    return Ended({first + rank: failure.exitcode for rank, failure in result.failures.items()})
+    return Ended(evidence=agent.evidence)
 
 
 class _Agent(LocalElasticAgent):
     """Torchrun's agent for the ranks of one machine, which may also be stopped for a reason from outside."""
 
-    def __init__(self, spec: WorkerSpec, logs: Path, stop: Stop) -> None:
+    def __init__(self, spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> None:
         agent_spec = AgentSpec(
             role="ranks",
             local_world_size=spec.ranks_per_node,
             rdzv_handler=_Alone(),
             entrypoint=run_worker,
-            args=(spec,),
+            args=(spec, watchdog.board),
             max_restarts=0,
             monitor_interval=POLL_S,
         )
         logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
         super().__init__(agent_spec, logs_specs, start_method="fork")
-        self._stop = stop
+        self._stop, self._watchdog = stop, watchdog
         self.reason: str | None = None
+        self.evidence: Evidence | None = None
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
+        finding = self._watchdog.step()
+        self.reason = self._stop() if finding is None else None
+        if finding is not None or self.reason is not None:
+            self.evidence = self._watchdog.evidence(finding)
+            self._watchdog.kill()  # at once: a stopped or waiting rank would not end by itself
+            return RunResult(state=WorkerState.FAILED)
+        if not self._watchdog.all_at_end:
+            return RunResult(state=WorkerState.HEALTHY)
+        # torchrun's own way to find a failure waits half a minute for ranks that do not end
         result: RunResult = super()._monitor_workers(worker_group)
-        if result.state is WorkerState.HEALTHY:
-            self.reason = self._stop()
-            if self.reason is not None:
-                return RunResult(state=WorkerState.FAILED)
+        if result.state is WorkerState.FAILED:
+            self.evidence = self._watchdog.evidence(None)
         return result
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:

@@ -30,16 +30,19 @@ from runtime.dataset import open_dataset
 from runtime.deepspeed_backend import NO_RESUME
 from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
+from runtime.heartbeat import Board
 from runtime.machine import check_pinnable, this_machine
 from runtime.metrics import MetricsChannel
 from runtime.monitor import Monitor, Watching
 from runtime.nvml import find_gpus
 from runtime.program import Program, compile_program
+from runtime.restarts import Restarts
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
 from runtime.supported import check_cluster, check_runs
 from runtime.tracing import CHECKPOINT, merge_traces
-from runtime.verdict import continuation, describe_failure
+from runtime.verdict import Failure, continuation, failure_of, read_errors
+from runtime.watchdog import Limits, Watchdog
 from runtime.worker import WorkerSpec, reporting_ranks
 
 LOOPBACK = "127.0.0.1"
@@ -47,11 +50,15 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class RunOptions:
-    """`timeout_s`: how long a rank waits for another before it gives up. `pin`: a core for each rank."""
+    """`limits`: when a rank is lost. `max_restarts`: how often the run then goes on from its last checkpoint.
+
+    `pin`: a core for each rank.
+    """
 
     iterations: int | None = None
     overwrite: bool = False
-    timeout_s: float = 600.0
+    limits: Limits = field(default_factory=Limits)
+    max_restarts: int = 3
     saving: SaveOptions = field(default_factory=SaveOptions)
     pin: bool = False
     watching: Watching = field(default_factory=Watching)
@@ -105,55 +112,94 @@ def _execute(
 ) -> Trace:
     write_text(out / "plan.yaml", plan_text(plan))
     store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
-    spec = WorkerSpec(
-        plan=str(out / "plan.yaml"),
-        out=str(out),
-        store_host=LOOPBACK,
-        store_port=store.port,
-        timeout_s=options.timeout_s,
-        launcher_pid=os.getpid(),
-        saving=options.saving,
-        checkpoint=None if checkpoint is None else str(checkpoint),
-        node=0,
-        num_nodes=1,
-        ranks_per_node=plan.cluster.num_gpus,
-        pin=options.pin,
-        samples=options.watching.samples,
-    )
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    # DeepSpeed's engine keeps its own state, which no checkpoint of ours has
+    can_resume = plan.experiment.training_backend != DEEPSPEED
+    restarts = Restarts(out, options.max_restarts if can_resume else 0)
+    while True:
+        spec = WorkerSpec(
+            plan=str(out / "plan.yaml"),
+            out=str(out),
+            store_host=LOOPBACK,
+            store_port=store.port,
+            timeout_s=_patience_s(plan, options.limits),
+            launcher_pid=os.getpid(),
+            saving=options.saving,
+            checkpoint=None if checkpoint is None else str(checkpoint),
+            node=0,
+            num_nodes=1,
+            ranks_per_node=plan.cluster.num_gpus,
+            attempt=restarts.count,
+            beat_s=options.limits.beat_s,
+            pin=options.pin,
+            samples=options.watching.samples,
+        )
+        monitor, failure = _attempt(plan, program, spec, options)
+        if failure is None:
+            break
+        found = restarts.after(failure)
+        checkpoint = None if found is None else found[0]
+        rewind_folder(out, 0 if found is None else found[1].iteration)
+    return _finish(plan, out, options, monitor)
+
+
+def _attempt(
+    plan: ExecutionPlan, program: Program, spec: WorkerSpec, options: RunOptions
+) -> tuple[Monitor, Failure | None]:
+    """Runs the ranks once. Raises KeyboardInterrupt, or RunError when a signal ends the launcher."""
+    out = Path(spec.out)
     reserve_errors(out, plan.cluster.num_gpus)
-    first = 0 if checkpoint is None else iteration_of(checkpoint)
-    collector = dist.TCPStore(LOOPBACK, store.port, is_master=False, timeout=timedelta(seconds=60))
-    channel = MetricsChannel(dist.PrefixStore("metrics", collector), reporting_ranks(plan))
+    first = 0 if spec.checkpoint is None else iteration_of(Path(spec.checkpoint))
+    collector = dist.TCPStore(
+        spec.store_host, spec.store_port, is_master=False, timeout=timedelta(seconds=60)
+    )
+    store = dist.PrefixStore(f"attempt-{spec.attempt}", collector)
+    channel = MetricsChannel(dist.PrefixStore("metrics", store), reporting_ranks(plan))
+    watchdog = Watchdog(Board(spec.ranks_per_node), spec.node * spec.ranks_per_node, program, options.limits)
     try:
         with Monitor(plan, channel, out, first, options.watching) as monitor:
-            _check_ended(run_agent(spec, out / "logs", lambda: None), out, program)
-            monitor.finish()
+            ended = run_agent(spec, out / "logs", lambda: None, watchdog)
+            failure = _failure(ended, out, program)
+            if failure is None:
+                monitor.finish()
     finally:
         remove_partial(checkpoints_folder(out))  # the ranks are gone by now
+    return monitor, failure
+
+
+def _patience_s(plan: ExecutionPlan, limits: Limits) -> float:
+    """How long a rank waits for another in vain: longer than the watchdog takes to find what is wrong."""
+    predicted_s = 0.0 if plan.predictions is None else plan.predictions.iteration_s
+    return 2 * limits.hang_floor_s + limits.hang_factor * predicted_s
+
+
+def _finish(plan: ExecutionPlan, out: Path, options: RunOptions, monitor: Monitor) -> Trace:
+    """Joins the ranks' traces, and prints how it went."""
     traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
     trace = merge_traces(traces, out / "trace.jsonl", this_machine(options.pin))
-    print(comparison_text(compare(plan, trace)))
-    print(monitor.change())
-    if options.saving.every is None:
-        print(_saved(trace))
+    if trace.records:  # a run may have been ended after its last iteration
+        print(comparison_text(compare(plan, trace)))
+        print(monitor.change())
+        if options.saving.every is None:
+            print(_saved(trace))
     print(
         f"trained models: {out / 'models'}   metrics: {out / 'metrics.jsonl'}   trace: {out / 'trace.jsonl'}"
     )
     return trace
 
 
-def _check_ended(ended: Ended, out: Path, program: Program) -> None:
-    """Raises RunError, or KeyboardInterrupt, when the ranks have not ended well."""
+def _failure(ended: Ended, out: Path, program: Program) -> Failure | None:
+    """Why the ranks have not ended well. Raises KeyboardInterrupt or RunError when the launcher was ended."""
     if ended.sent is signal.SIGINT:
         raise KeyboardInterrupt
     if ended.sent is not None:
         raise RunError(f"the run was ended by {ended.sent.name}; all ranks are stopped.{continuation(out)}")
     if ended.reason is not None:
         raise RunError(f"{ended.reason}{continuation(out)}")
-    if ended.exit_codes:
-        raise RunError(describe_failure(out, program, ended.exit_codes))
+    if ended.evidence is None:
+        return None
+    return failure_of(ended.evidence, read_errors(out, sorted(ended.evidence.beats)), program)
 
 
 def _saved(trace: Trace) -> str:

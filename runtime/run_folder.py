@@ -28,7 +28,7 @@ LOCK = ".lock"
 LOCK_WAIT_S = 5.0
 """How long the ranks of a launcher that was killed may take to follow it."""
 ERROR_BYTES = 8192
-_SCRATCH = ("status", "trace", "errors")
+_SCRATCH = ("trace", "errors")
 
 
 def prepare_folder(out: Path, *, overwrite: bool) -> None:

@@ -1,9 +1,7 @@
-"""Recording what each instruction took, and where each rank is right now."""
+"""Recording what each instruction took."""
 
 from __future__ import annotations
 
-import os
-import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -14,7 +12,6 @@ from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, counted, re
 
 CHECKPOINT = "checkpoint"
 """The record of the time in which a rank copies its state for a checkpoint."""
-_STATUS = struct.Struct("<qqd")
 
 
 class Recorder:
@@ -62,31 +59,6 @@ class Recorder:
         """How long the iteration's prompts were, and its sequences as a whole."""
         responses = (total - prompt for prompt, total in zip(prompts, totals, strict=True))
         self.lengths.append(BatchLengths(iteration, counted(prompts), counted(responses)))
-
-
-class Status:
-    """A small file that always says which instruction a rank is in, for when it dies."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-
-    def set(self, iteration: int, index: int) -> None:
-        os.pwrite(self._file, _STATUS.pack(iteration, index, time.time()), 0)
-
-    def close(self) -> None:
-        os.close(self._file)
-
-
-def read_status(path: Path) -> tuple[int, int] | None:
-    """(iteration, instruction index) that a rank was in last; None when it had not begun."""
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return None
-    if len(content) < _STATUS.size:
-        return None
-    iteration, index, _ = _STATUS.unpack(content[: _STATUS.size])
-    return iteration, index
 
 
 def with_waits(records: Iterable[TraceRecord]) -> list[TraceRecord]:

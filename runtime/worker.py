@@ -18,7 +18,6 @@ import torch.distributed as dist
 
 from realloc.augmented import home_call
 from realloc.dataflow import CallKind
-from realloc.errors import ReallocError
 from realloc.plan import ExecutionPlan, read_plan
 from realloc.trace import Trace
 from runtime.checkpoint import SaveOptions, Saver
@@ -28,6 +27,7 @@ from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
 from runtime.export import export_role
+from runtime.heartbeat import ENDED, EXPORTING, SAVING, Board, Heartbeat
 from runtime.host_memory import keep_freed_memory
 from runtime.machine import pin
 from runtime.metrics import MetricsChannel
@@ -38,7 +38,8 @@ from runtime.restore import restore
 from runtime.roles import RankRole, load_roles
 from runtime.samples import SampleReporter
 from runtime.shared_memory import host_token
-from runtime.tracing import CHECKPOINT, Recorder, Status, write_trace
+from runtime.tracing import CHECKPOINT, Recorder, write_trace
+from runtime.verdict import RankError, cause_of
 
 _PR_SET_PDEATHSIG = 1
 
@@ -49,6 +50,7 @@ class WorkerSpec:
 
     Rank = `node` * `ranks_per_node` + the number that this machine's agent gives its process.
     `checkpoint` is the folder of the checkpoint to go on from; None starts from the models' folders.
+    `attempt` counts the restarts of the run; `beat_s` is the time between two beats of a rank.
     """
 
     plan: str
@@ -62,30 +64,23 @@ class WorkerSpec:
     num_nodes: int
     ranks_per_node: int
     checkpoint: str | None = None
+    attempt: int = 0
+    beat_s: float = 1.0
     pin: bool = False
     samples: int = 0
 
 
-@dataclass(frozen=True)
-class RankError:
-    """How a rank failed, written to `errors/rank-N.json` as it dies."""
-
-    rank: int
-    time_s: float
-    type: str
-    message: str
-    is_for_users: bool
-
-
-def run_worker(spec: WorkerSpec) -> None:
+def run_worker(spec: WorkerSpec, board: Board) -> None:
     """Runs one rank; which one of its machine it is, LOCAL_RANK says, set by the launcher's agent."""
-    rank = spec.node * spec.ranks_per_node + int(os.environ["LOCAL_RANK"])
+    local_rank = int(os.environ["LOCAL_RANK"])
+    rank = spec.node * spec.ranks_per_node + local_rank
     world_size = spec.num_nodes * spec.ranks_per_node
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}  # for libraries that ask
     _die_with(spec.launcher_pid)
     keep_freed_memory()
     try:
-        _run(spec, rank, world_size)
+        with Heartbeat(board, local_rank, spec.beat_s) as heartbeat:
+            _run(spec, rank, world_size, heartbeat)
     except BaseException as error:
         # the last chance to say why this process dies: the launcher reads it, then we die anyway
         traceback.print_exc()
@@ -93,7 +88,7 @@ def run_worker(spec: WorkerSpec) -> None:
         raise
 
 
-def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
+def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
     torch.set_num_threads(1)
     if spec.pin:
         pin(int(os.environ["LOCAL_RANK"]), os.sched_getaffinity(0))
@@ -119,7 +114,6 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     roles = load_roles(plan, groups, device)
     engine = Engine(plan, program, rank, groups, roles, dataset, device)
     first = 0 if spec.checkpoint is None else _resume(Path(spec.checkpoint), plan, roles, engine)
-    status = Status(out / "status" / f"rank-{rank}")
     channel = MetricsChannel(dist.PrefixStore("metrics", main_store), reporting_ranks(plan))
     # a connection of its own: the background thread waits on it while the main thread uses the other
     own = _connect(spec)
@@ -133,7 +127,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
     recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
 
     def entering(iteration: int, index: int) -> None:
-        status.set(iteration, index)
+        heartbeat.at(iteration, index)
         saver.check()
 
     teller, sequences = sequence_teller(plan)
@@ -144,6 +138,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
         if rank == teller:
             recorder.add_lengths(iteration, data.prompt_lengths, data.key_lengths(sequences))
         start = recorder.now()
+        heartbeat.at(iteration, SAVING)
         if saver.is_due(iteration):
             saver.save(iteration)
             recorder.add(iteration, CHECKPOINT, CHECKPOINT, start, predicted_s=None)
@@ -151,11 +146,12 @@ def _run(spec: WorkerSpec, rank: int, world_size: int) -> None:
 
     with saver:
         engine.run(range(first, plan.experiment.iterations), recorder, Observer(entering, report))
+        heartbeat.at(plan.experiment.iterations, EXPORTING)
         trace = Trace(world_size, tuple(recorder.records), tuple(recorder.lengths))
         write_trace(out / "trace" / f"rank-{rank}.jsonl", trace)
         export_models(plan, roles, out / "models", rank)
     dist.barrier()
-    status.close()
+    heartbeat.at(plan.experiment.iterations, ENDED)
     dist.destroy_process_group()
 
 
@@ -166,9 +162,11 @@ def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], e
     return iteration_of(checkpoint)
 
 
-def _connect(spec: WorkerSpec) -> dist.TCPStore:
+def _connect(spec: WorkerSpec) -> dist.Store:
+    """The run's store, without what earlier attempts have left in it, such as addresses of ranks."""
     timeout = timedelta(seconds=spec.timeout_s)
-    return dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+    store = dist.TCPStore(spec.store_host, spec.store_port, is_master=False, timeout=timeout)
+    return dist.PrefixStore(f"attempt-{spec.attempt}", store)
 
 
 def _die_with(launcher: int) -> None:
@@ -238,7 +236,7 @@ def _shared_epoch(rank: int) -> float:
 def _write_error(out: Path, rank: int, error: BaseException) -> None:
     folder = out / "errors"
     folder.mkdir(parents=True, exist_ok=True)
-    record = RankError(rank, time.time(), type(error).__name__, str(error), isinstance(error, ReallocError))
+    record = RankError(rank, time.time(), type(error).__name__, str(error), cause_of(error))
     path = folder / f"rank-{rank}.json"
     # into the room that the launcher has reserved: the disk may be full, which may be what it says
     with path.open("r+b" if path.exists() else "wb") as stream:

@@ -31,13 +31,6 @@ def add(commands: Commands) -> None:
     )
     run.add_argument("--overwrite", action="store_true", help="delete an earlier run's output in the folder")
     run.add_argument(
-        "--timeout",
-        type=seconds,
-        default=600.0,
-        metavar="S",
-        help="how long a rank waits for another before the run fails (default: 600 seconds)",
-    )
-    run.add_argument(
         "--pin", action="store_true", help="keep every rank on a core of its own (hosts without GPUs)"
     )
     run.add_argument(
@@ -54,6 +47,35 @@ def add(commands: Commands) -> None:
         default=2,
         metavar="N",
         help="keep N generated samples of every iteration in samples.jsonl (default: 2)",
+    )
+    faults = run.add_argument_group("faults")
+    faults.add_argument(
+        "--max-restarts",
+        type=count,
+        default=3,
+        metavar="N",
+        help="when a rank dies, stops or hangs, go on from the last checkpoint up to N times (default: 3)",
+    )
+    faults.add_argument(
+        "--detect-within",
+        type=seconds,
+        default=10.0,
+        metavar="S",
+        help="find a rank that died or was stopped in this time (default: 10 seconds)",
+    )
+    faults.add_argument(
+        "--hang-factor",
+        type=seconds,
+        default=20.0,
+        metavar="X",
+        help="an instruction hangs when it takes X times what the plan predicts (default: 20) ...",
+    )
+    faults.add_argument(
+        "--timeout",
+        type=seconds,
+        default=600.0,
+        metavar="S",
+        help="... and more than S seconds (default: 600)",
     )
     saving = run.add_argument_group("checkpoints")
     saving.add_argument(
@@ -89,13 +111,15 @@ def _run(arguments: argparse.Namespace) -> int:
     from runtime.checkpoint import SaveOptions
     from runtime.launch import RunOptions, resume_run, run_plan
     from runtime.monitor import Watching
+    from runtime.watchdog import Limits
     from runtime.writers import check_loggers
 
     check_loggers(arguments.loggers)
     options = RunOptions(
         iterations=arguments.iterations,
         overwrite=arguments.overwrite,
-        timeout_s=arguments.timeout,
+        limits=Limits(arguments.detect_within, arguments.hang_factor, arguments.timeout),
+        max_restarts=arguments.max_restarts,
         saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
         pin=arguments.pin,
         watching=Watching(tuple(arguments.loggers), arguments.samples),

@@ -19,7 +19,7 @@ SPLIT = {
     "critic_train": ("node0:gpu[1]", "d1t1p1m2"),
 }
 REWARDS = """
-import os, time
+import os, pathlib, time
 
 def length(samples):
     return [min(1.0, len(s.response.split()) / 10) for s in samples]
@@ -34,6 +34,7 @@ def raises(samples):
     return [1 / 0 for s in samples]
 
 def slow(samples):
+    pathlib.Path(__file__).with_name("entered").touch()
     time.sleep(60)
     return [0.0 for s in samples]
 """
