@@ -142,7 +142,7 @@ def _source_content(source: RewardSource) -> Mapping[str, Any]:
     for name in ("time_limit_s", "sample_time_limit_s", "on_failure"):
         if getattr(source, name) != getattr(default, name):
             content[name] = getattr(source, name)
-    options = {name: list(v) if isinstance(v, tuple) else v for name, v in source.options}
+    options = {k: list(v) if isinstance(v, tuple) else v for k, v in source.options if v is not None}
     if source.verifier:
         return content | options
     return content | ({"options": options} if options else {})

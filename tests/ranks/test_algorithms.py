@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 
 from experiments import toy
 from tests.ranks.engine import assert_same, make_plan, ppo_content, run, write_models
+from tests.ranks.launch import RankFailure
 from tests.tiny import write_tiny_llama
 
 ALONE: Mapping[str, tuple[str, str]] = {"*": ("node0", "d1t1p1")}
@@ -43,14 +44,29 @@ ALGORITHMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "dpo": (("actor", "ref"), {"mini_batches": 2, "epochs": 2}),
     "reward": (("reward",), {"mini_batches": 2, "centre_coef": 0.1}),
 }
+SEVERAL: Sequence[Mapping[str, Any]] = (
+    {"model": "reward_a", "weight": 0.3},
+    {"model": "reward_b", "weight": -0.2},
+    {"function": "experiments.rewards:sentiment", "weight": 2.0},
+    {"verifier": "length", "minimum": 6, "weight": 0.5},
+)
+PICKY: Sequence[Mapping[str, Any]] = (
+    {"function": "tests.ranks.picky:score", "on_failure": "skip"},
+    {"model": "reward_a", "weight": 0.3},
+)
+REWARDS: Mapping[str, tuple[str, tuple[str, ...], Sequence[Mapping[str, Any]]]] = {
+    "ppo, several rewards": ("ppo", ("actor", "critic", "ref", "reward_a", "reward_b"), SEVERAL),
+    "remax, several rewards": ("remax", ("actor", "ref", "reward_a", "reward_b"), SEVERAL),
+    "ppo, samples left out": ("ppo", ("actor", "critic", "ref", "reward_a"), PICKY),
+    "grpo, samples left out": ("grpo", ("actor", "ref", "reward_a"), PICKY),
+    "raft, samples left out": ("raft", ("actor",), PICKY[:1]),
+    "iterative_dpo, samples left out": ("iterative_dpo", ("actor", "ref"), PICKY[:1]),
+}
 
 
 def content(folder: Path, algorithm: str) -> dict[str, Any]:
     roles, hyperparameters = ALGORITHMS[algorithm]
-    models = dict(write_models(folder, **SHAPE))
-    if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
-        write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
-        toy.write_tokenizer(folder / "ref")
+    models = models_for(folder, algorithm)
     result = ppo_content(folder, {role: models[role] for role in roles})
     result["workload"]["samples_per_prompt"] = 4
     if algorithm in ("dpo", "reward"):
@@ -58,6 +74,14 @@ def content(folder: Path, algorithm: str) -> dict[str, Any]:
         result["data"] = write_pairs(folder)
         result["models"] = {role: {"path": models[role], "optimizer": OPTIMIZER} for role in roles}
     return result | {"algorithm": algorithm.split(maxsplit=1)[0], "hyperparameters": dict(hyperparameters)}
+
+
+def models_for(folder: Path, algorithm: str) -> dict[str, str]:
+    models = dict(write_models(folder, **SHAPE))
+    if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
+        write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
+        toy.write_tokenizer(folder / "ref")
+    return models
 
 
 def write_pairs(folder: Path) -> Mapping[str, str]:
@@ -82,3 +106,39 @@ def test_plans_change_nothing(tmp_path: Path, algorithm: str) -> None:
     for name, (gpus, placements) in PLANS.items():
         plan = make_plan(tmp_path, experiment, gpus, placements)
         assert_same(run(plan, tmp_path / name), expected)
+
+
+@pytest.mark.parametrize("name", REWARDS)
+def test_several_rewards_and_samples_without_one(tmp_path: Path, name: str) -> None:
+    algorithm, roles, rewards = REWARDS[name]
+    models = models_for(tmp_path, algorithm)
+    models |= {"reward_a": models["reward"], "reward_b": models["critic"]}
+    experiment = ppo_content(tmp_path, {role: models[role] for role in roles}, algorithm=algorithm)
+    experiment["workload"]["samples_per_prompt"] = 4
+    experiment |= {"rewards": [dict(reward) for reward in rewards]}
+    expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
+    if rewards is SEVERAL:
+        for metrics in expected.metrics:
+            parts = (
+                0.3 * metrics["reward_a_inf/reward_a_scores"]
+                - 0.2 * metrics["reward_b_inf/reward_b_scores"]
+                + 2.0 * metrics["rew_functions/sentiment"]
+                + 0.5 * metrics["rew_functions/length"]
+            )
+            assert metrics["rew_sum/scores"] == pytest.approx(parts, rel=1e-5)
+    else:
+        skipped = [v for m in expected.metrics for k, v in m.items() if k.endswith("/skipped")]
+        assert all(0 < count < 12 for count in skipped), skipped
+        assert len(skipped) == len(expected.metrics)
+    gpus, placements = PLANS["apart"]
+    assert_same(run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "apart"), expected)
+
+
+def test_a_batch_without_any_score_is_an_error(tmp_path: Path) -> None:
+    models = models_for(tmp_path, "grpo")
+    experiment = ppo_content(tmp_path, {role: models[role] for role in ("actor", "ref")}, algorithm="grpo")
+    experiment["workload"]["samples_per_prompt"] = 4
+    experiment["rewards"] = [{"function": "tests.ranks.picky:none", "on_failure": "skip"}]
+    gpus, placements = PLANS["replicas"]
+    with pytest.raises(RankFailure, match="none of the 12 samples of this iteration has a score"):
+        run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "run")
