@@ -16,7 +16,10 @@ from realloc.files import Reader
 
 
 class SFT:
-    """One role, `actor`, trained on prompt + response; only response tokens count in the loss."""
+    """One role, `actor`, trained on prompt + response; only response tokens count in the loss.
+
+    With `data.loss_on: assistant` only those that the assistant says count: the data set's `loss_mask`.
+    """
 
     name = "sft"
     functions = "experiments.sft_functions"
@@ -26,7 +29,7 @@ class SFT:
         return passes(reader)
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
-        """Raises InputError when the data name no response column, or mini-batches would be empty."""
+        """Raises InputError when the data name two responses, or mini-batches would be empty."""
         given = given_hyperparameters(self, experiment)
         if experiment.data is not None and experiment.data.chosen is not None:
             raise InputError(
@@ -34,16 +37,23 @@ class SFT:
                 "two with 'chosen' and 'rejected'."
             )
         check_mini_batches(given, experiment)
+        masked = experiment.data is not None and experiment.data.loss_on == "assistant"
         train = Call(
             name="actor_train",
             kind=CallKind.TRAIN_STEP,
-            reads=("tokens",),
+            reads=("tokens", "loss_mask") if masked else ("tokens",),
             writes=(),
             role="actor",
             sequence="tokens",
             output=Output.LOGPROBS,
-            loss="sft_loss",
+            prepare="prepare_weights" if masked else None,
+            prepared=("loss_weights",) if masked else (),
+            loss="weighted_sft_loss" if masked else "sft_loss",
             mini_batches=given["mini_batches"],
             epochs=given["epochs"],
         )
-        return DataflowGraph((train,), (DataKey("tokens", Per.TOKEN, "int64"),), ("tokens",))
+        tokens = DataKey("tokens", Per.TOKEN, "int64")
+        if not masked:
+            return DataflowGraph((train,), (tokens,), ("tokens",))
+        keys = (tokens, *(DataKey(name, Per.RESPONSE_TOKEN) for name in ("loss_mask", "loss_weights")))
+        return DataflowGraph((train,), keys, ("tokens", "loss_mask"))

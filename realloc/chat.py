@@ -110,6 +110,7 @@ def _compiled(name: str, text: str) -> Any:
     environment.filters["tojson"] = _to_json
     environment.globals["raise_exception"] = _refuse
     environment.globals["strftime_now"] = DATE.strftime
+    environment.globals["namespace"] = _namespace()
     try:
         return environment.from_string(text)
     except jinja2.TemplateSyntaxError as error:
@@ -131,6 +132,20 @@ def _generation_tag() -> type[Any]:
             return nodes.Scope(body, lineno=line)
 
     return Generation
+
+
+def _namespace() -> type[Any]:
+    """jinja2's own, without names that Python gives a meaning."""
+    from jinja2.exceptions import SecurityError
+    from jinja2.utils import Namespace
+
+    class PlainNamespace(Namespace):
+        def __setitem__(self, name: str, value: Any) -> None:
+            if name.startswith("_"):
+                raise SecurityError(f"{name!r} is no name for a variable")
+            super().__setitem__(name, value)
+
+    return PlainNamespace
 
 
 def _to_json(

@@ -117,19 +117,10 @@ def _missing(want: Want, names: Collection[str]) -> str:
         Want.PAIRS: ("'chosen' and 'rejected'", "data.chosen and data.rejected"),
     }[want]
     found = ", ".join(f"'{name}'" for name in names) or "none"
-    hint = f" Did you mean '{near}'?" if (near := _near(names, known)) else ""
     return (
-        f"the algorithm takes {want.value}, from the columns {known}; found {found}.{hint} Name the columns "
+        f"the algorithm takes {want.value}, from the columns {known}; found {found}. Name the columns "
         f"with {keys}."
     )
-
-
-def _near(names: Collection[str], known: str) -> str | None:
-    words = known.replace("'", " ").replace(",", " ").split()
-    for name in names:
-        if nearest(name, words).startswith(" Did you mean"):
-            return name
-    return None
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from realloc.layout import layout
 from realloc.plan import ExecutionPlan
 from realloc.reallocation import schedule
 from runtime.calls import CallExecutor
+from runtime.data_store import DTYPES as VALUE_DTYPES
 from runtime.data_store import IterationData
 from runtime.dataset import DataBatch, Dataset
 from runtime.functions import FunctionTable
@@ -146,7 +147,7 @@ class Engine:
             sequences = source_sequences(batch, graph.key[key])
             data.lengths[key] = [len(sequence) for sequence in sequences]
             data.values[key] = {
-                position: torch.tensor(sequence, dtype=torch.int64)
+                position: torch.tensor(sequence, dtype=VALUE_DTYPES[graph.key[key].dtype])
                 for position, sequence in enumerate(sequences)
             }
         return data
@@ -200,7 +201,7 @@ class Engine:
 
 
 def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:
-    """The token ids that a source key has for each sequence: prompts, or prompts and responses.
+    """What a source key has for each sequence: prompts, prompts and responses, or the responses' masks.
 
     Raises InputError when the data have no responses and the key needs them.
     """
@@ -211,4 +212,6 @@ def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:
             f"experiment: data: the algorithm trains on '{key.name}', prompts with their responses; "
             f"name the column of the responses (data.response)."
         )
+    if key.per is Per.RESPONSE_TOKEN:
+        return list(batch.masks or (tuple(1 for _ in response) for response in batch.responses))
     return [p + r for p, r in zip(batch.prompts, batch.responses, strict=True)]

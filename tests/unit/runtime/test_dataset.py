@@ -330,15 +330,16 @@ def test_a_preference_is_two_neighbouring_sequences(tmp_path: Path, tokenizer: T
         for i in range(5)
     ]
     data = DataSpec((str(write(tmp_path / "x.jsonl", rows)),), "prompt", None, "chosen", "rejected")
-    settings = {
-        "want": Want.PAIRS,
-        "sequences": 4,
-        "max_prompt": 16,
-        "max_response": 8,
-        "seed": 0,
-        "samples_per_prompt": 2,
-    }
-    batch = read_dataset(data, tokenizer, **settings).batch(1)
+    batch = read_dataset(
+        data,
+        tokenizer,
+        want=Want.PAIRS,
+        sequences=4,
+        max_prompt=16,
+        max_response=8,
+        seed=0,
+        samples_per_prompt=2,
+    ).batch(1)
     assert batch.responses is not None
     for position, row in enumerate(batch.rows):
         column = ("chosen", "rejected")[position % 2]
