@@ -14,7 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from realloc.errors import RunError
@@ -24,6 +25,8 @@ from realloc.rewards import ERROR, RewardSource
 START_LIMIT_S = 300.0
 """For Python to start and to import the reward's module, which may be a large one."""
 _CHUNK = 1 << 16
+_ROOT = str(Path(__file__).resolve().parents[1])
+"""Where Python finds this package; the rest of this process's path is set once Python has started."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,7 @@ class _Process:
             stdout=subprocess.PIPE,
             bufsize=0,
             start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
+            env=os.environ | {"PYTHONPATH": os.pathsep.join([_ROOT, *_given_paths()])},
         )
         self._buffer = b""
         self._is_ready = False
@@ -160,7 +163,8 @@ class _Process:
 
     def send(self, samples: Sequence[Sample], deadline_s: float) -> None:
         """Sends samples; values that JSON lacks go as text. Who does not read them will not answer either."""
-        self._write({"samples": [asdict(sample) for sample in samples]}, deadline_s)
+        content = [vars(sample) | {"row": dict(sample.row)} for sample in samples]
+        self._write({"samples": content}, deadline_s)
 
     def receive(self, deadline_s: float) -> dict[str, Any] | None:
         """The next reply; None if none came by the deadline, or the process ended."""
@@ -201,6 +205,10 @@ class _Process:
                     data = data[os.write(self._in, data[:_CHUNK]) :]
                 except BrokenPipeError:
                     return
+
+
+def _given_paths() -> list[str]:
+    return [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
 
 
 def _ending(code: int) -> str:
