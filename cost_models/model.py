@@ -102,7 +102,7 @@ class CostModel:
                 for key in keys
             )
             sequences = self.experiment.workload.sequences
-            seconds = transfer_s(self.profile, sequences, per_sequence, src, dst)
+            seconds = transfer_s(self.profile, sequences, per_sequence, len(keys), src, dst)
             self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
 

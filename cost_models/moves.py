@@ -55,10 +55,11 @@ def transfer_s(
     profile: HardwareProfile,
     sequences: int,
     bytes_per_sequence: float,
+    keys: int,
     src: Placement,
     dst: Placement,
 ) -> float:
-    """Seconds to bring data from the last stage of `src` to first and last stage of `dst`.
+    """Seconds to bring so many keys' data from the last stage of `src` to first and last stage of `dst`.
 
     Every reading rank gets its replica's sequences from the writing ranks, one message from each
     replica of `src` that has some of them. Where it has written a share itself, that one stays: the
@@ -84,6 +85,9 @@ def transfer_s(
     if not is_inside:
         seconds += link.message_s(8.0 * sequences)
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
+    beside = profile.transfer
+    seconds += beside.node_s + sequences * beside.sequence_s
+    seconds += received_sequences * (1 - own / src.strategy.dp) * keys * beside.value_s
     return seconds * _pair_contention(profile, ranks)
 
 

@@ -54,6 +54,17 @@ class Attention:
 
 
 @dataclass(frozen=True)
+class Transfer:
+    """What a transfer of data takes beside its messages: in any case, for every sequence of the batch (who
+    gets it is worked out), for every key of every sequence that moves (put together, taken apart).
+    """
+
+    node_s: float = 0.0
+    sequence_s: float = 0.0
+    value_s: float = 0.0
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """Costs of one device and of its links.
 
@@ -66,6 +77,7 @@ class HardwareProfile:
     `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
     runtime's own code took, of the models that were measured. `calibration`: factors on all that follows
     from the rest, found by `realloc calibrate`. `pace`: how fast the machine was meanwhile (hosts).
+    `transfer`: nothing where it was not measured.
     """
 
     name: str
@@ -86,6 +98,7 @@ class HardwareProfile:
     tables: tuple[Table, ...] = ()
     calibration: Calibration | None = None
     pace: Pace | None = None
+    transfer: Transfer = Transfer()
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -177,6 +190,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         tables=read_tables(reader.raw("tables", []), reader.at("tables")),
         calibration=read_calibration(reader.optional_child("calibration")),
         pace=read_pace(reader.optional_child("pace")),
+        transfer=_read_transfer(reader.optional_child("transfer")),
     )
     reader.done()
     return profile
@@ -221,7 +235,18 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         content["calibration"] = calibration_content(profile.calibration)
     if profile.pace is not None:
         content["pace"] = pace_content(profile.pace)
+    if profile.transfer != Transfer():
+        content["transfer"] = dict(vars(profile.transfer))
     return content
+
+
+def _read_transfer(reader: Reader | None) -> Transfer:
+    if reader is None:
+        return Transfer()
+    keys = ("node_s", "sequence_s", "value_s")
+    transfer = Transfer(*(reader.number(key, minimum=0.0, maximum=60.0) for key in keys))
+    reader.done()
+    return transfer
 
 
 def _read_provenance(reader: Reader) -> Provenance:

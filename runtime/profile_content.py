@@ -59,6 +59,8 @@ def profile_content(
         content["tables"] = tables["tables"]
         if tables["concurrency"]:
             content["concurrency"] = tables["concurrency"]
+    if "transfer" in measured:
+        content["transfer"] = measured["transfer"]
     if pace := _pace(measured.get("pace"), (tables or {}).get("pace")):
         content["pace"] = pace
     return _rounded(content)  # type: ignore[no-any-return]

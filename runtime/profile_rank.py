@@ -12,6 +12,7 @@ import platform
 import socket
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,10 @@ from realloc.errors import InputError
 from runtime import microbenchmarks as bench
 from runtime.collectives import all_gather
 from runtime.host_memory import keep_freed_memory
-from runtime.link_benchmarks import LinkClock, collective_rows, message_costs
+from runtime.link_benchmarks import SMALL_BYTES, LinkClock, collective_rows, message_costs
 from runtime.machine import device_name
 from runtime.nvml import find_gpus
+from runtime.transfer_benchmarks import transfer_costs
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _WAIT = timedelta(hours=4)
@@ -77,6 +79,9 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
         link["collectives"] = collective_rows(links, rank, [local])
         result["link"] = link
+        if device.type == "cpu":
+            timed = partial(links.seconds, num_bytes=SMALL_BYTES)
+            result["transfer"] = transfer_costs(timed, link["latency_s"], rank)
     if len(hosts) > 1:
         result["inter_link"] = _between(links, rank, hosts)
     return result

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 
 import pytest
 
 from cost_models.curve import Curve
 from cost_models.link import Link
-from cost_models.profile import Attention, load_profile
+from cost_models.profile import Attention, Transfer, load_profile
 from realloc.augmented import NodeKind, Placement, augment
 from realloc.errors import InputError
 from realloc.mesh import DeviceMesh
@@ -83,6 +84,16 @@ def test_what_a_rank_has_written_stays_with_it():
     assert model.transfer_s(("tokens",), place("d2t1p1"), place("d2t1p1")) == pytest.approx(expected)
     # every rank of one replica has everything
     assert model.transfer_s(("tokens",), place("d1t4p1"), place("d4t1p1")) == 0.0
+
+
+def test_what_a_transfer_takes_beside_its_messages():
+    plain = profile(intra_node=Link(1e-3, 1e6))
+    work = experiment(sequences=1000, prompt=100, response=100)
+    costs = cost_model(work, plain), cost_model(work, replace(plain, transfer=Transfer(0.5, 1e-4, 1e-3)))
+    ends = place("d2t1p1"), place("d2t1p1")
+    without, with_it = (model.transfer_s(("tokens", "logprobs"), *ends) for model in costs)
+    # all 1000 sequences are looked at; two keys of the half of a replica's 500 that it lacks are moved
+    assert with_it - without == pytest.approx(0.5 + 1000 * 1e-4 + 250 * 2 * 1e-3)
 
 
 def test_transfers_grow_with_keys_and_readers():

@@ -11,10 +11,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cost_models.communication import Communication, GroupShape
 from cost_models.curve import Curve
 from cost_models.link import CollectiveCost, Link, traffic_share
 from cost_models.profile import (
     HardwareProfile,
+    Transfer,
     built_in_profiles,
     load_profile,
     profile_content,
@@ -23,6 +25,8 @@ from cost_models.profile import (
 )
 from realloc.errors import InputError
 from realloc.files import dump_yaml
+from realloc.mesh import DeviceMesh
+from realloc.pace import Pace
 from tests.unit.cost_models.cases import profile
 
 
@@ -67,6 +71,27 @@ def test_collectives_use_measured_group_sizes_and_interpolate_bus_bandwidth():
     beyond = link.cost("all_reduce", 64)  # twice the doublings of 8, the same bus bandwidth
     assert beyond.latency_s == pytest.approx(6e-3)
     assert beyond.bytes_per_s == pytest.approx(1e9 * 1.75 / (2 * 63 / 64))
+
+
+def test_a_knee_is_met_from_both_sides():
+    row = CollectiveCost(2, 1e-3, 1e9, (1e5, 3e-3))
+    assert [row.seconds(x) for x in (0.0, 5e4, 1e5, 1e5 + 1e9)] == pytest.approx([1e-3, 2e-3, 3e-3, 1.003])
+    inter = Link(1e-3, 1e9, (("all_gather", (row,)),))
+    two_nodes = Communication(profile(inter_node=inter), DeviceMesh(0, 4, 2))
+    across = GroupShape(2, 1)
+    for size in (0.0, 5e4, 1e5, 1e8):
+        assert two_nodes.collective_s("all_gather", across, size) == pytest.approx(row.seconds(size))
+
+
+def test_what_hosts_add_round_trips(tmp_path: Path):
+    row = CollectiveCost(2, 1e-3, 1e9, (1e5, 3e-3))
+    made = profile(
+        intra_node=Link(1e-3, 1e9, (("all_reduce", (row,)),)),
+        pace=Pace(1e-3, 1.25e-3, 2, 0.1),
+        transfer=Transfer(1e-4, 1e-6, 2e-6),
+    )
+    write_profile(made, tmp_path / "copy.yaml")
+    assert read_profile(tmp_path / "copy.yaml") == made
 
 
 @pytest.mark.parametrize("name", built_in_profiles())
