@@ -240,9 +240,7 @@ BAD: Sequence[tuple[Any, dict[str, Any], str, str]] = (
     ({"prompt": [assistant("a")], "completion": "b"}, {}, "does not end with a message to", "no prompt"),
     (
         {"prompt": [user("x" * 99)], "completion": "b"},
-        {
-            "chat_template": "{% if messages[0].content | length > 50 %}{{ raise_exception('long') }}{% endif %}a"
-        },
+        {"chat_template": "{% if messages[0].content[50:] %}{{ raise_exception('long') }}{% endif %}a"},
         "refuses it: long",
         "refused by the chat template",
     ),

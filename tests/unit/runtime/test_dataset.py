@@ -137,6 +137,61 @@ def test_rows_held_out_are_never_trained_on(tmp_path: Path, tokenizer: TextToken
         whole.held_out(4)
 
 
+@pytest.mark.parametrize("changes", [{}, {"weights": (1.0, 0.5)}, {"holdout": 0.3}])
+def test_a_resumed_run_goes_on_across_the_end_of_an_epoch(
+    tmp_path: Path, tokenizer: TextTokenizer, changes: dict[str, Any]
+) -> None:
+    rows = prompts(17)
+    paths = (str(write(tmp_path / "a.jsonl", rows[:7])), str(write(tmp_path / "b.jsonl", rows[7:])))
+
+    def opened() -> Dataset:
+        data = DataSpec(paths, **changes)
+        return read_dataset(
+            data, tokenizer, want=Want.PROMPTS, sequences=4, max_prompt=16, max_response=8, seed=5
+        )
+
+    straight = opened()
+    batches = [straight.batch(i) for i in range(12)]
+    for first in range(12):  # epochs of 12 or 17 rows end within and between iterations
+        resumed = opened()
+        assert [resumed.batch(i) for i in range(first, 12)] == batches[first:]
+        assert resumed.row(first, 3) == batches[first].rows[3]
+
+
+def test_weights_say_how_often_an_epoch_goes_through_a_path(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = prompts(30)
+    paths = (str(write(tmp_path / "a.jsonl", rows[:10])), str(write(tmp_path / "b.jsonl", rows[10:])))
+    dataset = read_dataset(
+        DataSpec(paths, weights=(2.0, 0.25)),
+        tokenizer,
+        want=Want.PROMPTS,
+        sequences=25,
+        max_prompt=16,
+        max_response=8,
+        seed=5,
+    )
+    epochs = [[row["number"] for row in dataset.batch(i).rows] for i in range(4)]
+    assert len(dataset) == 25
+    for epoch in epochs:
+        assert sorted(n for n in epoch if n < 10) == sorted([*range(10), *range(10)])
+        assert len({n for n in epoch if n >= 10}) == 5
+    # a quarter of the second path an epoch, and in four all of it
+    assert {n for epoch in epochs for n in epoch if n >= 10} == set(range(10, 30))
+    assert max(epochs[0].index(n) for n in epochs[0] if n >= 10) > 5  # mixed, not one after the other
+
+
+def test_a_path_of_its_own_is_held_out(tmp_path: Path, tokenizer: TextTokenizer) -> None:
+    rows = prompts(12)
+    train, test = write(tmp_path / "a.jsonl", rows[:8]), write(tmp_path / "b.jsonl", rows[8:])
+    data = DataSpec((str(train),), holdout_paths=(str(test),))
+    dataset = read_dataset(
+        data, tokenizer, want=Want.PROMPTS, sequences=4, max_prompt=16, max_response=8, seed=5
+    )
+    assert {row["number"] for i in range(4) for row in dataset.batch(i).rows} == set(range(8))
+    assert {row["number"] for row in dataset.held_out(4).batch(0).rows} == set(range(8, 12))
+    assert "8 of 8 rows; columns prompt; 4 rows held out" in dataset.summary()
+
+
 # tokens -------------------------------------------------------------------------------------------
 
 
