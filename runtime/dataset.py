@@ -124,6 +124,11 @@ class Dataset:
         index = (iteration * self.sequences + position) // self.samples_per_prompt
         return row_at(self.examples.source.rows, self.order.row(index))
 
+    def where(self, iteration: int, position: int) -> str:
+        """File and line of that row."""
+        index = (iteration * self.sequences + position) // self.samples_per_prompt
+        return self.examples.source.rows.where(self.order.row(index))
+
     def summary(self) -> str:
         """One log line: which columns, and how much was read, left out and cut."""
         text = f"data: {self.counts}; columns {self.examples.columns}"

@@ -95,6 +95,7 @@ def text_samples(
                 response=response,
                 finished=ended or any(string in response for string in experiment.sampling.stop),
                 row=dataset.row(iteration, position),
+                where=dataset.where(iteration, position),
             )
         )
     return samples

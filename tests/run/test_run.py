@@ -164,7 +164,7 @@ def test_a_strategy_that_the_model_forbids(
 FAILURES: Mapping[str, tuple[str, str]] = {
     "a reward that is not a number": ("my_rewards:not_a_number", "expected a finite number"),
     "too few rewards": ("my_rewards:too_few", "one number for each"),
-    "a reward function that raises": ("my_rewards:raises", "ZeroDivisionError"),
+    "a reward function that raises, with the row": ("my_rewards:raises", "train.jsonl, line "),
 }
 
 
