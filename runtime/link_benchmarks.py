@@ -21,7 +21,9 @@ Action = Callable[[], object]
 SMALL_BYTES = 256
 _GAP_OPERATORS = 60
 """Small ones before each message of ranks on a host: some 60 microseconds."""
-_SAMPLES, _FEW = 100, 16
+_SAMPLES, _FEW, _FEWEST = 100, 16, 5
+_MOST_S = 4.0
+"""About as long are messages of one size sent."""
 _ROUND = 20
 """Samples between two barriers."""
 
@@ -57,12 +59,17 @@ class LinkClock:
         return self._typical(lambda: timed(action), samples)
 
     def _typical(self, sample: Callable[[], float], count: int) -> float:
+        """Of so many samples, or of the few that slow links have time for."""
+        dist.barrier()
+        sample()
+        slowest = torch.tensor([sample()], dtype=torch.float64, device=self.device)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # all ranks take as many
         found = []
-        for i in range(count + 2):
+        for i in range(max(_FEWEST, min(count, int(_MOST_S / slowest.item())))):
             if i % _ROUND == 0:
                 dist.barrier()
             found.append(sample())
-        return typical(found[2:])
+        return typical(found)
 
 
 def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:

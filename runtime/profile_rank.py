@@ -29,6 +29,7 @@ from runtime.host_memory import keep_freed_memory
 from runtime.link_benchmarks import SMALL_BYTES, LinkClock, collective_rows, message_costs
 from runtime.machine import device_name
 from runtime.nvml import find_gpus
+from runtime.stores import connect
 from runtime.transfer_benchmarks import transfer_costs
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -153,6 +154,24 @@ def _host_mark() -> int:
     return int.from_bytes(sha256(name.encode()).digest()[:7], "big")
 
 
+def _found_hosts(ranks: int, device: torch.device) -> Sequence[Sequence[int]]:
+    """The ranks of each host; every rank calls it."""
+    mine = torch.tensor([_host_mark()], dtype=torch.int64, device=device)
+    marks = torch.empty(ranks, dtype=torch.int64, device=device)
+    world = dist.group.WORLD
+    assert world is not None
+    all_gather(marks, mine, world)
+    return hosts_of(marks.tolist())
+
+
+def _meeting(store: str, wait: timedelta) -> dict[str, Any]:
+    """How the process group is told where its ranks meet: a file, or a store that node 0 keeps."""
+    if not store.startswith("tcp://"):
+        return {"init_method": store}
+    host, _, port = store.removeprefix("tcp://").rpartition(":")
+    return {"store": dist.PrefixStore("profile", connect(host, int(port), wait))}
+
+
 def _device(local_rank: int) -> torch.device:
     torch.set_num_threads(1)
     keep_freed_memory()
@@ -169,12 +188,7 @@ def measure_joined(quick: bool, then: Callable[[Mapping[str, Any]], None]) -> No
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_WAIT)
     try:
-        mine = torch.tensor([_host_mark()], dtype=torch.int64, device=device)
-        marks = torch.empty(ranks, dtype=torch.int64, device=device)
-        world = dist.group.WORLD
-        assert world is not None
-        all_gather(marks, mine, world)
-        result = measure(rank, hosts_of(marks.tolist()), quick, device)
+        result = measure(rank, _found_hosts(ranks, device), quick, device)
         if rank == 0:
             then(result)
         dist.barrier()
@@ -183,23 +197,29 @@ def measure_joined(quick: bool, then: Callable[[Mapping[str, Any]], None]) -> No
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """One rank of the measurement on this machine."""
+    """One rank of the measurement, on one node or several."""
     parser = argparse.ArgumentParser(prog="runtime.profile_rank")
     parser.add_argument("--rank", type=int, required=True)
     parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--local-rank", type=int, required=True)
     parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--timeout", type=float, required=True)
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
-    device = _device(options.rank)
+    device = _device(options.local_rank)
+    wait = timedelta(seconds=options.timeout)
+    hosts: Sequence[Sequence[int]] = [[0]]
     if options.ranks > 1:
         dist.init_process_group(
             "nccl" if device.type == "cuda" else "gloo",
-            init_method=f"file://{options.folder}/store",
             rank=options.rank,
             world_size=options.ranks,
-            timeout=timedelta(seconds=600),
+            timeout=wait,
+            **_meeting(options.store, wait),
         )
-    result = measure(options.rank, [list(range(options.ranks))], options.quick, device)
+        hosts = _found_hosts(options.ranks, device)
+    result = measure(options.rank, hosts, options.quick, device)
     if options.rank == 0:
         (options.folder / "measured.json").write_text(json.dumps(result), encoding="utf-8")
     if options.ranks > 1:

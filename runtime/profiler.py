@@ -13,19 +13,18 @@ import os
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from realloc.errors import InputError, RunError
 from realloc.files import dump_yaml, write_text
 from runtime.machine import device_name
 from runtime.profile_content import profile_content
+from runtime.profile_launch import last_line, run_ranks
 from runtime.profile_progress import Progress
 from runtime.profile_rank import fingerprint, measure_joined
 from runtime.table_profiler import TableSpec, wanted
@@ -39,10 +38,10 @@ _CPU_DTYPES, _GPU_DTYPES = ("float32",), ("bfloat16",)
 class ProfileOptions:
     """What `realloc profile` is asked for.
 
-    `ranks`: processes that measure links. `models` (folders or names of shapes) and `experiments`
-    (files): whose code is timed, in `dtypes` (empty: the device's usual one; experiments have their
-    own). `tp`: highest tensor-parallel degree of a shard (0: `ranks`, or 8 on GPUs). `timeout_s`
-    bounds the micro-benchmarks.
+    `ranks`: processes that measure links, on each node. `models` (folders or names of shapes) and
+    `experiments` (files): whose code is timed, in `dtypes` (empty: the device's usual one; experiments
+    have their own). `tp`: highest tensor-parallel degree of a shard (0: `ranks`, or 8 on GPUs). `timeout_s`
+    bounds the micro-benchmarks. This process is `node` of `nodes`, which meet at `endpoint`, of node 0.
     """
 
     ranks: int = 2
@@ -52,14 +51,17 @@ class ProfileOptions:
     dtypes: tuple[str, ...] = ()
     tp: int = 0
     timeout_s: float = 600.0
+    node: int = 0
+    nodes: int = 1
+    endpoint: tuple[str, int] = ("", 0)
 
 
 def run_profile(output: Path, options: ProfileOptions) -> bool:
     """Measures and writes the profile to `output`; returns whether this process wrote it.
 
     What was measured before an interruption is found again beside `output`, by the same command.
-    Under a launcher, rank 0 alone writes. Raises InputError for what cannot be measured, RunError
-    when a process fails.
+    Under a launcher, rank 0 alone writes; of several nodes, node 0. Raises InputError for what cannot be
+    measured, RunError when a process fails.
     """
     gpus = torch.cuda.device_count()
     if options.ranks < 1:
@@ -71,6 +73,10 @@ def run_profile(output: Path, options: ProfileOptions) -> bool:
     wanted(spec, gpu=gpus > 0)  # what cannot be read is said before the measuring begins
     if launched:
         return _run_launched(output, options, spec)
+    if options.node > 0:
+        with tempfile.TemporaryDirectory(prefix="realloc-profile-") as folder:
+            run_ranks(Path(folder), options)
+        return False
     with Progress() as progress:
         measured = _measured(output, options, progress)
         tables = _tables(spec, progress)
@@ -102,17 +108,18 @@ def _write(
 def _measured(output: Path, options: ProfileOptions, progress: Progress) -> Mapping[str, Any]:
     """What the micro-benchmarks measure, or measured before an interruption."""
     kept = _beside(output, "device")
-    mark = f"{fingerprint(options.quick)}, {options.ranks} ranks"
+    mark = f"{fingerprint(options.quick)}, {options.ranks} ranks, {options.nodes} nodes"
     try:
         content = json.loads(kept.read_text(encoding="utf-8"))
-        if content["fingerprint"] == mark:
+        if content["fingerprint"] == mark and options.nodes == 1:  # others would wait for this node
             found: Mapping[str, Any] = content["measured"]
             return found
     except (FileNotFoundError, ValueError, KeyError, TypeError):
         pass  # nothing that could be used
-    progress.say(f"device and links, {options.ranks} ranks")
+    where = f" on each of {options.nodes} nodes" if options.nodes > 1 else ""
+    progress.say(f"device and links, {options.ranks} ranks{where}")
     with tempfile.TemporaryDirectory(prefix="realloc-profile-") as folder:
-        _run_ranks(Path(folder), options.ranks, options.quick, options.timeout_s)
+        run_ranks(Path(folder), options)
         measured: Mapping[str, Any] = json.loads((Path(folder) / "measured.json").read_text(encoding="utf-8"))
     write_text(kept, json.dumps({"fingerprint": mark, "measured": measured}))
     return measured
@@ -148,7 +155,7 @@ def _tables(spec: TableSpec, progress: Progress) -> Mapping[str, Any] | None:
         try:
             failure = progress.follow(process)
             if process.wait():
-                raise RunError(f"realloc profile: {failure or _last_line(folder / 'log')}")
+                raise RunError(f"realloc profile: {failure or last_line(folder / 'log')}")
         finally:
             if process.poll() is None:
                 process.kill()
@@ -161,48 +168,6 @@ def _environment() -> Mapping[str, str]:
     """That of a process which measures alone, whatever launched this one."""
     kept = {key: value for key, value in os.environ.items() if key not in (*_LAUNCHED, "LOCAL_RANK")}
     return {**kept, "OMP_NUM_THREADS": "1"}
-
-
-def _run_ranks(folder: Path, ranks: int, quick: bool, timeout_s: float) -> None:
-    """Starts a process per rank and waits for all; the first to fail ends the others."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": _loopback()}
-    processes: list[subprocess.Popen[bytes]] = []
-    logs = [folder / f"rank-{rank}.log" for rank in range(ranks)]
-    try:
-        for rank in range(ranks):
-            command = [sys.executable, "-m", "runtime.profile_rank", "--rank", str(rank)]
-            command += ["--ranks", str(ranks), "--folder", str(folder)] + (["--quick"] if quick else [])
-            with logs[rank].open("wb") as log:
-                processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-        deadline = time.monotonic() + timeout_s
-        while any(process.poll() is None for process in processes):
-            for rank, process in enumerate(processes):
-                if process.poll() not in (None, 0):
-                    raise RunError(f"realloc profile: rank {rank} failed: {_last_line(logs[rank])}")
-            if time.monotonic() > deadline:
-                raise RunError(f"realloc profile: not done after {timeout_s:.0f} s; try --quick.")
-            time.sleep(0.05)
-        for rank, process in enumerate(processes):
-            if process.returncode:
-                raise RunError(f"realloc profile: rank {rank} failed: {_last_line(logs[rank])}")
-    finally:
-        for process in processes:
-            if process.poll() is None:
-                process.kill()
-            process.wait()
-
-
-def _loopback() -> str:
-    """The name of the loopback device, which alone the ranks talk over."""
-    for name, addresses in psutil.net_if_addrs().items():
-        if any(address.address == "127.0.0.1" for address in addresses):
-            return name
-    return "lo"
-
-
-def _last_line(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
-    return lines[-1] if lines else "it said nothing"
 
 
 def found_device() -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from realloc.cli.values import Commands, check_output, positive
+from realloc.cli.values import Commands, check_output, count, endpoint, positive
+from realloc.errors import InputError
 
 
 def add(commands: Commands) -> None:
@@ -13,8 +14,9 @@ def add(commands: Commands) -> None:
         "profile",
         help="measure this machine and write its hardware profile",
         description="Measures the device, its links and, for the models given, the runtime's own code. "
-        "Under torchrun or srun every rank runs the same command and rank 0 writes. After an "
-        "interruption the same command goes on.",
+        "On several nodes, start the same command on each, with its --node-rank; node 0 writes. Under "
+        "torchrun or srun every rank runs the same command and rank 0 writes. After an interruption the "
+        "same command goes on.",
         allow_abbrev=False,
     )
     profile.add_argument(
@@ -55,14 +57,30 @@ def add(commands: Commands) -> None:
         help="time tensor-parallel shards up to this degree (default: --ranks, 8 on GPUs)",
     )
     profile.add_argument(
-        "--ranks", type=positive, default=2, metavar="N", help="processes that measure links (default: 2)"
+        "--ranks",
+        type=positive,
+        default=2,
+        metavar="N",
+        help="processes that measure links, on each node (default: 2)",
     )
     profile.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
+    nodes = profile.add_argument_group("several nodes: the same command on each, with its --node-rank")
+    nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
+    nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
+    nodes.add_argument("--rdzv-endpoint", type=endpoint, metavar="HOST:PORT", help="where node 0 is reached")
     profile.set_defaults(command=_profile)
 
 
 def _profile(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
+    if arguments.node_rank >= arguments.nnodes:
+        raise InputError(
+            f"--node-rank {arguments.node_rank}: nodes are numbered 0 to {arguments.nnodes - 1} (--nnodes)."
+        )
+    if arguments.nnodes > 1 and arguments.rdzv_endpoint is None:
+        raise InputError(
+            "--nnodes: give --rdzv-endpoint HOST:PORT, a free port of node 0, the same everywhere."
+        )
     from runtime.profiler import ProfileOptions, run_profile
 
     options = ProfileOptions(
@@ -72,9 +90,14 @@ def _profile(arguments: argparse.Namespace) -> int:
         experiments=tuple(str(path) for path in arguments.experiment),
         dtypes=tuple(dict.fromkeys(arguments.dtype)),
         tp=arguments.tp,
+        node=arguments.node_rank,
+        nodes=arguments.nnodes,
+        endpoint=arguments.rdzv_endpoint or ("", 0),
     )
     if run_profile(arguments.output, options):
         print(
             f"Wrote {arguments.output}; plan with it: realloc search EXPERIMENT --device {arguments.output}"
         )
+    elif arguments.nnodes > 1:
+        print(f"Measured; node 0 writes {arguments.output}.")
     return 0
