@@ -84,7 +84,10 @@ class Presence:
         return self._is_broken or self._store_silent.look(self._turns) > self._lost_s
 
     def stop(self) -> None:
+        """Ends the thread, unless a cut link holds it: one that a question's answer finds while the
+        interpreter ends takes the process down with it."""
         self._stop.set()
+        self._thread.join(self._lost_s)
 
     def _run(self) -> None:
         try:
