@@ -27,7 +27,7 @@ from runtime.writers import open_writers
 POLL_S = 0.05
 
 
-SHOWN_CHARACTERS = 300
+SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 300
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ class Monitor:
         if not self._headlines:
             return "no metrics were reported"
         text = f"first iteration: {self._headlines[0]}\nlast iteration:  {self._headlines[-1]}"
-        return "\n".join([text, *map(_shown, self._last_samples)])
+        return "\n".join([text, *map(_shown, self._last_samples[:SHOWN_SAMPLES])])
 
     def _watch(self) -> None:
         started = time.monotonic()

@@ -1,0 +1,60 @@
+"""Learning curves as one SVG file: reward and divergence over the iterations, a line for each seed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import floor, log10
+from statistics import fmean
+
+from planner.page.svg import Drawing
+
+WIDTH, HEIGHT, CHART = 900.0, 300.0, 380.0
+LEFT, TOP, FOOT = 56.0, 40.0, 250.0
+_STYLE = (
+    "text{font-family:system-ui,sans-serif;fill:#1b1f24}.grid{stroke:#d5d9de}.seed{fill:none;stroke:#8ab8d8;"
+    "stroke-width:1}.mean{fill:none;stroke:#0072B2;stroke-width:2.5}.faint{fill:#5b6470}"
+    ".strong{font-weight:600}rect.paper{fill:#fff}"
+)
+Curves = Sequence[Sequence[float]]
+
+
+def learning_plot(title: str, charts: Sequence[tuple[str, Curves]]) -> str:
+    """The text of the SVG file: up to two charts, each a name and a curve for each seed."""
+    drawing = Drawing(HEIGHT, title, WIDTH)
+    drawing.rect(0, 0, WIDTH, HEIGHT, css="paper")
+    for index, (name, curves) in enumerate(charts):
+        _chart(drawing, index * WIDTH / 2, f"{title}: {name}", curves)
+    head, _, rest = drawing.markup().partition(">")
+    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'
+
+
+def _chart(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
+    drawing.text(left + LEFT, 22, title, css="strong", size=13)
+    x0, wide = left + LEFT, CHART - LEFT
+    count = min(map(len, curves))
+    values = [value for curve in curves for value in curve]
+    low, high = min(values), max(*values, min(values) + 1e-6)
+    step = _step(high - low)
+    low, high = floor(low / step) * step, -floor(-high / step) * step
+
+    def at(iteration: int, value: float) -> tuple[float, float]:
+        x = x0 + wide * iteration / max(1, count - 1)
+        return x, FOOT - (value - low) / (high - low) * (FOOT - TOP)
+
+    for index in range(round((high - low) / step) + 1):
+        value = low + index * step
+        y = at(0, value)[1]
+        drawing.line(x0, y, x0 + wide, y, "grid")
+        drawing.text(x0 - 6, y + 4, f"{round(value, 6):g}", anchor="end", size=11)
+    for iteration in range(0, count, max(1, -(-count // 60) * 10)):
+        drawing.text(at(iteration, low)[0], FOOT + 16, str(iteration + 1), anchor="middle", size=11)
+    drawing.text(x0 + wide / 2, FOOT + 34, "iteration", anchor="middle", size=11, css="faint")
+    for curve in curves:
+        drawing.polyline([at(i, curve[i]) for i in range(count)], "seed")
+    drawing.polyline([at(i, fmean(curve[i] for curve in curves)) for i in range(count)], "mean")
+
+
+def _step(span: float) -> float:
+    """A round distance of which about five make the span."""
+    power = 10.0 ** floor(log10(span / 5))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= span / 5 * (1 - 1e-9))
