@@ -223,7 +223,7 @@ class Ours:
                 raise AssertionError("the plan's seed was not replaced")
         out = self._folder / "out"
         options = ("--out", str(out), "--overwrite", *(() if saves else ("--save-every", "0")))
-        realloc_command(self._folder, "run", str(plan), *options)
+        realloc_command(self._folder, "run", str(plan), "--trust", *options)
         ends: dict[int, float] = {}
         for record in read_trace(self.trace).records:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)

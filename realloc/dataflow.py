@@ -6,7 +6,8 @@ calls train a role that others use.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -16,6 +17,8 @@ import networkx as nx
 from realloc.errors import InputError
 from realloc.files import nearest
 from realloc.rewards import RewardSource, function_source
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
 
 
 class CallKind(StrEnum):
@@ -184,10 +187,7 @@ class DataflowGraph:
         Raises InputError: a cycle within an iteration, two producers of a key, a key that nobody
         writes, a call that lacks what its kind needs, two train_steps of one role.
         """
-        names = [call.name for call in self.calls]
-        for name in names:
-            if names.count(name) > 1:
-                raise InputError(f"dataflow graph: two calls are named '{name}'.")
+        _check_names([call.name for call in self.calls], self.roles)
         writers: dict[str, str] = dict.fromkeys(self.source_keys, "the data set")
         for call in self.calls:
             for key in call.writes:
@@ -223,6 +223,17 @@ class DataflowGraph:
             return
         path = " -> ".join([cycle[0][0], *(edge[1] for edge in cycle)])
         raise InputError(f"dataflow graph: a cycle within one iteration: {path}.")
+
+
+def _check_names(calls: Sequence[str], roles: Sequence[str]) -> None:
+    for name in calls:
+        if calls.count(name) > 1:
+            raise InputError(f"dataflow graph: two calls are named '{name}'.")
+    for name in (*calls, *roles):
+        if not _NAME.fullmatch(name):  # they become names of nodes, which have colons, and of folders
+            raise InputError(
+                f"dataflow graph: '{name:.60}' is no name of a call or role: letters, digits, _, . and -."
+            )
 
 
 def _check_call(call: Call) -> None:

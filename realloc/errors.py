@@ -4,7 +4,6 @@ Every message says what is wrong, where, the numbers, and what to change. The CL
 message alone and exits with `exit_code`.
 """
 
-
 MAX_MESSAGE = 6000
 """Characters that a person may be shown: a message may quote what a damaged file says."""
 

@@ -20,6 +20,7 @@ from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 from realloc.rewards import RewardSource, parse_rewards, rewards_content
 from realloc.text_lengths import TextLengths
+from realloc.trust import check_algorithm
 
 
 @dataclass(frozen=True)
@@ -163,9 +164,13 @@ def read_experiment(path: str | Path) -> Experiment:
     return parse_experiment(read_file(path, "experiment"), Path(path).resolve().parent)
 
 
-def parse_experiment(reader: Reader, folder: Path) -> Experiment:
-    """Reads an experiment from a mapping and checks it against its algorithm's graph."""
+def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Experiment:
+    """Reads an experiment from a mapping and checks it against its algorithm's graph.
+
+    `trust`: an algorithm of the user's own may be imported (`realloc.trust`).
+    """
     algorithm = reader.get("algorithm", str)
+    check_algorithm(algorithm, reader.at("algorithm"), trust=trust)
     models_reader = reader.child("models")
     models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
     data_reader = reader.optional_child("data")

@@ -108,11 +108,14 @@ class ExecutionPlan:
             self.augmented.check_order(self.order, where)
 
 
-def read_plan(path: str | Path) -> ExecutionPlan:
-    """Reads and checks a `plan/1` file. Raises InputError or PlanError."""
+def read_plan(path: str | Path, *, trust: bool = False) -> ExecutionPlan:
+    """Reads and checks a `plan/1` file. Raises InputError or PlanError.
+
+    An algorithm that does not come with realloc is code, and imported only with `trust`.
+    """
     reader = read_file(path, "plan")
     folder = Path(path).resolve().parent
-    experiment = parse_experiment(reader.child("experiment"), folder)
+    experiment = parse_experiment(reader.child("experiment"), folder, trust=trust)
     cluster = parse_cluster(reader.child("cluster"), folder)
     placements_reader = reader.child("placements")
     placements = {}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from realloc.errors import InputError
 from realloc.experiment import Experiment
+from realloc.trust import check_functions
 from runtime.doctor_report import FAILURE, OK, DoctorRequest, Finding, guarded
 from runtime.functions import FunctionTable
 from runtime.hf import Checkpoint
@@ -126,6 +127,7 @@ def _functions(request: DoctorRequest) -> list[Finding]:
     assert request.plan is not None
     names = sorted({call.function for call in request.plan.graph.calls if call.function is not None})
     try:
+        check_functions(request.plan.graph, "plan", trust=request.trust)
         FunctionTable(request.plan.experiment.resolve_algorithm().functions).check(request.plan.graph)
     except InputError as error:
         advice = "run from the folder of the module, or install it on every node"

@@ -23,6 +23,7 @@ from realloc.errors import InputError, RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from realloc.trace import Trace
+from realloc.trust import check_functions
 from runtime.agent import Ended, run_agent
 from runtime.checkpoint import SaveOptions
 from runtime.checkpoint_files import checkpoints_folder, choose, iteration_of, remove_partial
@@ -39,6 +40,7 @@ from runtime.program import Program, compile_program
 from runtime.restarts import Restarts
 from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, reserve_errors, rewind_folder, run_lock
+from runtime.stores import listen
 from runtime.supported import check_cluster, check_runs
 from runtime.tracing import CHECKPOINT, merge_traces
 from runtime.verdict import Failure, continuation, failure_of, read_errors
@@ -52,7 +54,7 @@ LOOPBACK = "127.0.0.1"
 class RunOptions:
     """`limits`: when a rank is lost. `max_restarts`: how often the run then goes on from its last checkpoint.
 
-    `pin`: a core for each rank.
+    `pin`: a core for each rank. `trust`: code that the plan names and that is not realloc's own may run.
     """
 
     iterations: int | None = None
@@ -61,6 +63,7 @@ class RunOptions:
     max_restarts: int = 3
     saving: SaveOptions = field(default_factory=SaveOptions)
     pin: bool = False
+    trust: bool = False
     watching: Watching = field(default_factory=Watching)
 
 
@@ -71,9 +74,9 @@ def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace:
     trained models as Hugging Face folders. Raises InputError before anything starts, RunError when a
     rank fails.
     """
-    plan = _with_iterations(read_plan(plan_path), options.iterations)
+    plan = _with_iterations(read_plan(plan_path, trust=options.trust), options.iterations)
     program = compile_program(plan)
-    _check_runnable(plan)
+    _check_runnable(plan, trust=options.trust)
     if options.pin:
         check_pinnable(plan.cluster.num_gpus)
     prepare_folder(out, overwrite=options.overwrite)
@@ -90,12 +93,12 @@ def resume_run(out: Path, plan_path: Path | None, checkpoint: str | None, option
     """
     chosen, manifest = choose(out, checkpoint)
     path = plan_path if plan_path is not None else out / "plan.yaml"
-    plan = _with_iterations(read_plan(path), options.iterations)
+    plan = _with_iterations(read_plan(path, trust=options.trust), options.iterations)
     if plan.experiment.training_backend == DEEPSPEED:
         raise InputError(f"{path}: experiment: training_backend: {NO_RESUME}")
     check_resumable(chosen, manifest, plan)
     program = compile_program(plan)
-    _check_runnable(plan)
+    _check_runnable(plan, trust=options.trust)
     if options.pin:
         check_pinnable(plan.cluster.num_gpus)
     differing = changes(manifest, plan)
@@ -111,7 +114,7 @@ def _execute(
     plan: ExecutionPlan, program: Program, out: Path, options: RunOptions, checkpoint: Path | None
 ) -> Trace:
     write_text(out / "plan.yaml", plan_text(plan))
-    store = dist.TCPStore(LOOPBACK, 0, is_master=True, wait_for_workers=False)
+    store = listen(LOOPBACK, 0, timedelta(seconds=60))
     if not torch.cuda.is_available():
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     # DeepSpeed's engine keeps its own state, which no checkpoint of ours has
@@ -216,8 +219,9 @@ def _with_iterations(plan: ExecutionPlan, iterations: int | None) -> ExecutionPl
     return replace(plan, experiment=replace(plan.experiment, iterations=iterations))
 
 
-def _check_runnable(plan: ExecutionPlan) -> None:
+def _check_runnable(plan: ExecutionPlan, *, trust: bool) -> None:
     """What the ranks would stumble over, found before they start."""
+    check_functions(plan.graph, "plan", trust=trust)
     experiment = plan.experiment
     check_cluster(plan.cluster, find_gpus() if torch.cuda.is_available() else None)
     for role, spec in experiment.models.items():

@@ -36,7 +36,8 @@ def _converted(folder: Path) -> Tokenizer:
     try:
         from transformers import AutoTokenizer
 
-        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
+        # code of the folder's own would run with the user's rights; None would ask on a terminal
+        loaded = AutoTokenizer.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
         backend: Tokenizer = loaded.backend_tokenizer
     except (ImportError, OSError, ValueError, AttributeError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

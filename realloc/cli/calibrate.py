@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from realloc.cli.diff import read_run
-from realloc.cli.values import Commands, check_output
+from realloc.cli.values import Commands, add_trust, check_output
 from realloc.errors import InputError
 
 
@@ -27,6 +27,7 @@ def add(commands: Commands) -> None:
     calibrate.add_argument(
         "--device", metavar="NAME", help="the profile to improve (default: the one of the run's plan)"
     )
+    add_trust(calibrate)
     calibrate.set_defaults(command=_calibrate)
 
 
@@ -40,7 +41,7 @@ def _calibrate(arguments: argparse.Namespace) -> int:
     if not (run / "plan.yaml").exists():
         raise InputError(f"{run}: is no run's folder: it has no plan.yaml.")
     check_output(arguments.output)
-    plan = read_plan(run / "plan.yaml")
+    plan = read_plan(run / "plan.yaml", trust=arguments.trust)
     trace = read_run(run)
     result = calibrate(
         plan,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realloc.cli.values import Commands
+from realloc.cli.values import Commands, add_trust
 from realloc.errors import ReallocError
 
 if TYPE_CHECKING:
@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
         type=Path,
         help="an experiment, a cluster, a plan, a hardware profile or a trace",
     )
+    add_trust(check)
     check.set_defaults(command=_check)
 
 
@@ -31,14 +32,14 @@ def _check(arguments: argparse.Namespace) -> int:
     code = 0
     for path in arguments.files:
         try:
-            print(f"{path}: {_summary(path)}")
+            print(f"{path}: {_summary(path, trust=arguments.trust)}")
         except ReallocError as error:
             print(f"realloc: error: {error}", file=sys.stderr)
             code = error.exit_code
     return code
 
 
-def _summary(path: Path) -> str:
+def _summary(path: Path, *, trust: bool) -> str:
     """One line about a file that was read and found right. Raises InputError."""
     from realloc.files import kind_of
 
@@ -46,7 +47,7 @@ def _summary(path: Path) -> str:
     summaries: Mapping[str, Callable[[Path], str]] = {
         "experiment": _experiment_summary,
         "cluster": _cluster_summary,
-        "plan": _plan_summary,
+        "plan": lambda path: _plan_summary(path, trust=trust),
         "profile": _profile_summary,
         "trace": _trace_summary,
     }
@@ -76,10 +77,10 @@ def _cluster_summary(path: Path) -> str:
     return f"{cluster}, {_plural(cluster.num_gpus, 'GPU')}"
 
 
-def _plan_summary(path: Path) -> str:
+def _plan_summary(path: Path, *, trust: bool) -> str:
     from realloc.plan import read_plan
 
-    plan = read_plan(path)
+    plan = read_plan(path, trust=trust)
     text = f"{_about(plan.experiment)}; on {plan.cluster}"
     if plan.predictions is not None:
         text += f"; {plan.predictions.iteration_s:.4g} s an iteration predicted"

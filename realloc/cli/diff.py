@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realloc.cli.values import Commands, check_output
+from realloc.cli.values import Commands, add_trust, check_output
 from realloc.errors import InputError
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def add(commands: Commands) -> None:
         "--trace", metavar="FILE", type=Path, help="write both timelines as JSON for ui.perfetto.dev"
     )
     diff.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_trust(diff)
     diff.set_defaults(command=_diff)
 
 
@@ -44,8 +45,8 @@ def _diff(arguments: argparse.Namespace) -> int:
 
     if arguments.trace is not None:
         check_output(arguments.trace, arguments.plan)
-    plan = read_plan(arguments.plan)
-    trace = read_run(arguments.run, plan)
+    plan = read_plan(arguments.plan, trust=arguments.trust)
+    trace = read_run(arguments.run, plan, trust=arguments.trust)
     if plan.predictions is None or arguments.device is not None:
         from planner.predict import predict
 
@@ -73,7 +74,7 @@ def _write_timelines(path: Path, plan: ExecutionPlan, trace: Trace) -> None:
     write_text(path, chrome_trace(timelines))
 
 
-def read_run(run: Path, plan: ExecutionPlan | None = None) -> Trace:
+def read_run(run: Path, plan: ExecutionPlan | None = None, *, trust: bool = False) -> Trace:
     """The trace of a run's folder, or of a trace file. Raises InputError when it is not of the plan."""
     from realloc.plan import read_plan
     from realloc.trace import read_trace
@@ -86,7 +87,7 @@ def read_run(run: Path, plan: ExecutionPlan | None = None) -> Trace:
             f"trace file."
         )
     if plan is not None and (run / "plan.yaml").exists():
-        ran = read_plan(run / "plan.yaml")
+        ran = read_plan(run / "plan.yaml", trust=trust)
         for name, placement in plan.placements.items():
             if name in ran.placements and ran.placements[name] != placement:
                 raise InputError(

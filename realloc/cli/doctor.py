@@ -9,7 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realloc.cli.values import Commands, count, endpoint, positive, seconds
+from realloc.cli.values import Commands, add_trust, count, endpoint, positive, seconds
 from realloc.errors import InputError
 
 if TYPE_CHECKING:
@@ -54,6 +54,7 @@ def add(commands: Commands) -> None:
         metavar="S",
         help="how long to wait for others (default: 30 s)",
     )
+    add_trust(doctor)
     doctor.set_defaults(command=_doctor)
 
 
@@ -77,7 +78,7 @@ def _request(arguments: argparse.Namespace) -> DoctorRequest:
     """Raises InputError for options that contradict each other or the plan."""
     from realloc.plan import read_plan
 
-    plan = None if arguments.plan is None else read_plan(arguments.plan)
+    plan = None if arguments.plan is None else read_plan(arguments.plan, trust=arguments.trust)
     if arguments.node_rank >= arguments.nnodes:
         raise InputError(
             f"--node-rank {arguments.node_rank}: nodes are numbered 0 to {arguments.nnodes - 1} (--nnodes)."
@@ -106,6 +107,7 @@ def _request(arguments: argparse.Namespace) -> DoctorRequest:
         endpoint=arguments.rdzv_endpoint or ("127.0.0.1", 0),
         ranks=0 if arguments.no_links else ranks,
         thorough=arguments.thorough,
+        trust=arguments.trust,
         timeout_s=arguments.timeout,
     )
     return request if plan is None else _with_profile(request, plan)

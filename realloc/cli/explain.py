@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from realloc.cli.values import Commands, seconds
+from realloc.cli.values import Commands, add_trust, seconds
 
 
 def add(commands: Commands) -> None:
@@ -25,6 +25,7 @@ def add(commands: Commands) -> None:
         help="look for other placements for this many seconds at most (default: 10)",
     )
     explain.add_argument("--json", action="store_true", help="print the result as JSON instead of text")
+    add_trust(explain)
     explain.set_defaults(command=_explain)
 
 
@@ -33,6 +34,6 @@ def _explain(arguments: argparse.Namespace) -> int:
     from planner.explain_text import explanation_json, explanation_text
     from realloc.plan import read_plan
 
-    found = explain(read_plan(arguments.plan), arguments.time_limit)
+    found = explain(read_plan(arguments.plan, trust=arguments.trust), arguments.time_limit)
     print(explanation_json(found) if arguments.json else explanation_text(found))
     return 0

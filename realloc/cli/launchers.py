@@ -47,7 +47,7 @@ def launch(arguments: argparse.Namespace, given: Sequence[str], plan_path: Path,
 
     Raises InputError for a plan that cannot be read, and what the launchers raise.
     """
-    plan = read_plan(plan_path)
+    plan = read_plan(plan_path, trust=arguments.trust)
     _, for_nodes = launcher_options().parse_known_args(given)
     if arguments.resume is None and arguments.out is None:
         for_nodes += ["--out", str(out)]

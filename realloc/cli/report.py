@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from realloc.cli.values import Commands, check_output, seconds
+from realloc.cli.values import Commands, add_trust, check_output, seconds
 
 
 def add(commands: Commands) -> None:
@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
         metavar="S",
         help="look for other placements for this many seconds at most (default: 10)",
     )
+    add_trust(report)
     report.set_defaults(command=_report)
 
 
@@ -41,7 +42,7 @@ def _report(arguments: argparse.Namespace) -> int:
 
     output: Path = arguments.output
     check_output(output, arguments.plan)
-    plan = read_plan(arguments.plan)
+    plan = read_plan(arguments.plan, trust=arguments.trust)
     trace = None
     if arguments.run is not None:
         run: Path = arguments.run

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from realloc.cli.launchers import LOCAL, check_launcher, launch, launcher_options
-from realloc.cli.values import Commands, count, positive, seconds
+from realloc.cli.values import Commands, add_trust, count, positive, seconds
 from realloc.errors import InputError, ReallocError
 
 
@@ -100,6 +100,7 @@ def add(commands: Commands) -> None:
         metavar="NAME",
         help="with --resume: this checkpoint, such as iteration-20; later ones are deleted",
     )
+    add_trust(run)
     run.set_defaults(command=_run)
 
 
@@ -122,11 +123,12 @@ def _run(arguments: argparse.Namespace) -> int:
         max_restarts=arguments.max_restarts,
         saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
         pin=arguments.pin,
+        trust=arguments.trust,
         watching=Watching(tuple(arguments.loggers), arguments.samples),
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
     if plan is not None:
-        _warn_of_other_device(plan)
+        _warn_of_other_device(plan, trust=arguments.trust)
     if arguments.resume is not None:
         resume_run(arguments.resume, plan, arguments.checkpoint, options)
     elif plan is not None:
@@ -151,7 +153,7 @@ def default_out(plan: Path) -> Path:
     return Path("out") / plan.stem
 
 
-def _warn_of_other_device(path: Path) -> None:
+def _warn_of_other_device(path: Path, *, trust: bool) -> None:
     """Says so where the plan's costs were measured elsewhere. A profile that is gone says nothing."""
     from cost_models.profile import load_profile
     from realloc.plan import read_plan
@@ -159,7 +161,7 @@ def _warn_of_other_device(path: Path) -> None:
     from runtime.supported import other_device
 
     try:
-        profile = load_profile(read_plan(path).cluster.device)
+        profile = load_profile(read_plan(path, trust=trust).cluster.device)
     except ReallocError:
         return  # the run itself says what is wrong with the plan; it needs no profile
     if profile.provenance.source == "measured":

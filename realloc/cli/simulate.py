@@ -6,7 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
-from realloc.cli.values import Commands, check_output
+from realloc.cli.values import Commands, add_trust, check_output
 
 
 def add(commands: Commands) -> None:
@@ -22,6 +22,7 @@ def add(commands: Commands) -> None:
         "--trace", metavar="FILE", type=Path, help="write the timeline as JSON for ui.perfetto.dev"
     )
     simulate.add_argument("--json", action="store_true", help="print JSON instead of text")
+    add_trust(simulate)
     simulate.set_defaults(command=_simulate)
 
 
@@ -34,7 +35,7 @@ def _simulate(arguments: argparse.Namespace) -> int:
 
     if arguments.trace is not None:
         check_output(arguments.trace, arguments.plan)
-    assessment = assess(read_plan(arguments.plan), arguments.device)
+    assessment = assess(read_plan(arguments.plan, trust=arguments.trust), arguments.device)
     if arguments.trace is not None:
         write_text(arguments.trace, chrome_trace({"predicted": tuple(predicted_spans(assessment))}))
     if arguments.json:

@@ -40,6 +40,15 @@ def positive(text: str) -> int:
     return value
 
 
+def add_trust(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that reads a plan."""
+    parser.add_argument(
+        "--trust",
+        action="store_true",
+        help="let code that the plan names and that does not come with realloc run: rewards, an algorithm",
+    )
+
+
 def endpoint(text: str) -> tuple[str, int]:
     """HOST:PORT, an IPv6 address in brackets."""
     host, colon, port = text.rpartition(":")

@@ -65,6 +65,8 @@ class Workplace:
     def start(self, *arguments: str) -> subprocess.Popen[str]:
         environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
         command = [sys.executable, "-m", "realloc", *arguments]
+        if arguments[0] == "run":
+            command.append("--trust")  # the rewards of this folder
         return subprocess.Popen(
             command,
             cwd=self.folder,
