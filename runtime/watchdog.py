@@ -112,7 +112,7 @@ def judge(ranks: Sequence[Watched], program: Program, limits: Limits) -> Finding
             return Finding(
                 FROZEN, w.rank, w.beat, f"is frozen: none of its threads ran for {w.silent_s:.1f} s"
             )
-    return _hung(at_work, program, limits)
+    return _hung(at_work, len(ranks) == program.world_size, program, limits)
 
 
 def _is_frozen(w: Watched, limits: Limits) -> bool:
@@ -124,10 +124,12 @@ def _is_frozen(w: Watched, limits: Limits) -> bool:
     )
 
 
-def _hung(at_work: Sequence[Watched], program: Program, limits: Limits) -> Finding | None:
+def _hung(
+    at_work: Sequence[Watched], are_all: bool, program: Program, limits: Limits
+) -> Finding | None:
     """A rank that is in its instruction for too long and does not wait there for others.
 
-    Where all ranks wait for each other (a message was lost), the one that is furthest behind.
+    Where all ranks of the run wait for each other (a message was lost), the one that is furthest behind.
     """
 
     def deadline_s(w: Watched) -> float:
@@ -138,7 +140,7 @@ def _hung(at_work: Sequence[Watched], program: Program, limits: Limits) -> Findi
         key=lambda w: (w.beat.iteration, w.beat.index),
     )
     stuck = [w for w in late if not w.beat.waits]
-    all_wait = all(w.beat.waits and w.same_s > limits.hang_floor_s for w in at_work)
+    all_wait = are_all and all(w.beat.waits and w.same_s > limits.hang_floor_s for w in at_work)
     if not stuck and not (late and all_wait):
         return None
     first = (stuck or late)[0]
