@@ -216,15 +216,18 @@ def _write_rows(path: Path, rows: Sequence[Mapping[str, str]]) -> None:
     write_text(path, "".join(json.dumps(row) + "\n" for row in rows))
 
 
-def write_tokenizer(folder: Path) -> None:
-    """Writes a word-level tokenizer as Hugging Face files. It puts <bos> before every text."""
+def write_tokenizer(folder: Path, words: Sequence[str] | None = None) -> None:
+    """Writes a word-level tokenizer as Hugging Face files. It puts <bos> before every text.
+
+    `words`: the tokens by id, `SPECIAL_TOKENS` first; None: those of the toy language.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import WhitespaceSplit
     from tokenizers.processors import TemplateProcessing
 
     pad, bos, eos, unk = SPECIAL_TOKENS
-    ids = {word: i for i, word in enumerate(vocabulary())}
+    ids = {word: i for i, word in enumerate(words or vocabulary())}
     tokenizer = Tokenizer(WordLevel(ids, unk_token=unk))
     tokenizer.pre_tokenizer = WhitespaceSplit()
     tokenizer.post_processor = TemplateProcessing(
@@ -244,8 +247,8 @@ def write_tokenizer(folder: Path) -> None:
     write_text(folder / "tokenizer_config.json", json.dumps(settings, indent=1) + "\n")
 
 
-def model_config() -> Mapping[str, Any]:
-    """A Llama of about 260,000 parameters over this vocabulary (rounded up to a multiple of 8)."""
+def model_config(words: int | None = None) -> Mapping[str, Any]:
+    """A Llama of about 260,000 parameters over so many words (rounded up to a multiple of 8)."""
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -255,7 +258,7 @@ def model_config() -> Mapping[str, Any]:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
-        "vocab_size": -(-len(vocabulary()) // 8) * 8,
+        "vocab_size": -(-(words or len(vocabulary())) // 8) * 8,
         "max_position_embeddings": CONTEXT,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,
@@ -270,12 +273,15 @@ def model_config() -> Mapping[str, Any]:
     }
 
 
-def write_tiny_model(folder: Path, seed: int) -> None:
-    """Writes `config.json` and `model.safetensors` with random weights: normal, deviation 0.05; norms 1."""
+def write_tiny_model(folder: Path, seed: int, words: int | None = None) -> None:
+    """Writes `config.json` and `model.safetensors` with random weights: normal, deviation 0.05; norms 1.
+
+    `words`: how many the vocabulary has; None: that of the toy language.
+    """
     import numpy as np
     from safetensors.numpy import save_file
 
-    config = model_config()
+    config = model_config(words)
     hidden, ffn, dim = config["hidden_size"], config["intermediate_size"], config["head_dim"]
     query, key = config["num_attention_heads"] * dim, config["num_key_value_heads"] * dim
     shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config["vocab_size"], hidden)}
