@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,14 +37,18 @@ class TextTokenizer:
         """Token ids of each text; with `special_tokens`, also the BOS and such that the tokenizer adds."""
         for start in range(0, len(texts), _CHUNK):  # an encoding holds far more than its ids
             chunk = list(texts[start : start + _CHUNK])
-            for encoding in self.backend.encode_batch_fast(chunk, add_special_tokens=special_tokens):
+            with _damage_told(self.folder):
+                encodings = self.backend.encode_batch_fast(chunk, add_special_tokens=special_tokens)
+            for encoding in encodings:
                 yield encoding.ids
 
     def places(
         self, texts: Sequence[str], *, special_tokens: bool
     ) -> Iterator[tuple[list[int], Sequence[tuple[int, int]]]]:
         """As `encode`, and for each token the characters from-to that it stands for."""
-        for encoding in self.backend.encode_batch(list(texts), add_special_tokens=special_tokens):
+        with _damage_told(self.folder):
+            encodings = self.backend.encode_batch(list(texts), add_special_tokens=special_tokens)
+        for encoding in encodings:
             yield encoding.ids, encoding.offsets
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -54,6 +59,22 @@ class TextTokenizer:
     def stream(self) -> TextStream:
         """A new text, to be decoded token by token."""
         return TextStream(self.backend)
+
+
+@contextmanager
+def _damage_told(folder: str) -> Iterator[None]:
+    """Raises InputError where the library fails on a tokenizer that it has read, but that makes no sense.
+
+    It raises plain exceptions then, or ends as Rust programs do, which is no Exception and has no public name.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error) is not Exception and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(
+            f"{folder}: the tokenizer fails on a text: {error}; its tokenizer.json is damaged, copy it again."
+        ) from None
 
 
 class TextStream:

@@ -10,9 +10,12 @@ import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from realloc.errors import InputError, ReallocError
-from realloc.plan import ExecutionPlan, read_plan
+
+if TYPE_CHECKING:
+    from realloc.plan import ExecutionPlan
 
 LOCAL, SLURM, RAY = "local", "slurm", "ray"
 
@@ -47,6 +50,8 @@ def launch(arguments: argparse.Namespace, given: Sequence[str], plan_path: Path,
 
     Raises InputError for a plan that cannot be read, and what the launchers raise.
     """
+    from realloc.plan import read_plan  # here, so that help comes at once
+
     plan = read_plan(plan_path, trust=arguments.trust)
     _, for_nodes = launcher_options().parse_known_args(given)
     if arguments.resume is None and arguments.out is None:

@@ -203,7 +203,6 @@ class Watch:
         "os.exec",
         "os.posix_spawn",
         "socket.connect",
-        "pickle.find_class",
     )
 
     def __init__(self) -> None:
