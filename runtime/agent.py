@@ -42,17 +42,13 @@ Stop = Callable[[], str | None]
 class Ended:
     """How this machine's ranks have ended. All fields are empty when all is well.
 
-    `evidence`: what the watchdog knows when a rank has failed. `reason`: what `Stop` said. `sent`: the signal
+    `evidence`: what the watchdog knew when they had to end. `reason`: what `Stop` said. `sent`: the signal
     that ended the launcher.
     """
 
     evidence: Evidence | None = None
     reason: str | None = None
     sent: signal.Signals | None = None
-
-    @property
-    def is_good(self) -> bool:
-        return self.evidence is None and self.reason is None and self.sent is None
 
 
 def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> Ended:
@@ -69,9 +65,7 @@ def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> E
             agent.run()
         except SignalException as error:
             return Ended(sent=error.sigval)
-    if agent.reason is not None:
-        return Ended(reason=agent.reason)
-    return Ended(evidence=agent.evidence)
+    return Ended(agent.evidence, agent.reason)
 
 
 class _Agent(LocalElasticAgent):

@@ -11,6 +11,8 @@ from realloc.errors import InputError
 
 PORT = 29400
 """What messages propose."""
+LOST_SHARE = 0.6
+"""Of the time in which a fault is to be found: how long a launcher may be silent."""
 _OPTIONS = ("--nnodes", "--node-rank", "--rdzv-endpoint")
 
 

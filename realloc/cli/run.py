@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from realloc.cli.launchers import LOCAL, check_launcher, launch, launcher_options
-from realloc.cli.values import Commands, add_trust, count, positive, seconds
+from realloc.cli.values import Commands, add_trust, count, endpoint, positive, seconds
 from realloc.errors import InputError, ReallocError
 
 
@@ -100,6 +100,22 @@ def add(commands: Commands) -> None:
         metavar="NAME",
         help="with --resume: this checkpoint, such as iteration-20; later ones are deleted",
     )
+    nodes = run.add_argument_group("several nodes", "the same command on each of them, with its --node-rank")
+    nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
+    nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
+    nodes.add_argument(
+        "--rdzv-endpoint",
+        type=endpoint,
+        metavar="HOST:PORT",
+        help="an address of node 0 that all nodes reach, and a free port there; the same on every node",
+    )
+    nodes.add_argument(
+        "--join-timeout",
+        type=seconds,
+        default=120.0,
+        metavar="S",
+        help="how long the nodes wait for each other (default: 120 seconds)",
+    )
     add_trust(run)
     run.set_defaults(command=_run)
 
@@ -109,9 +125,11 @@ def _run(arguments: argparse.Namespace) -> int:
     check_launcher(arguments)
     if arguments.launcher != LOCAL:
         return _by_launcher(arguments)
+    from runtime.attempts import RunOptions
     from runtime.checkpoint import SaveOptions
-    from runtime.launch import RunOptions, resume_run, run_plan
+    from runtime.launch import resume_run, run_plan
     from runtime.monitor import Watching
+    from runtime.place import LOST_SHARE, Place
     from runtime.watchdog import Limits
     from runtime.writers import check_loggers
 
@@ -124,6 +142,13 @@ def _run(arguments: argparse.Namespace) -> int:
         saving=SaveOptions(every=arguments.save_every, keep=arguments.keep),
         pin=arguments.pin,
         trust=arguments.trust,
+        place=Place(
+            nnodes=arguments.nnodes,
+            node=arguments.node_rank,
+            endpoint=arguments.rdzv_endpoint,
+            join_timeout_s=arguments.join_timeout,
+            lost_s=LOST_SHARE * arguments.detect_within,
+        ),
         watching=Watching(tuple(arguments.loggers), arguments.samples),
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
