@@ -10,7 +10,7 @@ import hashlib
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from realloc.chat import read_chat_template
@@ -20,6 +20,8 @@ from realloc.errors import InputError
 from realloc.row_sources import BLOCK, BadRow, Row, Source, open_source
 
 Ids = tuple[int, ...]
+FEW = 8192
+"""Of no more rows than this the examples that `scan` makes are kept: making them again takes longer."""
 
 
 class Tokens(Protocol):
@@ -104,6 +106,11 @@ class Examples:
     reader: TextReader
     tokens: Tokens
     limits: Limits
+    _made: dict[int, Example] = field(default_factory=dict, repr=False)
+
+    @property
+    def is_small(self) -> bool:
+        return len(self.source.rows) <= FEW
 
     @property
     def columns(self) -> Columns:
@@ -112,14 +119,14 @@ class Examples:
     def read(self, indices: Sequence[int]) -> list[Example]:
         """The examples of rows that `scan` kept, in this order. Raises InputError."""
         rows = self.source.rows
-        blocks = [(index, rows.block(index, index + 1)[0]) for index in indices]
-        fits = []
-        for index, fit in self._fit(blocks):
+        made = {index: self._made[index] for index in indices if index in self._made}
+        missing = [index for index in indices if index not in made]
+        for index, fit in self._fit((index, rows.block(index, index + 1)[0]) for index in missing):
             if isinstance(fit, BadRow) or fit.problem is not None:
                 where = rows.where(index)
                 raise InputError(f"{where}: changed since the run began; leave data alone during a run.")
-            fits.append(fit.example)
-        return fits
+            made[index] = fit.example
+        return [made[index] for index in indices]
 
     def sample(self, most: int) -> list[Example]:
         """At most so many examples, evenly spaced. Raises InputError as `scan` does."""
@@ -162,6 +169,8 @@ class Examples:
                     continue
                 assert isinstance(fit, Fit)
                 kept.append(index)
+                if self.is_small:
+                    self._made[index] = fit.example
                 cut_prompts += fit.cut_prompt
                 cut_responses += fit.cut_responses
                 largest = max(largest, *map(max, (fit.example.prompt, *filter(None, fit.example.responses))))

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from realloc.columns import Want, wanted
 from realloc.data_spec import DataSpec
@@ -19,6 +18,7 @@ from realloc.errors import InputError
 from realloc.examples import Counts, Example, Examples, Limits, open_examples
 from realloc.experiment import Experiment
 from realloc.row_sources import held_out_spec, row_at
+from runtime.row_index import cache_folder, used_rows
 from runtime.row_order import Order, groups_of, split
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 
@@ -159,6 +159,7 @@ def open_dataset(experiment: Experiment) -> Dataset:
         max_response=experiment.workload.response.maximum,
         seed=experiment.seed,
         samples_per_prompt=experiment.workload.samples_per_prompt,
+        kept_in=cache_folder(),
     )
     _check_vocabularies(experiment, dataset, spec.model)
     return dataset
@@ -174,19 +175,31 @@ def read_dataset(
     max_response: int,
     seed: int,
     samples_per_prompt: int = 1,
+    kept_in: Path | None = None,
 ) -> Dataset:
-    """Opens a data set; maxima are in tokens. Raises InputError, as `open_dataset` does."""
+    """Opens a data set; maxima are in tokens. Raises InputError, as `open_dataset` does.
+
+    `kept_in`: a folder that keeps which rows of large data sets are used.
+    """
     limits = Limits(max_prompt, max_response)
     examples = open_examples(data, want, tokenizer, limits)
-    rows, counts = examples.scan()
-    used, held_rows = split(np.array(rows, dtype=np.int64), data.holdout, seed)
+    rows, counts = used_rows(examples, kept_in)
+    used, held_rows = split(rows, data.holdout, seed)
     groups = groups_of(used, examples.source.parts) if data.weights else (used,)
     if not all(map(len, groups)):
         raise InputError(f"{data.path}: a path with a weight has no row that can be used.")
     held: Dataset | None = None
     if (apart := held_out_spec(data)) is not None:
-        settings = {"sequences": sequences, "max_prompt": max_prompt, "max_response": max_response}
-        held = read_dataset(apart, tokenizer, want=want, seed=seed, **settings)
+        held = read_dataset(
+            apart,
+            tokenizer,
+            want=want,
+            sequences=sequences,
+            max_prompt=max_prompt,
+            max_response=max_response,
+            seed=seed,
+            kept_in=kept_in,
+        )
     elif len(held_rows):
         held = Dataset(examples, Order((held_rows,), (), seed), tokenizer, sequences, 1, counts)
     order = Order(groups, data.weights, seed)

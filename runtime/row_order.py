@@ -34,8 +34,9 @@ class Order:
 
     def row(self, index: int) -> int:
         """The row at a place of the order."""
-        epoch, offset = divmod(index, len(self))
-        place = int(shuffled(len(self), self.seed, epoch)[offset])
+        length = len(self)
+        epoch, offset = divmod(index, length)
+        place = int(shuffled(length, self.seed, epoch)[offset])
         for number, share in enumerate(self._shares):
             if place < share:
                 group = self.groups[number]

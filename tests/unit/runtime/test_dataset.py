@@ -15,6 +15,7 @@ from experiments import toy
 from realloc.columns import Want
 from realloc.data_spec import DataSpec
 from realloc.errors import InputError
+from realloc.examples import FEW, Counts, Examples
 from realloc.experiment import Experiment, parse_experiment
 from realloc.files import Reader
 from runtime.dataset import Dataset, open_dataset, read_dataset
@@ -190,6 +191,44 @@ def test_a_path_of_its_own_is_held_out(tmp_path: Path, tokenizer: TextTokenizer)
     assert {row["number"] for i in range(4) for row in dataset.batch(i).rows} == set(range(8))
     assert {row["number"] for row in dataset.held_out(4).batch(0).rows} == set(range(8, 12))
     assert "8 of 8 rows; columns prompt; 4 rows held out" in dataset.summary()
+
+
+def test_what_a_large_file_has_is_looked_up_once(
+    tmp_path: Path, tokenizer: TextTokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [w for w in toy.vocabulary() if w not in toy.SPECIAL_TOKENS]
+    rows = [{"prompt": words[i % len(words)] + " dog" * (i % 3), "number": i} for i in range(FEW + 10)]
+    path = write(tmp_path / "x.jsonl", rows)
+    settings: dict[str, Any] = {"sequences": 64, "max_prompt": 3, "max_response": 8, "seed": 5}
+
+    def opened(folder: Path | None = tmp_path / "cache", **data: Any) -> Dataset:
+        spec = DataSpec((str(path),), **data)
+        return read_dataset(spec, tokenizer, want=Want.PROMPTS, kept_in=folder, **settings)
+
+    first = opened()
+    assert first.counts.dropped == {"prompt over 3 tokens": (FEW + 10) // 3}
+    scans: list[int] = []
+    scan = Examples.scan
+
+    def counted(self: Examples) -> tuple[list[int], Counts]:
+        scans.append(1)
+        return scan(self)
+
+    monkeypatch.setattr(Examples, "scan", counted)
+    again, without = opened(), opened(None)
+    assert len(scans) == 1
+    assert again.counts == without.counts == first.counts
+    assert again.batch(3) == without.batch(3) == first.batch(3)
+    opened(on_bad_row="skip")
+    assert len(scans) == 2
+    for file in (tmp_path / "cache").iterdir():
+        file.write_bytes(file.read_bytes()[:100])  # cut off: made again
+    assert opened().counts == first.counts
+    with path.open("a") as stream:
+        stream.write('{"prompt": "dog"}\n')
+    assert opened().counts.rows == first.counts.rows + 1
+    (tmp_path / "file").write_text("")
+    assert opened(tmp_path / "file").counts.rows == first.counts.rows + 1  # a cache that is none
 
 
 # tokens -------------------------------------------------------------------------------------------
