@@ -22,7 +22,7 @@ SMALL_BYTES = 256
 _GAP_OPERATORS = 60
 """Small ones before each message of ranks on a host: some 60 microseconds."""
 _SAMPLES, _FEW, _FEWEST = 100, 16, 5
-_MOST_S = 4.0
+_MOST_S = 2.0
 """About as long are messages of one size sent."""
 _ROUND = 20
 """Samples between two barriers."""

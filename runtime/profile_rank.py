@@ -80,15 +80,16 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
         link["collectives"] = collective_rows(links, rank, [local])
         result["link"] = link
-        if device.type == "cpu":
-            timed = partial(links.seconds, num_bytes=SMALL_BYTES)
-            result["transfer"] = transfer_costs(timed, link["latency_s"], rank)
     if len(hosts) > 1:
         result["inter_link"] = _between(links, rank, hosts)
+    if device.type == "cpu" and ranks > 1:
+        first = result["link" if len(local) > 1 else "inter_link"]  # between ranks 0 and 1
+        timed = partial(links.seconds, num_bytes=SMALL_BYTES)
+        result["transfer"] = transfer_costs(timed, first["latency_s"], rank)
     return result
 
 
-def _between(clock: LinkClock, rank: int, hosts: Sequence[Sequence[int]]) -> Mapping[str, Any]:
+def _between(clock: LinkClock, rank: int, hosts: Sequence[Sequence[int]]) -> dict[str, Any]:
     """The link between hosts, with all ranks of each at it: what each one's share of it is."""
     share = min(map(len, hosts))
     pairs = list(zip(hosts[0][:share], hosts[1][:share], strict=True))
