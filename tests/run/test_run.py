@@ -178,6 +178,7 @@ def test_failing_reward_names_rank_and_call(workplace: Workplace, name: str) -> 
     assert "iteration 0, rew_inf" in err
     assert "Traceback" not in err
     assert len(err.strip().splitlines()) <= 3
+    assert not (workplace.folder / "failing" / "restarts.jsonl").exists()  # it would fail again
 
 
 def test_killed_rank_is_named(workplace: Workplace) -> None:
