@@ -65,7 +65,7 @@ class TextTokenizer:
 def _damage_told(folder: str) -> Iterator[None]:
     """Raises InputError where the library fails on a tokenizer that it has read, but that makes no sense.
 
-    It raises plain exceptions then, or ends as Rust programs do, which is no Exception and has no public name.
+    It raises plain exceptions then, or ends as Rust programs do: that is no Exception and has no public name.
     """
     try:
         yield

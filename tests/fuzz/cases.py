@@ -218,6 +218,8 @@ class Watch:
                 self._judge(event, arguments[0])
         elif event in self._CHANGES:
             self._judge(event, arguments[0])
+        elif event == "socket.connect" and str(arguments[1][0]) in ("127.0.0.1", "::1"):
+            pass  # a run's own ports
         elif event in self._NEVER and arguments[:1] != ("uname",):  # which Python's platform module asks
             self.heard.append(f"{event} {arguments!r:.200}")
 
