@@ -3,7 +3,8 @@
 Decides the task's words, its rows and a random initial model; what is right, a verifier says
 (`experiments.verifiers:arithmetic`). Knows nothing of training.
 
-`python -m experiments.sums OUT [--seed N]` writes OUT/{train,test}.jsonl and OUT/model.
+`python -m experiments.sums OUT [--seed N]` writes OUT/{train,test}.jsonl, OUT/model and the recipe as
+OUT/experiment.yaml.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ WORDS = (*SPECIAL_TOKENS, "+", "=", *map(str, range(2 * LARGEST + 1)))
 
 
 def write_task(folder: Path, seed: int) -> None:
-    """Writes every sum once, columns `prompt` ("3 + 4 =") and `answer`; `NUM_TEST` of them to `test.jsonl`."""
+    """Writes every sum once, columns `prompt` ("3 + 4 =") and `answer`; `NUM_TEST` of them to test.jsonl."""
     digits = range(LARGEST + 1)
     rows = [{"prompt": f"{a} + {b} =", "answer": a + b} for a in digits for b in digits]
     random.Random(seed).shuffle(rows)
@@ -31,6 +32,8 @@ def write_task(folder: Path, seed: int) -> None:
         write_text(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in part))
     write_tokenizer(folder / "model", WORDS)
     write_tiny_model(folder / "model", seed, len(WORDS))
+    recipe = Path(__file__).parent / "recipes" / "sums.yaml"
+    write_text(folder / "experiment.yaml", recipe.read_text())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
