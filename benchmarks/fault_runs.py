@@ -8,6 +8,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -28,7 +29,10 @@ from tests.run.workplace import Workplace
 ITERATIONS = 6
 RANKS = 2
 PORT = 29400
+TWO_NODES = 0.25
+"""The share of faults of ranks that hit a run of two nodes."""
 RESTART = "realloc: restart 1 of"
+_OPTIONS = ("--save-every", "1", "--trust")
 _PLACES = {
     "*": ("node[0-1]", "d2t1p1"),
     "actor_gen": ("node0", "d1t1p1"),
@@ -101,18 +105,22 @@ class Campaign:
     # faults ---------------------------------------------------------------------------------------
 
     def _rank(self, stack: ExitStack, kind: str, name: str, draw: random.Random) -> Outcome | None:
-        """A rank gets a signal; the launcher goes on by itself."""
-        calm = self._undisturbed("one")
+        """A rank gets a signal, on one node or of two; the launchers go on by themselves."""
+        plan = "two" if draw.random() < TWO_NODES else "one"
+        calm = self._undisturbed(plan)
         out = self._folder / name
-        launcher = self._start(stack, name, "run", "one.yaml", "--out", name, "--save-every", "1")
+        launchers = self._start_all(stack, plan, name, "run", f"{plan}.yaml", "--out", name)
+        launcher = launchers[0]
         outcome = Outcome(kind, self._moment(draw))
         rank = draw.randrange(RANKS)
-        if not self._await(
-            outcome.moment, out, lambda: launcher.has_ended, lambda: len(launcher.ranks()) == RANKS
-        ):
+
+        def ranks() -> list[int]:
+            return [pid for each in launchers for pid in each.ranks()]
+
+        if not self._await(outcome.moment, out, lambda: launcher.has_ended, lambda: len(ranks()) == RANKS):
             return None
         try:
-            os.kill(launcher.ranks()[rank], signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
+            os.kill(ranks()[rank], signal.SIGKILL if kind == "killed" else signal.SIGSTOP)
         except (IndexError, ProcessLookupError):
             return None
         began = time.monotonic()
@@ -126,7 +134,7 @@ class Campaign:
         rows = lines(out / "restarts.jsonl")
         outcome.said = rows[0]["message"] if rows else launcher.text[-300:]
         outcome.is_named = len(rows) == 1 and rows[0]["rank"] == rank
-        self._check(outcome, [launcher], out, calm)
+        self._check(outcome, launchers, out, calm)
         return outcome
 
     def _disk(self, stack: ExitStack, kind: str, name: str, draw: random.Random) -> Outcome | None:
@@ -136,7 +144,7 @@ class Campaign:
         out.parent.mkdir()
         fill = stack.enter_context(small_disk(out.parent)) if self._can_mount else None
         target = str(out.relative_to(self._folder))
-        launcher = self._start(stack, name, "run", "one.yaml", "--out", target, "--save-every", "1")
+        launcher = self._start(stack, name, "run", "one.yaml", "--out", target, *_OPTIONS)
         outcome = Outcome(kind, self._moment(draw))
         if not self._await(
             outcome.moment, out, lambda: launcher.has_ended, lambda: len(launcher.ranks()) == RANKS
@@ -170,7 +178,7 @@ class Campaign:
         calm = self._undisturbed("two")
         out = self._folder / name
         nodes = stack.enter_context(hosts(2))
-        started = self._start_nodes(stack, nodes, name, "run", "two.yaml", "--out", name, "--save-every", "1")
+        started = self._start_nodes(stack, nodes, name, "run", "two.yaml", "--out", name, *_OPTIONS)
         outcome = Outcome(kind, self._moment(draw))
         if not self._await(
             outcome.moment, out, lambda: any(each.has_ended for each in started), lambda: _has_logs(out)
@@ -189,9 +197,9 @@ class Campaign:
         message = [line for line in started[0].text.splitlines() if line.startswith("realloc: error")]
         outcome.said = message[0] if message else started[0].text[-300:]
         outcome.is_named = nodes[1].name in outcome.said
-        arguments: tuple[str, ...] = ("run", "--resume", name, "--save-every", "1")
+        arguments: tuple[str, ...] = ("run", "--resume", name, *_OPTIONS)
         if not list_checkpoints(checkpoints_folder(out)):
-            arguments = ("run", "two.yaml", "--out", name, "--overwrite", "--save-every", "1")
+            arguments = ("run", "two.yaml", "--out", name, "--overwrite", *_OPTIONS)
         again = self._start_nodes(stack, nodes, f"{name}-again", *arguments)
         self._check(outcome, again, out, calm)
         return outcome
@@ -211,13 +219,9 @@ class Campaign:
         if plan in self._calm:
             return self._calm[plan]
         name = f"calm-{plan}"
-        arguments = ("run", f"{plan}.yaml", "--out", name, "--save-every", "1")
+        arguments = ("run", f"{plan}.yaml", "--out", name)
         with ExitStack() as stack:
-            if plan == "two":
-                launchers = self._start_nodes(stack, stack.enter_context(hosts(2)), name, *arguments)
-            else:
-                launchers = [self._start(stack, name, *arguments)]
-            for launcher in launchers:
+            for launcher in self._start_all(stack, plan, name, *arguments):
                 if launcher.wait() != 0:
                     raise RuntimeError(f"the undisturbed run has failed: {launcher.text}")
         out = self._folder / name
@@ -228,6 +232,18 @@ class Campaign:
             f"undisturbed, {plan} node: {self._iteration_s:.2f} s an iteration", file=sys.stderr, flush=True
         )
         return self._calm[plan]
+
+    def _start_all(self, stack: ExitStack, plan: str, name: str, *arguments: str) -> list[Launcher]:
+        """The launchers that a plan needs, all of them on this machine's loopback."""
+        if plan == "one":
+            return [self._start(stack, name, *arguments, *_OPTIONS)]
+        with socket.create_server(("127.0.0.1", 0)) as probe:
+            endpoint = f"127.0.0.1:{probe.getsockname()[1]}"
+        places = [("--nnodes", "2", "--node-rank", str(n), "--rdzv-endpoint", endpoint) for n in range(2)]
+        return [
+            self._start(stack, f"{name}-node{number}", *arguments, *_OPTIONS, *place)
+            for number, place in enumerate(places)
+        ]
 
     def _start(self, stack: ExitStack, name: str, *arguments: str) -> Launcher:
         launcher = Launcher(self._folder, name, *arguments)
@@ -251,8 +267,8 @@ class Campaign:
     def _resume(self, stack: ExitStack, name: str, out: Path) -> list[Launcher]:
         target = str(out.relative_to(self._folder))
         if list_checkpoints(checkpoints_folder(out)):
-            return [self._start(stack, name, "run", "--resume", target, "--save-every", "1")]
-        arguments = ("run", "one.yaml", "--out", target, "--overwrite", "--save-every", "1")
+            return [self._start(stack, name, "run", "--resume", target, *_OPTIONS)]
+        arguments = ("run", "one.yaml", "--out", target, "--overwrite", *_OPTIONS)
         return [self._start(stack, name, *arguments)]
 
     def _moment(self, draw: random.Random) -> Moment:

@@ -6,7 +6,7 @@ checkpoint is being written. Each run has to notice, say which rank or node is t
 last checkpoint, and end with the weights, optimizer states, metrics and samples of the undisturbed run,
 bit for bit.
 
-    killed, stopped   a rank gets SIGKILL or SIGSTOP; the run restarts by itself
+    killed, stopped   a rank gets SIGKILL or SIGSTOP, of a run of one node or two; the run restarts by itself
     disk              the disk of the run's folder is full (a small tmpfs; without the right to mount one, a
                       limit on the size of files): the run ends with a message, `--resume` goes on
     link              two nodes in network namespaces, one's link goes down; both launchers end, and
