@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch.optim.adamw import adamw
 
 from realloc.experiment import OptimizerSpec
 from realloc.layout import Box
@@ -70,32 +71,34 @@ class AdamW:
         self._stepped = [weight for weight, _ in pairs]
         self.gradients: Sequence[torch.Tensor] = [gradient for _, gradient in pairs]
         """The same memory as the gradients given, in as few tensors as possible."""
-        for weight, gradient in pairs:
-            weight.grad = gradient
-        self._optimizer = torch.optim.AdamW(
-            self._stepped or [torch.zeros(0, device=device)],  # a rank may have no rows at all
-            lr=spec.learning_rate,
-            betas=(spec.beta1, spec.beta2),
-            eps=spec.eps,
-            weight_decay=spec.weight_decay,
-            fused=True,
-        )
-        start = 0
-        for weight in self._stepped:
-            part = slice(start, start + weight.numel())
-            self._optimizer.state[weight] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                EXP_AVG: self.flat[EXP_AVG][part].view(weight.shape),
-                EXP_AVG_SQ: self.flat[EXP_AVG_SQ][part].view(weight.shape),
-            }
-            start += weight.numel()
+        self._moments: Mapping[str, list[torch.Tensor]] = {
+            name: list(self.flat[name].split([weight.numel() for weight in self._stepped]))
+            for name in (EXP_AVG, EXP_AVG_SQ)
+        }
+        self._counts = [torch.zeros((), dtype=torch.float32, device=device) for _ in self._stepped]
 
     @torch.no_grad()
     def step(self) -> float:
         """One step with the gradients as they are; returns the learning rate it took."""
         rate = learning_rate(self._spec, self.num_steps, self._total_steps)
-        self._optimizer.param_groups[0]["lr"] = rate
-        self._optimizer.step()
+        if self._stepped:  # a rank may have no rows at all
+            # the function alone: making a torch.optim.AdamW imports torch's compiler, for seconds
+            adamw(
+                self._stepped,
+                list(self.gradients),
+                self._moments[EXP_AVG],
+                self._moments[EXP_AVG_SQ],
+                [],
+                self._counts,
+                fused=True,
+                amsgrad=False,
+                beta1=self._spec.beta1,
+                beta2=self._spec.beta2,
+                lr=rate,
+                weight_decay=self._spec.weight_decay,
+                eps=self._spec.eps,
+                maximize=False,
+            )
         if self._narrow:
             for name in self._boxes:
                 self._weights[name].copy_(self.states[MASTER][name])
@@ -105,8 +108,8 @@ class AdamW:
     def resume(self, num_steps: int) -> None:
         """Continues after `num_steps` steps with what has been written into `states`."""
         self.num_steps = num_steps
-        for weight in self._stepped:
-            self._optimizer.state[weight]["step"].fill_(num_steps)
+        for count in self._counts:
+            count.fill_(num_steps)
 
     @torch.no_grad()
     def reload_master(self) -> None:
