@@ -12,6 +12,7 @@ from pathlib import Path
 
 from realloc.errors import InputError
 from realloc.experiment import Experiment
+from realloc.row_sources import local_files
 from realloc.trust import check_functions
 from runtime.doctor_report import FAILURE, OK, DoctorRequest, Finding, guarded
 from runtime.functions import FunctionTable
@@ -103,12 +104,23 @@ def _header(path: Path, size: int) -> bytes:
 def _data(node: int, experiment: Experiment, marks: dict[str, str], thorough: bool) -> list[Finding]:
     if experiment.data is None:
         return []
-    path = Path(experiment.data.path)
     advice = "copy the data to the same path on every node"
-    if not path.exists():
-        return [Finding("data", FAILURE, f"{path}: no such file", advice, node)]
-    if not path.is_file():
-        return [Finding("data", OK, f"{path}", node=node)]
+    findings: list[Finding] = []
+    try:
+        paths = local_files(experiment.data)
+    except InputError as error:
+        return [guarded("data", node, error, advice)]
+    for path in paths:
+        if not path.exists():
+            findings.append(Finding("data", FAILURE, f"{path}: no such file", advice, node))
+        elif not path.is_file():
+            findings.append(Finding("data", OK, f"{path}", node=node))
+        else:
+            findings.append(_data_file(node, path, marks, thorough))
+    return findings
+
+
+def _data_file(node: int, path: Path, marks: dict[str, str], thorough: bool) -> Finding:
     size = path.stat().st_size
     digest = sha256(f"{size}".encode())
     try:
@@ -118,9 +130,10 @@ def _data(node: int, experiment: Experiment, marks: dict[str, str], thorough: bo
                 if not thorough:
                     break
     except OSError as error:
-        return [Finding("data", FAILURE, f"{path}: cannot be read: {error.strerror}", advice, node)]
-    marks["data"] = digest.hexdigest()
-    return [Finding("data", OK, f"{path} ({size:,} bytes)", node=node)]
+        advice = "copy the data to the same path on every node"
+        return Finding("data", FAILURE, f"{path}: cannot be read: {error.strerror}", advice, node)
+    marks[f"data {path.name}"] = digest.hexdigest()
+    return Finding("data", OK, f"{path} ({size:,} bytes)", node=node)
 
 
 def _functions(request: DoctorRequest) -> list[Finding]:
