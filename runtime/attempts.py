@@ -169,12 +169,21 @@ def _lead_attempt(run: Run, attempt: int, checkpoint: Path | None) -> tuple[Moni
     try:
         with Monitor(run.plan, channel, run.out, first, run.options.watching) as monitor:
             ended = _run_ranks(run, spec)
-            failure = _first(run.team.end(_report(0, _failure(ended, run), ended)))
+            failure = _first(_reports(run, ended))
             if failure is None:
                 monitor.finish()
     finally:
         remove_partial(checkpoints_folder(run.out))  # the ranks are gone by now
     return monitor, failure
+
+
+def _reports(run: Run, ended: Ended) -> Sequence[Report]:
+    """How all nodes' ranks have ended. Raises RunError when a node is not there any more."""
+    report = _report(0, _failure(ended, run), ended)
+    try:
+        return run.team.end(report)
+    except RunError as error:
+        raise RunError(f"{error}{continuation(run.out)}") from None
 
 
 def _run_ranks(run: Run, spec: WorkerSpec) -> Ended:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -125,6 +126,8 @@ def _run(arguments: argparse.Namespace) -> int:
     check_launcher(arguments)
     if arguments.launcher != LOCAL:
         return _by_launcher(arguments)
+    # a store whose host is gone prints C++ stacks otherwise; our own message names the host
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     from runtime.attempts import RunOptions
     from runtime.checkpoint import SaveOptions
     from runtime.launch import resume_run, run_plan

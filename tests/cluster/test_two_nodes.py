@@ -10,7 +10,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import psutil
@@ -96,26 +96,56 @@ def test_a_run_of_two_nodes_goes_on_where_it_ended(folder: Path) -> None:
     assert_as_local(folder / "half")
 
 
-def test_a_killed_launcher_ends_the_others(folder: Path) -> None:
+LOST = {
+    0: "node 0 at {endpoint} does not answer any more",
+    1: "node 1 ({host}, 127.0.0.1): nothing was heard of its launcher",
+}
+
+
+@pytest.mark.parametrize("killed", LOST)
+def test_a_killed_launcher_ends_the_others(folder: Path, killed: int) -> None:
     """With its ranks; the other node says which host it was, within seconds."""
     endpoint = free_endpoint()
-    arguments = ("two.yaml", "--out", "killed", "--iterations", "1000")
+    arguments = ("two.yaml", "--out", f"killed-{killed}", "--iterations", "1000")
     processes = [start(node_command(node, endpoint, *arguments), folder) for node in (0, 1)]
-    metrics = folder / "killed" / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while not (metrics.exists() and metrics.stat().st_size):
-        assert time.monotonic() < deadline, "the run did not start"
-        time.sleep(0.1)
-    ranks = psutil.Process(processes[1].pid).children()
+    metrics = folder / f"killed-{killed}" / "metrics.jsonl"
+    wait_until(lambda: metrics.exists() and metrics.stat().st_size > 0)
+    ranks = psutil.Process(processes[killed].pid).children()
     killed_s = time.monotonic()
-    os.kill(processes[1].pid, signal.SIGKILL)
-    first, second = wait(processes)
+    os.kill(processes[killed].pid, signal.SIGKILL)
+    said = wait(processes)
     assert time.monotonic() - killed_s < 20
-    assert second.code == -signal.SIGKILL
-    assert first.code == 1
-    assert f"node 1 ({socket.gethostname()}, 127.0.0.1): nothing was heard of its launcher" in first.err
-    assert "Traceback" not in first.err
+    other = said[1 - killed]
+    assert said[killed].code == -signal.SIGKILL
+    assert other.code == 1
+    assert LOST[killed].format(endpoint=endpoint, host=socket.gethostname()) in other.err
+    assert "Traceback" not in other.err
+    assert "frame #" not in other.err
     assert not any(rank.is_running() and rank.status() != psutil.STATUS_ZOMBIE for rank in ranks)
+
+
+def test_a_killed_rank_of_another_node_is_named_and_all_begin_again(folder: Path) -> None:
+    endpoint = free_endpoint()
+    arguments = ("two.yaml", "--out", "again")
+    processes = [start(node_command(node, endpoint, *arguments), folder) for node in (0, 1)]
+    second = psutil.Process(processes[1].pid)
+    wait_until(lambda: len(second.children()) == 2)
+    time.sleep(0.5)
+    os.kill(second.children()[1].pid, signal.SIGKILL)
+    said = wait(processes)
+    assert [one.code for one in said] == [0, 0], [one.err for one in said]
+    assert (
+        f"rank 3 on {socket.gethostname()} (before the first iteration) was killed by signal 9" in said[0].err
+    )
+    assert "restart 1 of 3, from the beginning" in said[0].err
+    assert_as_local(folder / "again")
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = 120.0) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        assert time.monotonic() < deadline, "the run did not start"
+        time.sleep(0.05)
 
 
 def test_wrong_input_is_said_on_every_node(folder: Path) -> None:
