@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from realloc.augmented import NodeKind
 from realloc.errors import InputError
-from realloc.pace import PaceFound, pace_of
+from realloc.pace import PaceFound, communication_s, pace_of
 from realloc.plan import ExecutionPlan
 from realloc.trace import Trace, TraceRecord, median, own_seconds
 
@@ -108,7 +108,7 @@ def measured_terms(trace: Trace) -> Mapping[str, Mapping[str, float]]:
             groups.setdefault((record.node, record.iteration), []).append(record)
     samples: dict[str, list[dict[str, float]]] = {}
     for (node, _), records in groups.items():
-        busiest = min(records, key=_communication_s)
+        busiest = min(records, key=communication_s)
         terms = timed_terms(busiest.terms)
         terms[COMPUTE] = max(0.0, busiest.end_s - busiest.start_s - sum(terms.values()))
         slowest = max(own_seconds(record) for record in records)
@@ -119,10 +119,6 @@ def measured_terms(trace: Trace) -> Mapping[str, Mapping[str, float]]:
         node: {name: median([terms.get(name, 0.0) for terms in found]) for name in names}
         for node, found in samples.items()
     }
-
-
-def _communication_s(record: TraceRecord) -> float:
-    return sum(seconds for name, seconds in record.terms.items() if name != "optimizer")
 
 
 def check_match(plan: ExecutionPlan, trace: Trace) -> None:
@@ -258,7 +254,7 @@ def core_share(trace: Trace, node: str = "") -> float | None:
     Communication is left out: who waits needs no core. None where the trace does not tell.
     """
     records = [r for r in trace.steady() if r.cpu_s and r.kind == "call" and node in ("", r.node)]
-    spent = sum(r.end_s - r.start_s - _communication_s(r) for r in records)
+    spent = sum(r.end_s - r.start_s - communication_s(r) for r in records)
     return sum(r.cpu_s for r in records) / spent if spent > 0 else None
 
 
@@ -310,7 +306,7 @@ def _uneven(trace: Trace, line: Line) -> Iterable[str]:
     own: dict[int, list[float]] = {}
     for record in trace.steady():
         if record.node == line.node and record.terms:
-            spent = record.end_s - record.start_s - _communication_s(record)
+            spent = record.end_s - record.start_s - communication_s(record)
             own.setdefault(record.rank, []).append(spent)
     work = {rank: median(values) for rank, values in own.items()}
     if len(work) < 2:

@@ -30,8 +30,9 @@ def comparison_text(comparison: Comparison) -> str:
     if comparison.pace is not None:
         found = comparison.pace
         text.append(
-            f"Pace: {pace_text(found)} (a fixed piece of work: x {found.low:.2f} to {found.high:.2f} in the "
-            f"middle half of {found.samples}); 'at pace' is the ratio without that."
+            f"Pace: {pace_text(found)} (a fixed piece of work took {found.work:.2f} times as long, "
+            f"{found.low:.2f} to {found.high:.2f} in the middle half of {found.samples}; ranks had a core "
+            f"for {found.core_share:.0%} of their computing time); 'at pace' is the ratio without that."
         )
     text += _finding_lines(comparison)
     if comparison.total.predicted_s is None:

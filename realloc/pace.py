@@ -2,8 +2,9 @@
 
 Cores that share a host, its memory and its clock with others change their pace by a third within
 seconds. Ranks therefore run the same short piece of work at the ends of iterations (`runtime.pace`);
-what it took, against what it took when the profile was made, tells a slow machine from a wrong model.
-Decides how the two are compared; knows no hardware and runs nothing.
+how long it had a core, against when the profile was made, and for which share of their computing ranks
+had a core at all, tell a slow machine from a wrong model. Decides how the two are compared; knows no
+hardware and runs nothing.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from math import ceil
 
 from realloc.files import Reader
-from realloc.trace import Trace, TraceRecord
+from realloc.trace import Trace, TraceRecord, median
 
 PACE = "pace"
 """The kind, and the node, of the records of such work."""
@@ -47,14 +48,17 @@ class Pace:
 
 @dataclass(frozen=True)
 class PaceFound:
-    """How many times longer the work took in a run than when the machine was profiled.
+    """How many times longer an iteration took than at the pace of the profiled machine.
 
-    `low` and `high` are the quartiles of the `samples`.
+    `work`: how many times longer the work had a core, with the quartiles `low` and `high` of the `samples`;
+    `core_share`: for how much of their computing time ranks had one.
     """
 
     ratio: float
+    work: float
     low: float
     high: float
+    core_share: float
     samples: int
 
 
@@ -69,10 +73,11 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
     """The pace of a run's steady iterations; None where the trace does not tell.
 
     Compared is with what the work took beside as many computing ranks of the host (`per_node` of them
-    on each) as there were at its middle. The ratio is a mean, as an iteration adds up what it meets,
-    without a tenth of the samples at either end.
+    on each) as there were at its middle. What counts of the samples is their mean, as an iteration adds
+    up what it meets, without a tenth of them at either end.
     """
-    records = [record for record in trace.steady() if record.kind == PACE]
+    at_work = {(record.iteration, record.rank) for record in trace.records if record.kind == "call"}
+    records = [r for r in trace.steady() if r.kind == PACE and (r.iteration, r.rank) in at_work]
     if not records:
         return None
     computing = _by_rank(trace)
@@ -82,12 +87,35 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
         middle = (record.start_s + record.end_s) / 2
         others = range(host * per_node, min((host + 1) * per_node, trace.world_size))
         busy = 1 + sum(_is_busy(computing.get(r, ()), middle) for r in others if r != record.rank)
-        ratios.append((record.end_s - record.start_s) / profiled.expected_s(busy))
+        ratios.append(record.cpu_s / profiled.expected_s(busy))
     ratios.sort()
-    cut = int(_CUT * len(ratios))
+    cut, quarter = int(_CUT * len(ratios)), len(ratios) // 4
     kept = ratios[cut : len(ratios) - cut]
-    quarter = len(ratios) // 4
-    return PaceFound(sum(kept) / len(kept), ratios[quarter], ratios[-1 - quarter], len(ratios))
+    work = sum(kept) / len(kept)
+    shares, seconds = core_shares(trace), trace.each_iteration_s()
+    at_pace_s = median([s * shares.get(iteration, 1.0) / work for iteration, s in seconds.items()])
+    share = median([shares.get(iteration, 1.0) for iteration in seconds])
+    ratio = trace.iteration_seconds() / at_pace_s
+    return PaceFound(ratio, work, ratios[quarter], ratios[-1 - quarter], share, len(ratios))
+
+
+def core_shares(trace: Trace) -> Mapping[int, float]:
+    """Iteration -> the share of their computing time for which ranks had a core, in calls.
+
+    Communication is left out: who waits needs no core. Empty where the trace does not tell.
+    """
+    sums: dict[int, list[float]] = {}
+    for record in trace.records:
+        if record.cpu_s and record.kind == "call":
+            found = sums.setdefault(record.iteration, [0.0, 0.0])
+            found[0] += record.cpu_s
+            found[1] += record.end_s - record.start_s - communication_s(record)
+    return {iteration: min(1.0, cpu / spent) for iteration, (cpu, spent) in sums.items() if spent > 0}
+
+
+def communication_s(record: TraceRecord) -> float:
+    """Seconds of a call in which it waited for other ranks or their messages."""
+    return sum(seconds for name, seconds in record.terms.items() if name != "optimizer")
 
 
 Spans = Sequence[tuple[float, float]]

@@ -101,14 +101,19 @@ class Trace:
 
     def iteration_seconds(self, *, skip_iterations: int = 1) -> float:
         """Steady seconds per iteration: median distance between ends of successive iterations."""
+        return median(list(self.each_iteration_s(skip_iterations=skip_iterations).values()) or [0.0])
+
+    def each_iteration_s(self, *, skip_iterations: int = 1) -> Mapping[int, float]:
+        """Iteration -> seconds from the end of the one before to its own, without those that warm up."""
         ends: dict[int, float] = {}
         for record in self.records:
             ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
         order = sorted(ends)
-        gaps = [ends[b] - ends[a] for a, b in pairwise(order)]
+        gaps = {b: ends[b] - ends[a] for a, b in pairwise(order)}
         if not gaps:
-            return ends[order[0]] if order else 0.0
-        return median(gaps[max(0, skip_iterations - 1) :] or gaps)
+            return {order[0]: ends[order[0]]} if order else {}
+        steady = order[1:][max(0, skip_iterations - 1) :] or order[1:]
+        return {iteration: gaps[iteration] for iteration in steady}
 
 
 def median(values: Sequence[float]) -> float:

@@ -61,6 +61,6 @@ class RunPace:
         """Does the work and records it, where its turn has come."""
         if self._probe is None or iteration % self._every:
             return
-        start = recorder.now()
+        start, cpu_start = recorder.now(), time.thread_time()
         self._probe.run()
-        recorder.add(iteration, PACE, PACE, start, predicted_s=None)
+        recorder.add(iteration, PACE, PACE, start, predicted_s=None, cpu_s=time.thread_time() - cpu_start)

@@ -182,7 +182,7 @@ def with_pace(trace: Trace, per_rank: Mapping[int, tuple[float, float]]) -> Trac
     for record in trace.records:
         ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
     probes = [
-        TraceRecord(iteration, rank, "pace", "pace", end + after, end + after + seconds)
+        TraceRecord(iteration, rank, "pace", "pace", end + after, end + after + 2e-3, cpu_s=seconds)
         for iteration, end in ends.items()
         for rank, (after, seconds) in per_rank.items()
     ]
@@ -203,6 +203,18 @@ def test_pace_is_compared_with_what_it_was_beside_as_many_ranks(plan: ExecutionP
     assert found is not None
     assert found.ratio == pytest.approx(1.2)
     assert pace_of(trace, PACE, 2) is None
+
+
+def test_ranks_without_work_and_without_a_core(plan: ExecutionPlan):
+    # cores for half of the time of every call: twice as long at the same pace of the work
+    halved = {name: {"seconds": 1.0, "cpu_s": 0.35} for name in plan.placements}
+    trace = run_of(plan, changed=halved, gap_s=0.1)
+    found = pace_of(with_pace(trace, {0: (0.0, 1e-3)}), PACE, 2)
+    assert found is not None
+    assert (found.core_share, found.work, found.ratio) == pytest.approx((0.5, 1.0, 2.0))
+    # a rank that has no call says nothing: it is elsewhere in time
+    idle = replace(trace, records=tuple(r for r in trace.records if r.rank != 0))
+    assert pace_of(with_pace(idle, {0: (0.0, 1e-3)}), PACE, 2) is None
 
 
 def test_a_slow_machine_is_told_from_a_wrong_model(plan: ExecutionPlan):
