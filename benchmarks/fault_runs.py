@@ -31,7 +31,7 @@ RANKS = 2
 PORT = 29400
 TWO_NODES = 0.25
 """The share of faults of ranks that hit a run of two nodes."""
-RESTART = "realloc: restart 1 of"
+RESTART, ERROR = "realloc: restart 1 of", "realloc: error:"
 _OPTIONS = ("--save-every", "1", "--trust")
 _PLACES = {
     "*": ("node[0-1]", "d2t1p1"),
@@ -156,16 +156,17 @@ class Campaign:
             for pid in (launcher.pid, *launcher.ranks()):
                 resource.prlimit(pid, resource.RLIMIT_FSIZE, (4096, resource.RLIM_INFINITY))
         began = time.monotonic()
-        if not wait(lambda: launcher.has_ended):
+        if not wait(lambda: ERROR in launcher.text or launcher.has_ended):
             outcome.problems.append("never found")
             return outcome
         outcome.detection_s = time.monotonic() - began
+        launcher.wait()
         if fill is not None:
             fill(False)
         if launcher.code == 0:
             return None  # it had written everything
         outcome.said = launcher.text.strip().splitlines()[-1] if launcher.text.strip() else ""
-        message = [line for line in launcher.text.splitlines() if line.startswith("realloc: error")]
+        message = [line for line in launcher.text.splitlines() if line.startswith(ERROR)]
         causes = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
         outcome.said = message[0] if message else launcher.text[-300:]
         outcome.is_named = any(cause in outcome.said for cause in causes)
@@ -186,15 +187,16 @@ class Campaign:
             return None
         nodes[1].cut()
         began = time.monotonic()
-        if not wait(lambda: started[0].has_ended):
+        if not wait(lambda: ERROR in started[0].text or started[0].has_ended):
             outcome.problems.append("never found")
             return outcome
         outcome.detection_s = time.monotonic() - began
+        started[0].wait()
         started[1].wait()
         nodes[1].restore()
         if started[0].code == 0:
             return None
-        message = [line for line in started[0].text.splitlines() if line.startswith("realloc: error")]
+        message = [line for line in started[0].text.splitlines() if line.startswith(ERROR)]
         outcome.said = message[0] if message else started[0].text[-300:]
         outcome.is_named = nodes[1].name in outcome.said
         arguments: tuple[str, ...] = ("run", "--resume", name, *_OPTIONS)
