@@ -2,7 +2,7 @@
 
 The nodes are network namespaces of this machine, each with a core's worth of ranks (one), joined by a link
 that is shaped to about a tenth of loopback; `realloc profile --nnodes 2` measures both, `realloc search`
-plans PPO with that profile and with one of loopback for the same two nodes, and the first plan is run on
+plans GRPO with that profile and with one of loopback for the same two nodes, and the first plan is run on
 both nodes, in rounds. Needs root and iproute2 (`tests/cluster/namespaces.py`).
 
 `link_bytes_per_s` is what the profile found of the slow link, `loopback_bytes_per_s` of loopback;
@@ -38,7 +38,7 @@ from realloc.plan import ExecutionPlan, read_plan  # noqa: E402
 from realloc.trace import Trace, read_trace  # noqa: E402
 from tests.cluster.namespaces import Host, hosts, why_not  # noqa: E402
 
-CASE = "ppo-15M"
+CASE = "grpo-15M"
 NODES = 2
 PORT = 29400
 CHANGED = "plan_changed"

@@ -61,7 +61,7 @@ def test_a_profile_of_two_hosts_sees_the_slow_link(tmp_path: Path):
 
 def _check_that_the_plan_follows(profile: HardwareProfile, folder: Path) -> None:
     """Data-parallel training pays with a link as fast as memory, and not with one that is a hundredth."""
-    case = next(case for case in CASES if case.name == "ppo-15M")
+    case = next(case for case in CASES if case.name == "grpo-15M")
     experiment = read_experiment(two_nodes(prepare(case, folder / "experiment", quick=True)))
     fast = replace(profile, inter_node=replace(profile.inter_node, bytes_per_s=3e9, collectives=()))
     plans = {}
