@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -78,6 +79,8 @@ def run_worker(spec: WorkerSpec, board: Board) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}  # for libraries that ask
     _die_with(spec.launcher_pid)
     keep_freed_memory()
+    # what the launcher has imported is here for good: looking for garbage in it would copy its pages
+    gc.freeze()
     try:
         with Heartbeat(board, local_rank, spec.beat_s) as heartbeat:
             _run(spec, rank, world_size, heartbeat)
