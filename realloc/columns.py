@@ -224,11 +224,12 @@ class TextReader:
             )
         tools = row.get("tools")
         try:
-            return self.template.render(
+            text = self.template.render(
                 messages, add_generation_prompt=begin, tools=tools if isinstance(tools, list) else None
             )
         except TemplateError as error:
             raise BadRow(where, str(error), "refused by the chat template") from None
+        return _encodable(text, "the conversation", where)
 
 
 def _value(row: Row, column: str, where: str) -> Any:
@@ -248,12 +249,16 @@ def _text(row: Row, column: str, where: str, *, may_be_empty: bool = False) -> s
         raise BadRow(where, problem, f"{column} is not text")
     if not value.strip() and not may_be_empty:
         raise BadRow(where, f"{column}: is empty.", f"{column} is empty")
+    return _encodable(value, column, where)
+
+
+def _encodable(text: str, what: str, where: str) -> str:
     try:
-        value.encode()
+        text.encode()
     except UnicodeEncodeError:  # half of a surrogate pair, which JSON can write
-        problem = f"{column}: has a character that is none (a lone surrogate)."
+        problem = f"{what}: has a character that is none (a lone surrogate)."
         raise BadRow(where, problem, "not UTF-8") from None
-    return value
+    return text
 
 
 def _messages(value: Any, column: str, where: str, role: str) -> list[Message]:
@@ -264,7 +269,8 @@ def _messages(value: Any, column: str, where: str, role: str) -> list[Message]:
     for number, item in enumerate(value, 1):
         if isinstance(item, Mapping) and "from" in item and "role" not in item:
             speaker = item["from"]
-            item = {"role": _ROLES.get(speaker, speaker), "content": item.get("value")}
+            role = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else None
+            item = {"role": role, "content": item.get("value")}
         if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
             problem = f"{column}: message {number} is no mapping with role and content."
             raise BadRow(where, problem, "bad message")

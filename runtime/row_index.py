@@ -19,6 +19,7 @@ from tempfile import NamedTemporaryFile
 import numpy as np
 from numpy.typing import NDArray
 
+from realloc import __version__
 from realloc.data_spec import HUB, data_content
 from realloc.examples import Counts, Examples
 from realloc.row_sources import local_files
@@ -62,6 +63,7 @@ def _fingerprint(examples: Examples) -> str:
         state = path.stat()
         stamps.append([str(path), state.st_size, state.st_mtime_ns])
     content = [
+        __version__,
         data_content(examples.data),
         examples.reader.want.value,
         asdict(examples.limits),

@@ -236,6 +236,8 @@ BAD: Sequence[tuple[Any, dict[str, Any], str, str]] = (
     ({"prompt": "\ud800", "completion": "b"}, {}, "a lone surrogate", "not UTF-8"),
     ({"prompt": [], "completion": "b"}, {}, "prompt: has no messages", "prompt is empty"),
     ({"prompt": [{"role": "user"}], "completion": "b"}, {}, "message 1 has no content", "bad message"),
+    ({"prompt": [user("\ud800")], "completion": "b"}, {}, "a lone surrogate", "not UTF-8"),
+    ({"prompt": [{"from": [], "value": "a"}], "completion": "b"}, {}, "message 1 is no map", "bad message"),
     ({"prompt": ["hello"], "completion": "b"}, {}, "message 1 is no mapping", "bad message"),
     ({"prompt": [assistant("a")], "completion": "b"}, {}, "does not end with a message to", "no prompt"),
     (
