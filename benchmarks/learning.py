@@ -133,7 +133,7 @@ class Pipeline:
         plan, out = f"{name}-plan.yaml", self._folder / name
         options = ("--device", str(self._profile), "--time-limit", "5")
         realloc_command(self._folder, "search", f"{name}.yaml", *options, "-o", plan)
-        save = ("--save-every", "0", "--samples", str(samples))
+        save = ("--trust", "--save-every", "0", "--samples", str(samples))
         realloc_command(self._folder, "run", plan, "--out", str(out), "--overwrite", *save)
         return out
 

@@ -7,7 +7,7 @@ so that a search may ask again and again; meshes of equal form share them.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cost_models.calls import CallPricer
 from cost_models.communication import Communication
@@ -117,8 +117,16 @@ class CostModel:
                     self.profile, self._shapes[role], self._element_bytes, near_src, near_dst
                 )
                 self._moves[alike] = seconds * self._factor(NodeKind.REALLOCATE)
-            self._moves[key] = self._moves[alike]
+            self._moves[key] = self._moves[alike] + self._mixing_s(role, dst)
         return self._moves[key]
+
+    def _mixing_s(self, role: str, dst: Placement) -> float:
+        """Seconds to put a moving average's news beside it and to mix them in: five passes over memory."""
+        if self.graph.average(role) is None:
+            return 0.0
+        held = self.call_memory(self.graph.calls_of(role)[0], dst).parameters / 2
+        ranks = min(dst.mesh.size, dst.mesh.gpus_per_node)
+        return 5 * held / self.profile.memory.at(held) * self.profile.slowdown(ranks)
 
     def least_reallocate_s(self, role: str, src: Placement, dst: Placement, *, anywhere: bool) -> float:
         """At most `reallocate_s`; `anywhere`: wherever meshes of these sizes lie."""
@@ -184,12 +192,18 @@ class CostModel:
                     reallocates=self._reallocates(call.role),
                 )
             )
+            if call.role is not None and self.graph.average(call.role) is not None:
+                # what is mixed in lies beside it
+                memory = self._memory[key]
+                self._memory[key] = replace(memory, parameters=2 * memory.parameters)
         return self._memory[key]
 
     def _reallocates(self, role: str | None) -> bool:
         """Whether parameters of the role may have to change their layout within an iteration."""
         return (
-            role is not None and self.graph.trainer(role) is not None and len(self.graph.calls_of(role)) > 1
+            role is not None
+            and self.graph.maker(role) is not None
+            and (len(self.graph.calls_of(role)) > 1 or self.graph.average(role) is not None)
         )
 
     def _priced(self, call: Call, placement: Placement) -> _Priced:

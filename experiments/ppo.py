@@ -18,7 +18,7 @@ from experiments.common import (
     ref_call,
 )
 from experiments.scoring import scoring
-from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.dataflow import Average, Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -53,6 +53,8 @@ class PPO:
         all iterations so far (`running`: Zheng et al. 2023, arXiv 2307.04964), before `reward_clip`.
         `missing_eos_penalty`: taken off the score of a response that the length limit cut.
         `critic_warmup`: iterations at the beginning in which the critic learns alone.
+        `ref_ema_decay`: the reference becomes this share of itself and the rest of the actor once an
+        iteration (an exponential moving average); 1: it stays as it is.
         """
         clip = reader.number("clip_range", 0.2, minimum=1e-6)
         return {
@@ -71,6 +73,7 @@ class PPO:
             "score_normalization": reader.choice("score_normalization", ("none", "batch", "running"), "none"),
             "missing_eos_penalty": reader.number("missing_eos_penalty", 0.0, minimum=0.0),
             "critic_warmup": reader.integer("critic_warmup", 0, minimum=0, maximum=100_000_000),
+            "ref_ema_decay": reader.number("ref_ema_decay", 1.0, minimum=0.0, maximum=1.0),
             **passes(reader, mini_batches=4),
         }
 
@@ -116,7 +119,9 @@ class PPO:
                 epochs=epochs,
             ),
         )
-        return DataflowGraph(calls, (*_keys(), *scores.keys), ("prompts",))
+        decay = given["ref_ema_decay"]
+        averages = (Average("ref", "actor", decay),) if decay < 1.0 else ()
+        return DataflowGraph(calls, (*_keys(), *scores.keys), ("prompts",), averages)
 
 
 def _keys() -> tuple[DataKey, ...]:

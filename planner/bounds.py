@@ -35,7 +35,7 @@ def dependency_bound_s(problem: Problem) -> float:
     at = {names[call]: i for i, call in enumerate(order)}
     edges = [(at[src], at[dst], 0) for src, dst in graph.data_edges()]
     for role in graph.roles:
-        trainer = graph.trainer(role)
+        trainer = graph.maker(role)
         for call in graph.calls_of(role) if trainer else ():
             if trainer is not None and call.name != trainer.name:
                 edges.append((at[trainer.name], at[call.name], 1))

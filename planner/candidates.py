@@ -354,6 +354,9 @@ def _with_offload(
     result: dict[str, dict[int, list[Option]]] = {}
     for call in graph.calls:
         frozen = call.role is not None and graph.trainer(call.role) is None
+        if call.role is not None and graph.average(call.role) is not None:
+            result[call.name] = {size: list(same) for size, same in options[call.name].items()}
+            continue
         useful = frozen or call.kind in (CallKind.TRAIN_STEP, CallKind.GENERATE) or call.name in forced
         result[call.name] = {
             size: [*same, *(replace(o, strategy=replace(o.strategy, offload=True)) for o in same if useful)]

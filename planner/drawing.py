@@ -73,7 +73,7 @@ def _versions(graph: DataflowGraph) -> Mapping[str, Sequence[str]]:
     """train_step -> the calls of its role that use what it trained in the next iteration."""
     found: dict[str, list[str]] = {}
     for role in graph.roles:
-        trainer = graph.trainer(role)
+        trainer = graph.maker(role)
         for call in graph.calls_of(role) if trainer else ():
             if trainer is not None and call.name != trainer.name:
                 found.setdefault(trainer.name, []).append(call.name)

@@ -64,7 +64,7 @@ class Problem:
         # every (call, trainer) of a trained role, the trainer itself left out
         self._users: list[tuple[int, int]] = []
         for role in graph.roles:
-            if trainer := graph.trainer(role):
+            if trainer := graph.maker(role):
                 at = self._index[trainer.name]
                 self._users += [
                     (self._index[c.name], at)
@@ -89,11 +89,14 @@ class Problem:
     def _row(self, call: int, candidate: Candidate) -> Row:
         placement, memory = candidate.placement, candidate.option.memory
         mesh, strategy = placement.mesh, placement.strategy
-        layout = self._layouts.setdefault(placement.layout_key, len(self._layouts))
+        role = self.graph.calls[call].role
+        # a moving average is mixed anew even where it lies as what it follows
+        average = role is not None and self.graph.average(role) is not None
+        alike: object = (role, placement.layout_key) if average else placement.layout_key
+        layout = self._layouts.setdefault(alike, len(self._layouts))
         single = -1
         if strategy.dp == strategy.pp == 1:
             single = self._layouts.setdefault(mesh, len(self._layouts))
-        role = self.graph.calls[call].role
         owner: object = call if role is None else (role, layout)
         parameters, state = memory.parameters, memory.gradients + memory.optimizer
         offload = strategy.offload

@@ -55,7 +55,8 @@ class Node:
 
     call: `call` runs. transfer: `keys` go from where `src` wrote them to where `dst` reads them.
     reallocate: the parameters of `role` go from the layout of call `src` (which trained them) to
-    that of call `dst`. load: `keys` (PARAMETERS, ...) of `role` come to the device, for call `dst`.
+    that of call `dst`; of a moving average, those of the role that `src` trained, and are mixed in.
+    load: `keys` (PARAMETERS, ...) of `role` come to the device, for call `dst`.
     offload: they leave it again; `src` is the call that used them.
     """
 
@@ -284,14 +285,15 @@ def reallocations(graph: DataflowGraph, placements: Mapping[str, Placement]) -> 
     """Call -> (role, node name) for every call whose parameters come by reallocation.
 
     Calls of a role that share a layout share the node, which is named after the first of them.
-    Frozen roles are loaded into each of their layouts once and need none.
+    Frozen roles are loaded into each of their layouts once and need none. A moving average has one for
+    each of its layouts, also for that of the role that it follows.
     """
     result: dict[str, tuple[str, str]] = {}
     for role in graph.roles:
-        trainer = graph.trainer(role)
+        trainer = graph.maker(role)
         if trainer is None:
             continue
-        home = placements[trainer.name].layout_key
+        home = placements[trainer.name].layout_key if trainer.role == role else None
         first: dict[object, str] = {}
         for call in graph.calls_of(role):
             key = placements[call.name].layout_key
@@ -337,10 +339,11 @@ def _add_versions(
     edges: list[Edge],
 ) -> None:
     """Edges from a role's train_step to its calls of the next iteration, by reallocation or not."""
-    trainer = graph.trainer(role)
+    trainer = graph.maker(role)
     if trainer is None:
         return
-    edges.append(Edge(trainer.name, trainer.name, lag=1))
+    if trainer.role == role:
+        edges.append(Edge(trainer.name, trainer.name, lag=1))
     for call in graph.calls_of(role):
         if call.kind is CallKind.TRAIN_STEP:
             continue
@@ -376,7 +379,8 @@ def _add_copies(
             edges.append(Edge(item.last, item.first))
             continue
         if item.is_kept and PARAMETERS in item.causes:
-            readers = dict.fromkeys(name for role, name in moved.values() if role == item.role)
+            fed = {item.role, *(average.role for average in graph.averages if average.of == item.role)}
+            readers = dict.fromkeys(name for role, name in moved.values() if role in fed)
             edges += [Edge(name, item.last) for name in readers]
         edges.append(Edge(item.last, item.first, lag=1))
         if item.first in made:

@@ -108,6 +108,18 @@ class Call:
 
 
 @dataclass(frozen=True)
+class Average:
+    """The parameters of `role`, which no call trains, follow those of the trained role `of`.
+
+    Once an iteration, after `of` is trained, they become `decay` of themselves and the rest of those.
+    """
+
+    role: str
+    of: str
+    decay: float
+
+
+@dataclass(frozen=True)
 class DataflowGraph:
     """The calls of one iteration, in the order in which the algorithm states them.
 
@@ -118,6 +130,7 @@ class DataflowGraph:
     calls: tuple[Call, ...]
     keys: tuple[DataKey, ...]
     source_keys: tuple[str, ...]
+    averages: tuple[Average, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, Call]:
@@ -142,6 +155,15 @@ class DataflowGraph:
             if call.role == role and call.kind is CallKind.TRAIN_STEP:
                 return call
         return None
+
+    def average(self, role: str) -> Average | None:
+        """What the role is the moving average of, if it is one."""
+        return next((average for average in self.averages if average.role == role), None)
+
+    def maker(self, role: str) -> Call | None:
+        """The train_step after which the role's parameters are others; None when the role is frozen."""
+        average = self.average(role)
+        return self.trainer(role if average is None else average.of)
 
     def calls_of(self, role: str) -> tuple[Call, ...]:
         return tuple(call for call in self.calls if call.role == role)
@@ -175,7 +197,7 @@ class DataflowGraph:
         for (src, dst), keys in self.data_edges().items():
             graph.add_edge(src, dst, keys=keys, lag=0)
         for role in self.roles:
-            trainer = self.trainer(role)
+            trainer = self.maker(role)
             for call in self.calls_of(role) if trainer else ():
                 if trainer and call.name != trainer.name and not graph.has_edge(trainer.name, call.name):
                     graph.add_edge(trainer.name, call.name, keys=(), lag=1)
@@ -211,6 +233,12 @@ class DataflowGraph:
             trainers = [c.name for c in self.calls_of(role) if c.kind is CallKind.TRAIN_STEP]
             if len(trainers) > 1:
                 raise InputError(f"dataflow graph: role {role} is trained by {', '.join(trainers)}.")
+        for average in self.averages:
+            if self.trainer(average.role) is not None or self.trainer(average.of) is None:
+                raise InputError(
+                    f"dataflow graph: role {average.role} is the moving average of {average.of}, so that one "
+                    f"must be trained and {average.role} must not."
+                )
         self._check_acyclic()
 
     def _check_acyclic(self) -> None:

@@ -82,6 +82,10 @@ class ExecutionPlan:
             shape = None if call.role is None else self.experiment.role_shape(self.graph, call.role)
             placement.strategy.check(placement.mesh, shape, at)
             placement.strategy.check_kind(call.kind, at)
+            if placement.strategy.offload and self.graph.average(str(call.role)) is not None:
+                raise PlanError(
+                    f"{at}: {call.role} is a moving average, which stays on its device: no offload."
+                )
             if call.kind is CallKind.TRAIN_STEP:
                 backend = self.experiment.training_backend
                 reason = untrainable(backend, self.cluster.num_gpus, placement.mesh, placement.strategy)

@@ -91,8 +91,10 @@ class Held:
 def held_states(role: RankRole) -> Mapping[str, Held]:
     """State -> what this rank holds of it in the role's home layout; empty where it is not home."""
     model, trainer = role.home_model, role.trainer
-    if model is None or trainer is None:
+    if model is None:
         return {}
+    if trainer is None:  # of a moving average; nobody asks for a frozen role's
+        return {WEIGHT: Held(model.params.boxes, model.params.views)}
     states = trainer.optimizer_state()
     return {
         WEIGHT: Held(model.params.boxes, model.params.views),
@@ -298,7 +300,7 @@ class Saver:
     def _manifest(self, done: int, files: Mapping[str, FileRecord], steps: Mapping[str, int]) -> Manifest:
         plan = self._plan
         roles = {
-            name: RoleRecord(config, self._roles[name].shape.head, steps[name])
+            name: RoleRecord(config, self._roles[name].shape.head, steps.get(name, 0))
             for name, config in self._configs.items()
         }
         return Manifest(

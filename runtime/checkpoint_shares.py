@@ -39,8 +39,8 @@ def states_of(dtype: str) -> tuple[str, ...]:
 
 
 def trained_roles(plan: ExecutionPlan) -> tuple[str, ...]:
-    """The roles that a checkpoint holds: frozen ones come from their own folders."""
-    return tuple(role for role in plan.graph.roles if plan.graph.trainer(role) is not None)
+    """The roles that a checkpoint holds, moving averages too: frozen ones come from their own folders."""
+    return tuple(role for role in plan.graph.roles if plan.graph.maker(role) is not None)
 
 
 def stored_of(plan: ExecutionPlan) -> list[Stored]:
@@ -50,8 +50,10 @@ def stored_of(plan: ExecutionPlan) -> list[Stored]:
         home = plan.placements[home_call(plan.graph, role).name]
         shape = plan.experiment.role_shape(plan.graph, role)
         weights = layout(shape, home.mesh, home.strategy)
-        states = optimizer_layout(shape, home.mesh, home.strategy)
         result.append(Stored(role, WEIGHT, weights, plan.experiment.dtype_bytes))
+        if plan.graph.trainer(role) is None:
+            continue
+        states = optimizer_layout(shape, home.mesh, home.strategy)
         result += [Stored(role, name, states, STATE_BYTES) for name in states_of(plan.experiment.dtype)]
     return result
 

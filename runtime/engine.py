@@ -18,6 +18,7 @@ from realloc.errors import InputError
 from realloc.layout import layout
 from realloc.plan import ExecutionPlan
 from realloc.reallocation import schedule
+from runtime.averages import Averager, Mixing
 from runtime.calls import CallExecutor
 from runtime.data_store import DTYPES as VALUE_DTYPES
 from runtime.data_store import IterationData
@@ -66,7 +67,7 @@ class Engine:
         self._watch = Stopwatch()
         self._calls: dict[str, CallExecutor] = {}
         self._transfers: dict[str, TransferExecutor] = {}
-        self._reallocators: dict[str, Reallocator] = {}
+        self._reallocators: dict[str, Reallocator | Averager] = {}
         for instruction in self._instructions:
             self._build(instruction.node)
 
@@ -181,15 +182,25 @@ class Engine:
             scorer=Scorer(call) if call.functions else None,
         )
 
-    def _reallocator(self, node: Node) -> Reallocator:
+    def _reallocator(self, node: Node) -> Reallocator | Averager:
         role = self._roles[str(node.role)]
+        source = self._plan.graph.by_name[str(node.src)].role
+        average = self._plan.graph.average(str(node.role))
         ends = [self._plan.placements[str(name)] for name in (node.src, node.dst)]
         src, dst = (layout(role.shape, end.mesh, end.strategy) for end in ends)
-        models = [role.by_call.get(str(name)) for name in (node.src, node.dst)]
+        trained = self._roles[str(source)]
+        models = [trained.by_call.get(str(node.src)), role.by_call.get(str(node.dst))]
         held = [None if m is None else Holding(m.params.views, m.params.boxes) for m in models]
+        mixing = None
+        if average is not None and models[1] is not None:
+            mixing = Mixing(models[1].params, average.decay)
+            held[1] = mixing.news
         dtype = DTYPES[self._plan.experiment.dtype]
-        with role.memory.on_device():  # it takes views, which need memory to be of
-            return Reallocator(
+        with (
+            role.memory.on_device(),
+            trained.memory.on_device(),
+        ):  # it takes views, which need memory to be of
+            reallocator = Reallocator(
                 schedule(src, dst, self._plan.cluster.gpus_per_node, self._rank),
                 self._rank,
                 *held,
@@ -198,6 +209,7 @@ class Engine:
                 staging=self._staging,
                 shared=role.shared,
             )
+        return reallocator if mixing is None else Averager(reallocator, mixing)
 
 
 def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:

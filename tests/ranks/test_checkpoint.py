@@ -44,7 +44,7 @@ TOTAL, STOP = 4, 2
 SHAPE = {"hidden": 32, "layers": 4, "heads": 4, "kv_heads": 2, "ffn": 48, "tied": True}
 # whatever keeps numbers between iterations
 KEEPING = {"kl_target": 0.02, "kl_horizon": 20, "score_normalization": "running", "critic_warmup": 1}
-DETAILS = {"whiten_rewards": True, "missing_eos_penalty": 0.5}
+DETAILS = {"whiten_rewards": True, "missing_eos_penalty": 0.5, "ref_ema_decay": 0.6}
 CHANGES = {"hyperparameters": {"mini_batches": 2, "epochs": 1, **KEEPING, **DETAILS}}
 Placements = Mapping[str, tuple[str, str]]
 
@@ -204,11 +204,14 @@ def test_newest_checkpoint_is_the_final_state(workplace: Workplace) -> None:
 
 
 def test_every_element_is_stored_once_and_replicas_share_the_work(workplace: Workplace) -> None:
-    """Three fp32 states of both roles, and no rank with much more than its part of what it could write."""
+    """Three fp32 states of both trained roles, and no rank with much more than its part of what it could."""
     manifest = verify(checkpoints_folder(workplace.out) / f"iteration-{STOP}")
     stored = {name: file.num_bytes for name, file in manifest.files.items() if name.endswith("tensors")}
     graph, experiment = workplace.plan.graph, workplace.plan.experiment
-    sizes = {role: 12 * experiment.role_shape(graph, role).num_params for role in ("actor", "critic")}
+    sizes = {
+        role: size * experiment.role_shape(graph, role).num_params
+        for role, size in (("actor", 12), ("critic", 12), ("ref", 4))  # a moving average has weights alone
+    }
     headers = 20_000 * len(stored)
     assert sum(sizes.values()) < sum(stored.values()) < sum(sizes.values()) + headers
     # ranks 2 and 3 write all of the critic, and with 0 and 1 the actor

@@ -1,0 +1,91 @@
+"""A reference that follows the actor is a node that search prices as the runtime executes it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cost_models.model import CostModel
+from cost_models.profile import load_profile
+from planner.api import search_plan
+from planner.simulator import simulate
+from realloc.augmented import Placement, augment
+from realloc.dataflow import Average
+from realloc.errors import InputError, PlanError
+from realloc.experiment import Experiment, parse_experiment
+from realloc.files import Reader
+from realloc.plan import ExecutionPlan
+
+CONTENT: Mapping[str, Any] = {
+    "algorithm": "ppo",
+    "models": dict.fromkeys(("actor", "critic", "ref", "reward"), "qwen2.5-0.5b"),
+    "workload": {"sequences": 64, "prompt_tokens": 128, "response_tokens": 128},
+    "cluster": {"nodes": 1, "gpus_per_node": 2, "device": "h100-sxm"},
+}
+MOVE = "reallocate:ref:ref_inf"
+
+
+def experiment(decay: float) -> Experiment:
+    content = {**CONTENT, "hyperparameters": {"ref_ema_decay": decay}}
+    return parse_experiment(Reader(content, "experiment"), Path())
+
+
+@pytest.mark.parametrize("method", ["branch", "greedy"])
+def test_search_prices_the_graph_that_runs(method: str) -> None:
+    cluster = experiment(0.9).cluster
+    assert cluster is not None
+    plan = search_plan(experiment(0.9), cluster, method=method, time_limit_s=10.0).plan
+    predictions = plan.predictions
+    assert predictions is not None
+    assert MOVE in plan.augmented.by_name
+    assert predictions.node_s[MOVE] > 0
+    simulated = simulate(plan.augmented, predictions.node_s, plan.node_order)
+    assert predictions.iteration_s == pytest.approx(simulated.iteration_s, rel=1e-6)
+    without = search_plan(experiment(1.0), cluster, method=method, time_limit_s=10.0).plan
+    assert MOVE not in without.augmented.by_name
+    assert without.predictions is not None
+    assert without.predictions.iteration_s <= predictions.iteration_s * (1 + 1e-9)
+
+
+def test_mixing_costs_memory_and_time_even_where_nothing_moves() -> None:
+    found = {}
+    for decay in (0.9, 1.0):
+        of = experiment(decay)
+        assert of.cluster is not None
+        costs = CostModel(of, of.graph(), of.cluster, load_profile(of.cluster.device))
+        call = of.graph().by_name["ref_inf"]
+        cluster = of.cluster
+        plan = search_plan(of, cluster, time_limit_s=2.0).plan
+        same = plan.placements["actor_train"]
+        placement = Placement(same.mesh, replace(plan.placements["ref_inf"].strategy, offload=False))
+        memory = costs.call_memory(call, placement)
+        found[decay] = (memory.parameters, costs.reallocate_s("ref", placement, placement))
+    assert found[0.9][0] == 2 * found[1.0][0]
+    assert found[0.9][1] > 0 == found[1.0][1]
+
+
+def test_the_average_waits_for_the_actor_and_for_who_reads_it() -> None:
+    of = experiment(0.9)
+    assert of.cluster is not None
+    plan = search_plan(of, of.cluster, time_limit_s=2.0).plan
+    graph = augment(plan.graph, plan.placements)
+    edges = {(edge.src, edge.dst, edge.lag) for edge in graph.edges}
+    assert {("actor_train", MOVE, 0), ("ref_inf", MOVE, 0), (MOVE, "ref_inf", 1)} <= edges
+
+
+def test_what_cannot_be_is_refused() -> None:
+    of = experiment(0.9)
+    assert of.cluster is not None
+    plan = search_plan(of, of.cluster, time_limit_s=2.0).plan
+    placement = plan.placements["ref_inf"]
+    away = Placement(placement.mesh, replace(placement.strategy, offload=True))
+    moved = ExecutionPlan(plan.experiment, plan.cluster, {**plan.placements, "ref_inf": away})
+    with pytest.raises(PlanError, match="ref is a moving average"):
+        moved.check()
+    wrong = replace(plan.graph, averages=(Average("critic", "actor", 0.9),))
+    with pytest.raises(InputError, match="critic is the moving average of actor"):
+        wrong.check()
