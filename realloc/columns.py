@@ -269,8 +269,8 @@ def _messages(value: Any, column: str, where: str, role: str) -> list[Message]:
     for number, item in enumerate(value, 1):
         if isinstance(item, Mapping) and "from" in item and "role" not in item:
             speaker = item["from"]
-            role = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else None
-            item = {"role": role, "content": item.get("value")}
+            said_by = _ROLES.get(speaker, speaker) if isinstance(speaker, str) else None
+            item = {"role": said_by, "content": item.get("value")}
         if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
             problem = f"{column}: message {number} is no mapping with role and content."
             raise BadRow(where, problem, "bad message")
