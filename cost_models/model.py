@@ -103,6 +103,9 @@ class CostModel:
             )
             sequences = self.experiment.workload.sequences
             seconds = transfer_s(self.profile, sequences, per_sequence, len(keys), src, dst)
+            producer = self.graph.producer.get(keys[0]) if keys else None
+            if producer is not None:  # all keys come from one call
+                seconds = self.graph.by_name[producer].share_of(seconds)
             self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
 
@@ -220,6 +223,7 @@ class CostModel:
             terms = pricer.terms(call)
             if self.profile.calibration is not None:
                 terms = self.profile.calibration.terms(call.kind, terms)
+            terms = {term: call.share_of(seconds) for term, seconds in terms.items()}
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]
 

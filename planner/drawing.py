@@ -58,7 +58,7 @@ def graph_text(graph: DataflowGraph) -> str:
 def _what(call: Call) -> str:
     if call.kind is CallKind.COMPUTE:
         sources = [source.title for source in call.functions] or [key for key, _ in call.weights]
-        return f"compute {' + '.join(sources)}"
+        return f"compute {call.report or ' + '.join(sources)}"
     text = f"{call.kind.value} of {call.role}"
     if call.greedy:
         text += ", greedy"

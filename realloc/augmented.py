@@ -58,6 +58,7 @@ class Node:
     that of call `dst`; of a moving average, those of the role that `src` trained, and are mixed in.
     load: `keys` (PARAMETERS, ...) of `role` come to the device, for call `dst`.
     offload: they leave it again; `src` is the call that used them.
+    `every`: a call or transfer of evaluation, which runs in each so many-th iteration; 0: in all of them.
     """
 
     name: str
@@ -68,6 +69,10 @@ class Node:
     dst: str | None = None
     role: str | None = None
     keys: tuple[str, ...] = ()
+    every: int = 0
+
+    def runs_in(self, iteration: int) -> bool:
+        return self.every == 0 or iteration % self.every == 0
 
 
 @dataclass(frozen=True)
@@ -319,11 +324,12 @@ def augment(graph: DataflowGraph, placements: Mapping[str, Placement]) -> Augmen
                 continue
             name = transfer_name(src, call.name)
             ranks = _union(placements[src].mesh, placement.mesh)
-            nodes.append(Node(name, NodeKind.TRANSFER, ranks, src=src, dst=call.name, keys=keys))
+            nodes.append(
+                Node(name, NodeKind.TRANSFER, ranks, src=src, dst=call.name, keys=keys, every=call.every)
+            )
             edges += [Edge(src, name), Edge(name, call.name)]
-        nodes.append(
-            Node(call.name, NodeKind.CALL, tuple(placement.mesh.ranks), call=call.name, role=call.role)
-        )
+        ranks = tuple(placement.mesh.ranks)
+        nodes.append(Node(call.name, NodeKind.CALL, ranks, call=call.name, role=call.role, every=call.every))
     for role in graph.roles:
         _add_versions(graph, placements, role, moved, nodes, edges)
     _add_copies(graph, placements, moved, nodes, edges)

@@ -58,6 +58,11 @@ class DataSpec:
     holdout_split: str | None = None
 
     @property
+    def holds_out(self) -> bool:
+        """Whether some rows are kept for evaluation."""
+        return self.holdout > 0 or bool(self.holdout_paths) or self.holdout_split is not None
+
+    @property
     def path(self) -> str:
         """All paths as one text, for messages."""
         return ", ".join(self.paths)

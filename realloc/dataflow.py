@@ -80,7 +80,9 @@ class Call:
     compares each `together` neighbours (a pair, the samples of a prompt): they share a micro-batch.
 
     A compute call has one `function`, or several with weights in `rewards`, or adds up other calls'
-    scores: `weights` are of keys that it reads.
+    scores: `weights` are of keys that it reads, or makes a `report` of all that it reads.
+
+    `every`: a call of evaluation, which runs in each so many-th iteration, on held-out data; 0: of training.
     """
 
     name: str
@@ -100,6 +102,12 @@ class Call:
     together: int = 1
     rewards: tuple[RewardSource, ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
+    report: str | None = None
+    every: int = 0
+
+    def share_of(self, seconds: float) -> float:
+        """What something that takes so long when the call runs takes an iteration, on average."""
+        return seconds / max(1, self.every)
 
     @property
     def functions(self) -> tuple[RewardSource, ...]:
@@ -185,7 +193,7 @@ class DataflowGraph:
         it reads says by which lengths those who read its results split their batch.
         """
         reader = self.by_name[call]
-        if reader.kind is CallKind.TRAIN_STEP:
+        if reader.kind is CallKind.TRAIN_STEP or reader.report is not None:
             return keys
         used = {reader.sequence, *(key for key, _ in reader.weights)}
         return tuple(key for key in keys if key in used)
@@ -274,7 +282,7 @@ def _check_call(call: Call) -> None:
     for field in needs[call.kind]:
         if getattr(call, field) is None:
             raise InputError(f"dataflow graph: {call.name} is a {call.kind} and needs '{field}'.")
-    if call.kind is CallKind.COMPUTE and not (call.functions or call.weights):
+    if call.kind is CallKind.COMPUTE and not (call.functions or call.weights or call.report):
         raise InputError(f"dataflow graph: {call.name} is a compute and needs 'function'.")
     for key, _ in call.weights:
         if key not in call.reads:
@@ -283,5 +291,5 @@ def _check_call(call: Call) -> None:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
     if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:
         raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch, epoch and neighbour.")
-    if call.kind is not CallKind.TRAIN_STEP and not call.writes:
+    if call.kind is not CallKind.TRAIN_STEP and not (call.writes or call.report):
         raise InputError(f"dataflow graph: {call.name} writes nothing.")

@@ -14,6 +14,7 @@ from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content
 from realloc.data_spec import DataSpec, data_content, parse_data
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
+from realloc.evaluation import EvaluationSpec, evaluation_content, parse_evaluation, with_evaluation
 from realloc.files import Reader, nearest, read_file, resolve_path
 from realloc.lengths import Lengths, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
@@ -104,6 +105,7 @@ class Experiment:
     data: DataSpec | None = None
     reward: str | None = None
     rewards: tuple[RewardSource, ...] = ()
+    evaluation: EvaluationSpec | None = None
     hyperparameters: Mapping[str, Any] | None = None
     sampling: Sampling = Sampling()
     dtype: str = "float32"
@@ -123,6 +125,9 @@ class Experiment:
         """The checked dataflow graph, every role of which has a model. Raises InputError."""
         graph = self.resolve_algorithm().graph(self)
         graph.check()
+        if self.evaluation is not None:
+            graph = with_evaluation(graph, self.evaluation)
+            graph.check()
         for role in graph.roles:
             if role not in self.models:
                 raise InputError(f"experiment: models: {self.algorithm} needs a model for the role '{role}'.")
@@ -177,6 +182,7 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     data = None if data_reader is None else parse_data(data_reader, folder)
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
+    evaluation_reader = reader.optional_child("evaluation")
     constraints_reader = reader.optional_child("constraints")
     experiment = Experiment(
         algorithm=algorithm,
@@ -186,6 +192,7 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
         data=data,
         reward=reader.get("reward", str, None),
         rewards=parse_rewards(reader.raw("rewards", None), reader.at("rewards")),
+        evaluation=None if evaluation_reader is None else parse_evaluation(evaluation_reader),
         sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
@@ -205,6 +212,11 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
         experiment.role_shape(graph, role)
     experiment.constraints.check(graph, reader.at("constraints"))
     _check_lengths(experiment, reader.where)
+    if experiment.evaluation is not None and data is not None and not data.holds_out:
+        raise InputError(
+            f"{reader.at('evaluation')}: takes rows that are not trained on; keep some with data.holdout, such "
+            f"as holdout: 0.05, or name others with data.holdout_path."
+        )
     if experiment.training_backend != OWN and experiment.dtype != "float32":
         raise InputError(
             f"{reader.where}: training_backend: {experiment.training_backend} trains in float32, not "
@@ -344,6 +356,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
         content["reward"] = experiment.reward
     if experiment.rewards:
         content["rewards"] = rewards_content(experiment.rewards)
+    if experiment.evaluation is not None:
+        content["evaluation"] = evaluation_content(experiment.evaluation)
     content["hyperparameters"] = dict(experiment.hyperparameters or {})
     content["sampling"] = _sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype

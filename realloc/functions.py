@@ -110,6 +110,12 @@ class PrepareFunction(Protocol):
     def __call__(self, batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Any]: ...
 
 
+class ReportFunction(Protocol):
+    """Numbers about a whole batch: the same on every rank, which `batch.sum` sees to. `keys`: what it has."""
+
+    def __call__(self, batch: Batch, keys: Sequence[str]) -> Mapping[str, float]: ...
+
+
 class LossFunction(Protocol):
     """The loss of one micro-batch.
 

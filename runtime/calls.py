@@ -114,7 +114,7 @@ class CallExecutor:
             max_new_tokens=self.experiment.workload.response.maximum,
             eos_ids=self.dataset.eos_ids,
             sampling=replace(sampling, temperature=0.0) if self.call.greedy else sampling,
-            seed=self.experiment.seed,
+            seed=self.experiment.seed + (self.call.every > 0),  # other draws than the iteration's own
             iteration=iteration,
             micro_batches=self.context.strategy.micro_batches,
             prompt_keys=[p // data.samples_per_prompt for p in share],
@@ -290,10 +290,17 @@ class CallExecutor:
 
     def _compute(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
         share, metrics = assignment.of(self.context.at.dp), Metrics()
+        if self.call.report is not None:
+            everyone = range(data.num_sequences)
+            batch = self._view(data, share, len(everyone), self._num_elements(data, everyone))
+            for name, value in self.functions.report(self.call.report)(batch, self.call.reads).items():
+                metrics.add(name, value, 1.0)
+            return metrics
         if self.call.weights:
             values = weighted_sum(self.call, data, share, metrics)
         elif self.scorer is not None:
-            samples = text_samples(self.call, self.experiment, self.dataset, data, share, iteration)
+            rows = 0 if self.call.every else iteration  # evaluation takes the same rows each time
+            samples = text_samples(self.call, self.experiment, self.dataset, data, share, rows)
             values = self.scorer.score(samples, iteration, self.context.strategy.dp, metrics)
         else:
             raise AssertionError(f"{self.call.name} has no function")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from time import thread_time
 
 import torch
@@ -84,12 +85,32 @@ class Engine:
     def run(self, iterations: range, recorder: Recorder, observer: Observer) -> None:
         """Executes whole iterations. Whatever an instruction raises passes through."""
         for iteration in iterations:
-            data = self._source(iteration)
+            data = self._source(self._dataset.batch(iteration))
+            evaluation = None
             sums: Sums = {}
             for instruction in self._instructions:
                 observer.entering(iteration, instruction.index)
-                self._execute(instruction, iteration, data, recorder, sums)
+                node = instruction.node
+                if not node.runs_in(iteration):
+                    self._pass_over(instruction, iteration, recorder)
+                    continue
+                if node.every and evaluation is None:
+                    evaluation = self._source(self._held_out.batch(0), evaluates=True)
+                mine = evaluation if node.every and evaluation is not None else data
+                self._execute(instruction, iteration, mine, recorder, sums)
             observer.report(iteration, sums, data)
+
+    @cached_property
+    def _held_out(self) -> Dataset:
+        """The rows that evaluation takes: as many as an iteration, in the same shape."""
+        work = self._plan.experiment.workload
+        return self._dataset.held_out(work.sequences, work.samples_per_prompt)
+
+    def _pass_over(self, instruction: Instruction, iteration: int, recorder: Recorder) -> None:
+        """Records that a node of evaluation took no time, so that means are over all iterations."""
+        node = instruction.node
+        predicted_s = instruction.predicted_s
+        recorder.add(iteration, node.name, str(node.kind), recorder.now(), predicted_s=predicted_s)
 
     def _execute(
         self,
@@ -135,16 +156,18 @@ class Engine:
             cpu_s=thread_time() - cpu_start,
         )
 
-    def _source(self, iteration: int) -> IterationData:
-        """The iteration's data as the data set gives it; the same on every rank."""
+    def _source(self, batch: DataBatch, *, evaluates: bool = False) -> IterationData:
+        """The data of an iteration, or of evaluation, as the data set gives it; the same on every rank."""
         graph = self._plan.graph
-        batch = self._dataset.batch(iteration)
         data = IterationData(
             graph.key,
             [len(prompt) for prompt in batch.prompts],
             samples_per_prompt=batch.samples_per_prompt,
         )
+        read = {key for call in graph.calls if (call.every > 0) == evaluates for key in call.reads}
         for key in graph.source_keys:
+            if key not in read:
+                continue
             sequences = source_sequences(batch, graph.key[key])
             data.lengths[key] = [len(sequence) for sequence in sequences]
             data.values[key] = {
@@ -175,7 +198,7 @@ class Engine:
             context=context,
             experiment=self._plan.experiment,
             functions=self._functions,
-            dataset=self._dataset,
+            dataset=self._held_out if call.every else self._dataset,
             decoder=None if role is None else role.by_call[node.name].decoder,
             trainer=role.trainer if role is not None and trains else None,
             watch=self._watch,

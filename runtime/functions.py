@@ -9,7 +9,7 @@ from typing import Any
 
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
-from realloc.functions import LossFunction, PrepareFunction
+from realloc.functions import LossFunction, PrepareFunction, ReportFunction
 
 
 @dataclass(frozen=True)
@@ -26,10 +26,15 @@ class FunctionTable:
         function: PrepareFunction = self._load(name)
         return function
 
+    def report(self, name: str) -> ReportFunction:
+        function: ReportFunction = self._load(name)
+        return function
+
     def check(self, graph: DataflowGraph) -> None:
         """Loads every function the graph names. Raises InputError for one that is not there."""
         for call in graph.calls:
-            for name in (call.prepare, call.loss, *(source.function for source in call.functions)):
+            rewards = (source.function for source in call.functions)
+            for name in (call.prepare, call.loss, call.report, *rewards):
                 if name is not None:
                     self._load(name)
 

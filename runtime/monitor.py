@@ -17,6 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import RunError
+from realloc.evaluation import PREFIX, REPORT, RIVAL
 from realloc.experiment import experiment_content
 from realloc.plan import ExecutionPlan
 from runtime.metrics import MetricsChannel
@@ -158,14 +159,28 @@ class Monitor:
 
 
 def tokens_of(metrics: Mapping[str, float]) -> float:
-    """Tokens of one iteration, prompts and responses; of the longest call where they differ."""
-    return max(value for name, value in metrics.items() if name.endswith("/tokens"))
+    """Tokens of one iteration, prompts and responses; of the longest call where they differ.
+
+    What evaluation passes through models counts for nothing.
+    """
+    counts = {name: value for name, value in metrics.items() if name.endswith("/tokens")}
+    trained = [value for name, value in counts.items() if not name.startswith((PREFIX, RIVAL, REPORT))]
+    return max(trained or counts.values())
 
 
 def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:
     """The few numbers that a person watches: scores, KL, losses."""
     parts = []
     for call in graph.calls:
+        if call.every:
+            parts += [
+                f"held-out {name.rpartition('/')[2]} {value:.3f}"
+                for name, value in metrics.items()
+                if call.report is not None
+                and name.startswith(f"{call.name}/")
+                and not name.endswith("/tokens")
+            ]
+            continue
         if call.kind is CallKind.COMPUTE or (call.output is not None and call.output == "scores"):
             parts += [
                 f"reward {metrics[name]:.3f}"

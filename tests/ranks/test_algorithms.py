@@ -134,6 +134,47 @@ def test_several_rewards_and_samples_without_one(tmp_path: Path, name: str) -> N
     assert_same(run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "apart"), expected)
 
 
+EVALUATED: Mapping[str, tuple[str, tuple[str, ...], Mapping[str, Any], Sequence[str]]] = {
+    "ppo": (
+        "ppo",
+        ("actor", "critic", "ref", "reward"),
+        {"win_rate": True, "sampled": True},
+        ("length", "kl", "reward", "reference_reward", "win_rate"),
+    ),
+    "raft": ("raft", ("actor", "reward"), {}, ("length", "reward")),
+    "reward": (
+        "reward",
+        ("reward",),
+        {"gold": "experiments.rewards:sentiment"},
+        ("accuracy", "margin", "loss", "calibration", "spearman", "kendall", "best_of"),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+def test_evaluation_is_the_same_on_every_plan(tmp_path: Path, name: str) -> None:
+    algorithm, roles, options, reported = EVALUATED[name]
+    if algorithm == "reward":
+        experiment = content(tmp_path, algorithm)
+    else:
+        models = models_for(tmp_path, algorithm)
+        experiment = ppo_content(tmp_path, {role: models[role] for role in roles}, algorithm=algorithm)
+        experiment["workload"]["samples_per_prompt"] = 2
+        experiment["hyperparameters"] = {}
+    experiment["data"] = {**experiment["data"], "holdout": 0.3}
+    plain = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "plain")
+    experiment |= {"evaluation": {"every": 2, **options}}
+    expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
+    for iteration, metrics in enumerate(expected.metrics):
+        found = {key.partition("/")[2] for key in metrics if key.startswith("evaluation/")}
+        assert found == ({*reported, "tokens"} if iteration % 2 == 0 else set())
+        trained = {key: value for key, value in metrics.items() if key in plain.metrics[iteration]}
+        assert trained == plain.metrics[iteration], "evaluation changes nothing of training"
+    gpus, placements = PLANS["apart"]
+    placements = {**placements, "evaluation": ("node0", "d4t1p1"), "eval_ref_gen": ("node0", "d2t2p1")}
+    assert_same(run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "apart"), expected)
+
+
 def test_a_batch_without_any_score_is_an_error(tmp_path: Path) -> None:
     models = models_for(tmp_path, "grpo")
     experiment = ppo_content(tmp_path, {role: models[role] for role in ("actor", "ref")}, algorithm="grpo")
