@@ -6,8 +6,8 @@ Counts layers instead of boxes, and can leave open where the meshes lie. Why no 
 
 Every rank receives what it needs and does not hold, once. Of the layers that ranks of a node need and
 none of its ranks holds, all elements enter the node at least once, over its slow link; what else its
-ranks receive, other ranks of the node send. The elements of a layer that enter nodes are sent by the ranks that
-hold it. The busiest of any set of ranks is at least as busy as their mean.
+ranks receive, other ranks of the node send. The elements of a layer that enter nodes are sent by the
+ranks that hold it. The busiest of any set of ranks is at least as busy as their mean.
 
 Only parameters of layers count, messages have no latency, and a rank that nothing is known of holds
 the part of the old layout that has most in common with what it needs.
@@ -28,6 +28,7 @@ from realloc.params import ParamSpec, parameters, stage_layers, tp_range
 from realloc.strategy import Strategy
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
 
@@ -168,8 +169,8 @@ def _stages_on_nodes(strategy: Strategy, per_node: int) -> Floats:
     groups = max(1, min(per_node, strategy.size) // strategy.tp)
     first = np.arange(0, strategy.size // strategy.tp, groups)[:, None]
     stage = np.arange(strategy.pp)
-    found = (first // strategy.dp <= stage) & (stage <= (first + groups - 1) // strategy.dp)
-    return found.astype(np.float64)
+    held: Bools = (first // strategy.dp <= stage) & (stage <= (first + groups - 1) // strategy.dp)
+    return held.astype(np.float64)
 
 
 @lru_cache(maxsize=4096)
@@ -181,8 +182,7 @@ def _layers_on_nodes(shape: ModelShape, strategy: Strategy, per_node: int) -> Fl
 
 @lru_cache(maxsize=4096)
 def _distinct(shape: ModelShape, strategy: Strategy, per_node: int) -> Floats:
-    found: Floats = np.unique(_layers_on_nodes(shape, strategy, per_node), axis=0)
-    return found
+    return np.asarray(np.unique(_layers_on_nodes(shape, strategy, per_node), axis=0))
 
 
 @lru_cache(maxsize=4096)

@@ -7,7 +7,8 @@ from dataclasses import replace
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.assess import Assessment
-from planner.candidates import Limits, build_candidates
+from planner.candidates import build_candidates
+from planner.keeping import Limits
 from planner.predict import predictions_of
 from planner.problem import Problem
 from planner.result import SearchResult

@@ -7,46 +7,29 @@ mesh of that size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 from planner.cores import on_all_cores
 from planner.costs import Costs
 from planner.infeasible import infeasible_call
-from planner.options import FORBIDDEN, TOO_LARGE, Option, Options, thinned
+from planner.keeping import Limits, kept_of, taken_bytes, with_offload
+from planner.options import FORBIDDEN, TOO_LARGE, Option, Options
 from planner.permits import Permitted
 from planner.rejections import Rejection, Rejections
 from realloc.augmented import Placement
 from realloc.backend import OWN, untrainable
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
+from realloc.errors import InfeasibleError
 from realloc.experiment import Experiment
 from realloc.mesh import DeviceMesh, all_meshes
 from realloc.model_shape import ModelShape
 from realloc.strategy import Strategy, forbidden
 
-
-@dataclass(frozen=True)
-class Limits:
-    """How much of a large cluster's candidates to keep.
-
-    At most `most_meshes` meshes; `most_micro_batches` per data-parallel rank. Where the cluster
-    has more than `keep_all_up_to` meshes, a call keeps on each mesh its `fastest` strategies and
-    its `smallest` ones (by memory), and those that other calls of its role keep there. Of each layout
-    it keeps `front` strategies, `far_front` there. `degrees_only` leaves ZeRO, sequence parallelism,
-    recomputation and other schedules than 1F1B out.
-    """
-
-    most_meshes: int = 1200
-    most_micro_batches: int = 64
-    keep_all_up_to: int = 40
-    fastest: int = 3
-    smallest: int = 1
-    offload_from: float = 0.5
-    front: int = 4
-    far_front: int = 2
-    degrees_only: bool = False
+FORK_FROM_GPUS = 12
+"""Fewer GPUs have so few strategies that a second process takes longer to start than it saves."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +40,15 @@ class Candidate:
 
 @dataclass(frozen=True)
 class CandidateSet:
-    """`candidates[call name]`, fastest first."""
+    """`candidates[call name]`, fastest first.
+
+    `others[call name]`: what else would fit but is not looked at, because the cluster is large. Each
+    stands for the same strategy on every mesh of that size.
+    """
 
     candidates: Mapping[str, Sequence[Candidate]]
     rejections: tuple[Rejection, ...] = ()
+    others: Mapping[str, Sequence[Candidate]] = field(default_factory=dict)
 
     @property
     def num_plans(self) -> int:
@@ -82,68 +70,151 @@ def build_candidates(
 
     Raises InfeasibleError when a call fits nowhere, or nowhere that the experiment's constraints allow.
     """
-    limits = limits or Limits()
-    rejections = Rejections()
-    permitted = Permitted(experiment, graph, cluster)
-    meshes = [*_meshes(graph, cluster, limits, rejections)]
-    meshes += [mesh for mesh in permitted.pinned(graph) if mesh not in meshes]
-    by_size: dict[int, list[DeviceMesh]] = {}
-    for mesh in meshes:
-        by_size.setdefault(mesh.size, []).append(mesh)
-    places = _places(graph, permitted, by_size, rejections)
-    options: dict[str, dict[int, list[Option]]] = {}
+    return _Builder(experiment, graph, cluster, costs, capacity_bytes, limits or Limits()).built()
 
-    def priced(call: Call) -> tuple[dict[int, list[Option]], Rejections]:
+
+Places = Mapping[str, Mapping[int, Sequence[DeviceMesh]]]
+"""Call -> size -> the meshes on which constraints let it run."""
+
+
+class _Builder:
+    """Candidates of one experiment, once."""
+
+    def __init__(
+        self,
+        experiment: Experiment,
+        graph: DataflowGraph,
+        cluster: Cluster,
+        costs: Costs,
+        capacity_bytes: int,
+        limits: Limits,
+    ) -> None:
+        self._experiment, self._graph, self._cluster = experiment, graph, cluster
+        self._costs, self._capacity, self._limits = costs, capacity_bytes, limits
+        self._rejections = Rejections()
+        self._permitted = Permitted(experiment, graph, cluster)
+        meshes = [*_meshes(graph, cluster, limits, self._rejections)]
+        meshes += [mesh for mesh in self._permitted.pinned(graph) if mesh not in meshes]
+        self._is_large = len(meshes) > limits.keep_all_up_to
+        self._by_size: dict[int, list[DeviceMesh]] = {}
+        for mesh in meshes:
+            self._by_size.setdefault(mesh.size, []).append(mesh)
+
+    def built(self) -> CandidateSet:
+        graph = self._graph
+        places = _places(graph, self._permitted, self._by_size, self._rejections)
+        every = self._every_option(places)
+        kept = every
+        if self._is_large:
+            kept = kept_of(graph, every, self._by_size, self._limits, self._rejections)
+        forced = {call.name for call in graph.calls if self._permitted.needs_offload(call)}
+        if forced or taken_bytes(graph, kept) > self._limits.offload_from * self._capacity:
+            kept, every = with_offload(graph, kept, forced), with_offload(graph, every, forced)
+        candidates = self._placed(places, kept)
+        others: Mapping[str, Sequence[Candidate]] = {}
+        if self._is_large:
+            left_out = {
+                name: {
+                    size: [o for o in options if o.strategy not in {k.strategy for k in kept[name][size]}]
+                    for size, options in sizes.items()
+                }
+                for name, sizes in every.items()
+            }
+            firsts = {
+                name: {size: meshes[:1] for size, meshes in sizes.items()} for name, sizes in places.items()
+            }
+            others = self._placed(firsts, left_out)
+        return CandidateSet(candidates, self._rejections.result(), others)
+
+    def _every_option(self, places: Places) -> dict[str, dict[int, list[Option]]]:
+        """Of every call and size what fits, calls on all cores where there is much to do."""
+        calls = self._graph.calls
+        pieces = [partial(self._of_call, call, places[call.name]) for call in calls]
+        on_cores = self._cluster.num_gpus >= FORK_FROM_GPUS and not self._limits.degrees_only
+        every_call = on_all_cores(pieces) if on_cores else [piece() for piece in pieces]
+        found = {}
+        for call, (options, rejected) in zip(calls, every_call, strict=True):
+            self._rejections.join(rejected)
+            if not any(options.values()):
+                raise self._nothing_fits(call)
+            found[call.name] = options
+        return found
+
+    def _of_call(
+        self, call: Call, places: Mapping[int, Sequence[DeviceMesh]]
+    ) -> tuple[dict[int, list[Option]], Rejections]:
         rejected = Rejections()
         found = {
-            size: _options(
-                experiment, graph, call, same, costs, capacity_bytes, limits, rejected, cluster.num_gpus,
-                permitted,
-            )
-            for size, same in places[call.name].items()
-        }  # fmt: skip
+            size: self._options(call, meshes, rejected, self._permitted) for size, meshes in places.items()
+        }
         return found, rejected
 
-    pieces = [partial(priced, call) for call in graph.calls]
-    is_large = len(meshes) > limits.keep_all_up_to
-    every_call = on_all_cores(pieces) if is_large else [piece() for piece in pieces]
-    for call, (found, rejected) in zip(graph.calls, every_call, strict=True):
-        options[call.name] = found
-        rejections.join(rejected)
-        if not any(options[call.name].values()):
-            shape = None if call.role is None else experiment.role_shape(graph, call.role)
-            every: dict[DeviceMesh, Sequence[Option]] = {}
-            for same in by_size.values():
-                fitting = _options(
-                    experiment, graph, call, same, costs, capacity_bytes, limits, Rejections(),
-                    cluster.num_gpus, None,
-                )  # fmt: skip
-                every |= dict.fromkeys(same, fitting)
-            blamed = permitted.nothing_left(call, every, rejections.of(call, TOO_LARGE))
-            if blamed is not None:
-                raise blamed
-            degrees = {
-                same[0]: _degrees(
-                    experiment, call, shape, same, limits.most_micro_batches, Rejections(), cluster.num_gpus
-                )
-                for same in by_size.values()
-            }
-            raise infeasible_call(experiment, call, shape, degrees, costs, capacity_bytes)
-    if is_large:
-        options = _bounded(graph, options, by_size, limits, rejections)
-    forced = {call.name for call in graph.calls if permitted.needs_offload(call)}
-    if forced or taken_bytes(graph, options) > limits.offload_from * capacity_bytes:
-        options = _with_offload(graph, options, forced)
-    candidates = {}
-    for call in graph.calls:
-        listed = [
-            Candidate(Placement(mesh, option.strategy), option)
-            for size, same in places[call.name].items()
-            for option in permitted.final(call, options[call.name][size], by_size[size][0])
-            for mesh in same
-        ]
-        candidates[call.name] = sorted(listed, key=lambda candidate: candidate.option.seconds)
-    return CandidateSet(candidates, rejections.result())
+    def _shape(self, call: Call) -> ModelShape | None:
+        return None if call.role is None else self._experiment.role_shape(self._graph, call.role)
+
+    def _options(
+        self, call: Call, meshes: Sequence[DeviceMesh], rejections: Rejections, permitted: Permitted | None
+    ) -> list[Option]:
+        """What fits on its own, a few of each layout. `permitted` None: whatever constraints say."""
+        if not meshes:
+            return []
+        limits = self._limits
+
+        def reject(reason: str, example: Callable[[], str]) -> None:
+            rejections.count(call, reason, len(meshes), example)
+
+        permits = None if permitted is None else permitted.strategies(call, meshes[0])
+        wanted = () if permitted is None else permitted.micro_batches(call)
+        most_degrees = limits.most_degrees if self._is_large else None
+        options = Options(
+            call, meshes[0], self._costs, self._capacity, limits.front, reject, permits, most_degrees
+        )
+        degrees = self._degrees(call, meshes, rejections, wanted)
+        if limits.degrees_only or call.role is None:
+            return [option for strategy, number in degrees for option in options.plain(strategy, number)]
+        return options.of(degrees, self._shape(call))
+
+    def _degrees(
+        self, call: Call, meshes: Sequence[DeviceMesh], rejections: Rejections, wanted: Sequence[int] = ()
+    ) -> list[tuple[Strategy, list[int]]]:
+        return _degrees(
+            self._experiment,
+            call,
+            self._shape(call),
+            meshes,
+            self._limits.most_micro_batches,
+            rejections,
+            self._cluster.num_gpus,
+            wanted,
+        )
+
+    def _nothing_fits(self, call: Call) -> InfeasibleError:
+        """Constraints are to blame, or memory."""
+        every: dict[DeviceMesh, Sequence[Option]] = {}
+        for same in self._by_size.values():
+            every |= dict.fromkeys(same, self._options(call, same, Rejections(), None))
+        blamed = self._permitted.nothing_left(call, every, self._rejections.of(call, TOO_LARGE))
+        if blamed is not None:
+            return blamed
+        degrees = {same[0]: self._degrees(call, same, Rejections()) for same in self._by_size.values()}
+        return infeasible_call(
+            self._experiment, call, self._shape(call), degrees, self._costs, self._capacity
+        )
+
+    def _placed(
+        self, places: Places, options: Mapping[str, Mapping[int, Sequence[Option]]]
+    ) -> dict[str, list[Candidate]]:
+        """The options that constraints permit as they are, on all these meshes, fastest first."""
+        found = {}
+        for call in self._graph.calls:
+            listed = [
+                Candidate(Placement(mesh, option.strategy), option)
+                for size, same in places[call.name].items()
+                for option in self._permitted.final(call, options[call.name][size], self._by_size[size][0])
+                for mesh in same
+            ]
+            found[call.name] = sorted(listed, key=lambda candidate: candidate.option.seconds)
+        return found
 
 
 def _places(
@@ -151,8 +222,7 @@ def _places(
     permitted: Permitted,
     by_size: Mapping[int, Sequence[DeviceMesh]],
     rejections: Rejections,
-) -> Mapping[str, Mapping[int, Sequence[DeviceMesh]]]:
-    """Call -> size -> the meshes on which constraints let it run."""
+) -> Places:
     found: dict[str, dict[int, Sequence[DeviceMesh]]] = {}
     for call in graph.calls:
         found[call.name] = {size: permitted.meshes(call, same) for size, same in by_size.items()}
@@ -244,122 +314,3 @@ def _micro_batches(most: int, pp: int) -> list[int]:
     """Powers of two, and whole multiples of the pipeline's depth, up to `most`."""
     powers = {1 << k for k in range(most.bit_length()) if 1 << k <= most}
     return sorted(powers | {n for n in (pp, 2 * pp, 4 * pp) if n <= most})
-
-
-def _options(
-    experiment: Experiment,
-    graph: DataflowGraph,
-    call: Call,
-    meshes: Sequence[DeviceMesh],
-    costs: Costs,
-    capacity_bytes: int,
-    limits: Limits,
-    rejections: Rejections,
-    num_gpus: int,
-    permitted: Permitted | None,
-) -> list[Option]:
-    """Strategies that fit on their own, a few of each layout. `permitted` None: whatever constraints say."""
-    if not meshes:
-        return []
-    shape = None if call.role is None else experiment.role_shape(graph, call.role)
-
-    def reject(reason: str, example: Callable[[], str]) -> None:
-        rejections.count(call, reason, len(meshes), example)
-
-    permits = None if permitted is None else permitted.strategies(call, meshes[0])
-    wanted = () if permitted is None else permitted.micro_batches(call)
-    options = Options(call, meshes[0], costs, capacity_bytes, limits.front, reject, permits)
-    degrees = _degrees(
-        experiment, call, shape, meshes, limits.most_micro_batches, rejections, num_gpus, wanted
-    )
-    if limits.degrees_only or call.role is None:
-        return [option for strategy, number in degrees for option in options.plain(strategy, number)]
-    return options.of(degrees, shape)
-
-
-def _bounded(
-    graph: DataflowGraph,
-    options: Mapping[str, Mapping[int, Sequence[Option]]],
-    by_size: Mapping[int, Sequence[DeviceMesh]],
-    limits: Limits,
-    rejections: Rejections,
-) -> dict[str, dict[int, list[Option]]]:
-    """Keeps few strategies for each mesh: see `Limits`."""
-
-    def degrees(option: Option) -> tuple[int, int, int]:
-        return option.strategy.dp, option.strategy.tp, option.strategy.pp
-
-    def layout(option: Option) -> tuple[int, bool]:
-        return option.strategy.virtual_stages, option.strategy.zero == 3
-
-    result: dict[str, dict[int, list[Option]]] = {call.name: {} for call in graph.calls}
-    for size, meshes in by_size.items():
-        chosen: dict[str, set[tuple[int, int, int]]] = {}
-        for call in graph.calls:
-            every = options[call.name][size]
-            fast: dict[tuple[int, int, int], None] = {}
-            for option in sorted(every, key=lambda o: o.seconds):
-                if len(fast) < limits.fastest:
-                    fast[degrees(option)] = None
-            small = sorted(every, key=lambda o: (o.total_bytes, o.seconds))[: limits.smallest]
-            group = call.role or call.name
-            chosen.setdefault(group, set()).update(fast, map(degrees, small))
-        for call in graph.calls:
-            every = options[call.name][size]
-            wanted = chosen[call.role or call.name]
-            kept: list[Option] = []
-            for key in sorted(wanted):
-                here = [option for option in every if degrees(option) == key]
-                for other in dict.fromkeys(map(layout, here)):
-                    same = [option for option in here if layout(option) == other]
-                    kept += thinned(same, limits.far_front)
-            result[call.name][size] = kept
-            if len(kept) < len(every):
-                rejections.add(
-                    call,
-                    "slower than others on the same mesh (large cluster)",
-                    (len(every) - len(kept)) * len(meshes),
-                    f"{len(kept)} of {len(every)} strategies kept on meshes of {size}",
-                )
-    return result
-
-
-def taken_bytes(graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]]) -> int:
-    """Bytes on a GPU that runs all calls, each at the option that keeps least there.
-
-    What stays, and the least that any call works with. Where that is little, there is room for the
-    copies that plans want, and offloading, which only costs time, is not worth a search among
-    twice as many candidates.
-    """
-    resident: dict[str, int] = {}
-    working = 0
-    for call in graph.calls:
-        every = [option for same in options[call.name].values() for option in same]
-        working = max(working, min(option.working_bytes for option in every))
-        if call.role is not None:
-            # a role's calls may share one copy
-            kept = min(option.total_bytes - option.working_bytes for option in every)
-            resident[call.role] = max(resident.get(call.role, 0), kept)
-    return sum(resident.values()) + working
-
-
-def _with_offload(
-    graph: DataflowGraph, options: Mapping[str, Mapping[int, Sequence[Option]]], forced: Container[str] = ()
-) -> dict[str, dict[int, list[Option]]]:
-    """Every option of frozen, trained and generating roles' calls also with offload, after those without.
-
-    The variants need as much memory while their call runs, and less while others do. Their copies
-    have a price of their own, as nodes.
-    """
-    result: dict[str, dict[int, list[Option]]] = {}
-    for call in graph.calls:
-        frozen = call.role is not None and graph.trainer(call.role) is None
-        if call.role is not None and graph.average(call.role) is not None:
-            result[call.name] = {size: list(same) for size, same in options[call.name].items()}
-            continue
-        useful = frozen or call.kind in (CallKind.TRAIN_STEP, CallKind.GENERATE) or call.name in forced
-        result[call.name] = {
-            size: [*same, *(replace(o, strategy=replace(o.strategy, offload=True)) for o in same if useful)]
-            for size, same in options[call.name].items()
-        }
-    return result

@@ -120,23 +120,32 @@ class Options:
         front: int,
         reject: Reject,
         permits: Callable[[Strategy], bool] | None = None,
+        most_degrees: int | None = None,
     ) -> None:
-        """`permits`: which strategies constraints permit; None: all. With it no shortcut is taken."""
+        """`permits`: which strategies constraints permit; None: all. With it no shortcut is taken.
+
+        `most_degrees`: of so many degrees more than the simplest strategies are looked at.
+        """
         self._call, self._mesh, self._costs = call, mesh, costs
         self._capacity, self._front, self._reject = capacity_bytes, front, reject
         self._permits = permits
+        self._most_degrees = None if permits is not None else most_degrees
 
     def of(self, degrees: Iterable[tuple[Strategy, Sequence[int]]], shape: ModelShape | None) -> list[Option]:
         """The options with these degrees and micro-batches, of all layouts that they allow.
 
         Degrees whose simplest strategies fit and are WORTH times slower than the fastest of other
-        degrees are not looked into further.
+        degrees, or not among the `most_degrees` fastest, are not looked into further.
         """
         first = [self._begin([replace(s, micro_batches=m) for m in number]) for s, number in degrees]
-        fastest = min((one.front.seconds for one in first), default=inf)
+        every = sorted(one.front.seconds for one in first)
+        fastest = min(every, default=inf)
+        slowest = inf if self._most_degrees is None else max(every[: self._most_degrees], default=inf)
         kept: list[Option] = []
         for one in first:
-            if self._call.kind is CallKind.TRAIN_STEP and not WORTH * fastest < one.front.seconds < inf:
+            spent = one.front.seconds
+            is_worth = spent <= slowest and not WORTH * fastest < spent < inf
+            if self._call.kind is CallKind.TRAIN_STEP and is_worth:
                 kept += self._finish(one, shape)
             else:
                 kept += self._kept(one.front)
@@ -261,7 +270,7 @@ class Options:
             if floor and (better := front.better(floor, size)):
                 self._no_worse(replace(option, seconds=floor), better, "at least ")
                 continue
-            option = self._priced(s)
+            option = replace(option, seconds=self._costs.call_s(self._call, Placement(self._mesh, s)))
             seconds[*key, s.zero, s.recompute] = option.seconds
             if better := front.better(option.seconds, size):
                 self._no_worse(option, better)

@@ -54,6 +54,10 @@ class Problem:
         self.candidates: tuple[Sequence[Candidate], ...] = tuple(
             candidates.candidates[call.name] for call in graph.calls
         )
+        # what is not looked at but counts for bounds: see `CandidateSet.others`
+        self.others: tuple[Sequence[Candidate], ...] = tuple(
+            candidates.others.get(call.name, ()) for call in graph.calls
+        )
         self.evaluated = 0
         self._moves = MoveCosts(costs)
         self._index = {call.name: i for i, call in enumerate(graph.calls)}
@@ -75,7 +79,7 @@ class Problem:
         self.data_edges = tuple((src, dst) for src, dst, _ in self._edges)
         self._layouts: dict[object, int] = {}
         self.rows: tuple[tuple[Row, ...], ...] = tuple(
-            tuple(self._row(i, candidate) for candidate in candidates)
+            tuple(self.row(i, candidate) for candidate in candidates)
             for i, candidates in enumerate(self.candidates)
         )
         self.cycles = version_cycles(len(graph.calls), self._edges, self._users)
@@ -86,7 +90,7 @@ class Problem:
         self._copied: dict[tuple[int, ...], Structure] = {}
         self._copy_s: dict[tuple[int, int, tuple[str, ...]], float] = {}
 
-    def _row(self, call: int, candidate: Candidate) -> Row:
+    def row(self, call: int, candidate: Candidate) -> Row:
         placement, memory = candidate.placement, candidate.option.memory
         mesh, strategy = placement.mesh, placement.strategy
         role = self.graph.calls[call].role
@@ -173,8 +177,8 @@ class Problem:
 
         May return inf without simulating when the calls alone prove that it takes at least `limit_s`.
         `hasty` also gives up when it takes that long with reallocations that were never priced at the
-        least they may take: pricing one can take a hundred times as long as all the rest. Nearly always right, but no
-        proof, since cheaper nodes can lead to a worse order.
+        least they may take: pricing one can take a hundred times as long as all the rest. Nearly always
+        right, but no proof, since cheaper nodes can lead to a worse order.
         """
         self.evaluated += 1
         rows = [table[c] for table, c in zip(self.rows, choice)]  # noqa: B905 (hot)

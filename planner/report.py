@@ -44,8 +44,14 @@ def _headline(result: SearchResult) -> str:
         bound = "No candidate plan is faster: proven."
     else:
         bound = (
-            f"No plan can take less than {result.lower_bound_s:.4g} s: at most {result.gap:.1%} of the "
-            f"time could be saved."
+            f"No candidate plan can take less than {result.lower_bound_s:.4g} s: at most {result.gap:.1%} of "
+            f"the time could be saved."
+        )
+    if result.bound_of_all_s < result.lower_bound_s:
+        share = 1 - result.bound_of_all_s / result.iteration_s
+        bound += (
+            f"\nWith the strategies that are left out on so large a cluster, no plan can take less than "
+            f"{result.bound_of_all_s:.4g} s ({share:.1%})."
         )
     return (
         f"Plan for {plan.experiment.algorithm} on {plan.cluster}\n"
@@ -216,6 +222,7 @@ def report_json(result: SearchResult) -> str:
         "iteration_s": result.iteration_s,
         "tokens_per_s": predictions.tokens_per_s,
         "lower_bound_s": result.lower_bound_s,
+        "bound_of_all_s": result.bound_of_all_s,
         "gap": result.gap,
         "proven": result.proven,
         "placements": _placements_json(result.plan.placements),

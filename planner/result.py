@@ -42,7 +42,8 @@ class Alternative:
 @dataclass(frozen=True)
 class SearchResult:
     """`plan` carries its order and predictions. `proven`: no candidate plan is faster.
-    `interrupted`: the search was ended by hand.
+    `lower_bound_s` is of plans of candidates, `bound_of_all_s` also of those with what a large cluster
+    leaves out of them. `interrupted`: the search was ended by hand.
 
     `memory` is of the GPU that needs most; `call_bytes` are each call's own bytes by cause.
     """
@@ -54,6 +55,7 @@ class SearchResult:
     call_bytes: Mapping[str, Mapping[str, int]]
     capacity_bytes: int
     lower_bound_s: float
+    bound_of_all_s: float
     proven: bool
     evaluated: int
     elapsed_s: float

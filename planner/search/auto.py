@@ -57,7 +57,10 @@ def _auto(record: Record, generator: random.Random) -> bool:
     optima = begin(record, descent, FIRST_STARTS)
     if record.best is None:  # nothing fits so easily
         optima = begin(record, descent, STARTS)
-    if Prover(record, spaces).run(PROOF_ROWS):
+    prover = Prover(record, spaces)
+    if any(record.problem.others):
+        prover.count_all()
+    if prover.run(PROOF_ROWS):
         return True
     stale = 0
     while record.best is not None and stale < STALE_ROUNDS and not record.expired:

@@ -23,6 +23,7 @@ MOST_LEAF_ROWS = 20_000_000
 FLAT_UP_TO = 5000
 """Candidates of all calls together, up to which they are looked at one by one."""
 ROWS = 50_000_000
+ALL_ROWS = 400_000
 LEAF_ROWS = 400_000
 """Partial choices to look at below one choice of kinds; four times as many whenever it is come back to."""
 
@@ -57,6 +58,21 @@ class Prover:
         self._record.raise_bound(left_s)
         return left_s >= self._record.best_s * (1 - 1e-9)
 
+    def count_all(self, most_rows: int = ALL_ROWS) -> None:
+        """Raises the record's bound of all plans: also those with what a large cluster leaves out.
+
+        As far as kinds say, of the calls that are decided by kind: a look, not a search.
+        """
+        spaces = Spaces(self._record.problem, others=True)
+        least = [self._record.best_s]
+
+        def visit(_: Sequence[int], bound_s: float) -> None:
+            least[0] = min(least[0], bound_s)
+
+        kinds, rise = spaces.many_as_one(), self._record.raise_bound_of_all
+        tree = _tree(spaces, kinds, visit, lambda: least[0], lambda: self._record.expired, spaces.num_first)
+        rise(tree.run(most_rows, rise))
+
     def _tree(
         self,
         space: Space,
@@ -65,19 +81,8 @@ class Prover:
         reached: Callable[[float], None],
         complete: int | None = None,
     ) -> float:
-        calls = self._spaces.calls
-        room = space.room
-        tree = Tree(
-            self._spaces.windows,
-            space.items,
-            space.prices,
-            calls,
-            None if room.always_fits else lambda rows, depth: room.allows(rows, calls[: depth + 1]),
-            visit,
-            lambda: self._record.best_s,
-            lambda: self._record.expired,
-            complete,
-        )
+        record = self._record
+        tree = _tree(self._spaces, space, visit, lambda: record.best_s, lambda: record.expired, complete)
         return tree.run(most_rows, reached)
 
     def _reached(self, bound_s: float) -> None:
@@ -129,3 +134,16 @@ class Prover:
                 return
             self._below(left_s, rows, kept)
             self._open.pop(0)
+
+
+def _tree(
+    spaces: Spaces,
+    space: Space,
+    visit: Callable[[Sequence[int], float], None],
+    target: Callable[[], float],
+    expired: Callable[[], bool],
+    complete: int | None = None,
+) -> Tree:
+    calls, room = spaces.calls, space.room
+    allows = None if room.always_fits else lambda rows, depth: room.allows(rows, calls[: depth + 1])
+    return Tree(spaces.windows, space.items, space.prices, calls, allows, visit, target, expired, complete)

@@ -10,7 +10,7 @@ every choice of candidates that they stand for.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 
@@ -19,7 +19,7 @@ import numpy as np
 from planner.costs import MoveCosts
 from planner.problem import Problem
 from planner.room import Bytes, Room
-from planner.rows import Row
+from planner.search.entries import Entry, entries_of
 from planner.search.tree import Items, MovePrices
 from planner.windows import Ints, Windows
 from realloc.augmented import Placement
@@ -28,13 +28,13 @@ MOST_POSITIONS = 32
 """Above so many relative positions, moves between two kinds of meshes count as if they could lie anywhere."""
 
 
-Placed = dict[tuple[int, int], list[Placement]]
-"""(call, layout number) -> the placements that have it."""
+Placed = dict[tuple[int, int], list[Entry]]
+"""(call, layout number) -> what has it."""
 
 
 @dataclass(frozen=True)
 class Space:
-    """`members[call][item]`: the candidates that an item stands for, fastest first."""
+    """`members[call][item]`: the entries that an item stands for, fastest first."""
 
     items: Sequence[Items]
     members: Sequence[Sequence[Sequence[int]]]
@@ -49,7 +49,8 @@ class Spaces:
     first ends of a move, are decided by kind before the others are looked at one by one.
     """
 
-    def __init__(self, problem: Problem) -> None:
+    def __init__(self, problem: Problem, *, others: bool = False) -> None:
+        """`others`: with what a large cluster leaves out, for bounds alone."""
         self._problem = problem
         calls = problem.graph.calls
         self.windows = Windows(len(calls), problem.data_edges, problem.users, problem.cluster.num_gpus)
@@ -57,6 +58,7 @@ class Spaces:
         self._groups = [names.index(name) for name in names]
         self._trained = {call for pair in problem.users for call in pair}
         self._moves = MoveCosts(problem.costs)
+        self._entries = entries_of(problem, others=others)
         self.calls = self._calls()
         self.num_first = 2 if problem.users else 1
 
@@ -73,13 +75,9 @@ class Spaces:
     @cached_property
     def one_by_one(self) -> Space:
         """Items are candidates, each with its variant that offloads."""
-        keys: list[dict[int, Hashable]] = []
-        for candidates in self._problem.candidates:
-            of: dict[int, Hashable] = {}
-            for index, candidate in enumerate(candidates):
-                strategy = replace(candidate.placement.strategy, offload=False)
-                of[index] = replace(candidate.placement, strategy=strategy)
-            keys.append(of)
+        keys = [
+            {index: entry.without_offload for index, entry in enumerate(entries)} for entries in self._entries
+        ]
         space = self._space(keys)
         return self._space(self._fastest(keys)) if space.room.always_fits else space
 
@@ -113,27 +111,27 @@ class Spaces:
         """Items are numbers of GPUs, and layouts where a role is trained."""
         return self._space(
             [
-                {index: self._kind(call, candidate.placement) for index, candidate in enumerate(candidates)}
-                for call, candidates in enumerate(self._problem.candidates)
-            ]
+                {
+                    index: entry.form if call in self._trained else (entry.size,)
+                    for index, entry in enumerate(entries)
+                }
+                for call, entries in enumerate(self._entries)
+            ],
+            kinds=True,
         )
 
     def _fastest(self, keys: Sequence[dict[int, Hashable]]) -> list[dict[int, Hashable]]:
         """With memory to spare, the fastest of each mesh and layout: it hurts no order of nodes."""
         kept = []
-        for call, of in enumerate(keys):
-            first: dict[int, int] = {}
+        for entries, of in zip(self._entries, keys, strict=True):
+            first: dict[Hashable, int] = {}
             for index in of:
-                first.setdefault(self._problem.rows[call][index][4], index)
+                first.setdefault(entries[index].layout, index)
             kept.append({index: of[index] for index in first.values()})
         return kept
 
-    def _kind(self, call: int, placement: Placement) -> Hashable:
-        if call not in self._trained:
-            return (placement.mesh.size,)
-        return (placement.mesh.size, *placement.layout_key[1:])
-
-    def _space(self, keys: Sequence[dict[int, Hashable]]) -> Space:
+    def _space(self, keys: Sequence[dict[int, Hashable]], *, kinds: bool = False) -> Space:
+        """Entries with equal keys become one item; `kinds`: of one form."""
         layouts: dict[Hashable, int] = {}
         placed: Placed = {}
         items, bytes_, members = [], [], []
@@ -141,17 +139,15 @@ class Spaces:
             groups: dict[Hashable, list[int]] = {}
             for index, key in of.items():
                 groups.setdefault(key, []).append(index)
-            table = self._problem.rows[call]
-            rows = [[table[index] for index in group] for group in groups.values()]
+            entries = [[self._entries[call][index] for index in group] for group in groups.values()]
             layout = [
-                layouts.setdefault(self._layout(call, key, group[0]), len(layouts))
-                for key, group in groups.items()
+                layouts.setdefault(same[0].form if kinds else same[0].layout, len(layouts))
+                for same in entries
             ]
-            for number, group in zip(layout, groups.values(), strict=True):
-                where = placed.setdefault((call, number), [])
-                where += [self._problem.candidates[call][index].placement for index in group]
-            items.append(_items(rows, layout))
-            bytes_.append(_bytes(rows, layout))
+            for number, same in zip(layout, entries, strict=True):
+                placed.setdefault((call, number), []).extend(same)
+            items.append(_items(entries, layout))
+            bytes_.append(_bytes(entries, layout))
             members.append(list(groups.values()))
         prices = MovePrices(
             self.windows, items, partial(self._least_move_s, placed), partial(self._move_s, placed)
@@ -168,12 +164,6 @@ class Spaces:
             self._problem.cluster.num_gpus,
             self._problem.capacity_bytes,
         )
-
-    def _layout(self, call: int, key: Hashable, index: int) -> Hashable:
-        """Equal where a call and its trainer hold parameters alike."""
-        if isinstance(key, (Placement, int)):
-            return self._problem.rows[call][index][4]
-        return key
 
     def _least_move_s(self, placed: Placed, user: int, layout: int, trainer_layout: int) -> float:
         """At most `_move_s`, without asking for what is exact."""
@@ -195,28 +185,33 @@ class Spaces:
         trainer = next(t for u, t in self._problem.users if u == user)
         role = str(self._problem.graph.calls[user].role)
         sources, targets = placed[trainer, trainer_layout], placed[user, layout]
+        known = [[entry.placement for entry in entries if entry.is_known] for entries in (sources, targets)]
         found: dict[tuple[int, ...], tuple[Placement, Placement]] = {}
-        for a, b in product(sources, targets):
+        for a, b in product(*known):
             (node_a, gpu_a), (node_b, gpu_b) = (divmod(p.mesh.first, p.mesh.gpus_per_node) for p in (a, b))
             found.setdefault((node_a - node_b, gpu_a, gpu_b), (a, b))
             if len(found) > MOST_POSITIONS:
-                return self._moves.least_anywhere_s(role, sources[0], targets[0])
+                break
+        if len(found) > MOST_POSITIONS or not all(known):
+            return self._moves.least_anywhere_s(role, sources[0].placement, targets[0].placement)
         return min(price(role, a, b) for a, b in found.values())
 
 
-def _items(rows: Sequence[Sequence[Row]], layouts: Sequence[int]) -> Items:
+def _items(entries: Sequence[Sequence[Entry]], layouts: Sequence[int]) -> Items:
+    rows = [[entry.row for entry in group] for group in entries]
     return Items(
         np.array([min(row[0] for row in group) for group in rows]),
-        np.array([group[0][2] - group[0][1] for group in rows], dtype=np.int32),
+        np.array([group[0].size for group in entries], dtype=np.int32),
         np.array([max(row[1] for row in group) for group in rows], dtype=np.int32),
         np.array([min(row[2] for row in group) for group in rows], dtype=np.int32),
         np.array(layouts, dtype=np.int32),
     )
 
 
-def _bytes(rows: Sequence[Sequence[Row]], layouts: Sequence[int]) -> Bytes:
+def _bytes(entries: Sequence[Sequence[Entry]], layouts: Sequence[int]) -> Bytes:
     """The least of each kind; what offload frees needs no room."""
     parameters, state, working = (
-        np.array([min(row[at] for row in group) for group in rows], dtype=np.int64) for at in (7, 8, 9)
+        np.array([min(entry.row[at] for entry in group) for group in entries], dtype=np.int64)
+        for at in (7, 8, 9)
     )
     return Bytes(parameters, state, working, np.array(layouts, dtype=np.int32))

@@ -21,6 +21,8 @@ CHUNK = 512
 PRICED_AT_ONCE = 64
 _SLACK = 1e-9
 
+_Slice = tuple[float, int, int, Ints, Floats]
+"""The least bound, a number that tells slices apart, how many calls are decided, rows, their bounds."""
 Price = Callable[[int, int, int], float]
 
 
@@ -186,7 +188,7 @@ class Tree:
         count = len(self._items)
         self._alive = self._worth_a_look()
         root = np.full((1, count), -1, dtype=np.int32)
-        heap: list[tuple[float, int, int, Ints, Floats]] = [(0.0, 0, 0, root, np.zeros(1))]
+        heap: list[_Slice] = [(0.0, 0, 0, root, np.zeros(1))]
         made = 0
         while heap:
             bound, _, depth, rows, bounds = heapq.heappop(heap)
@@ -205,17 +207,24 @@ class Tree:
                 made = self._push(heap, depth, rows, values, made)
                 continue
             if depth == self._complete:
-                for row, least in zip(rows.tolist(), bounds.tolist(), strict=True):
-                    if least < self._target() * (1 - _SLACK):
-                        self._visit(row, least)
+                made = self._visited(heap, rows, bounds, made)
                 continue
             for after, values in self._grown(depth, rows, bounds, target):
                 made = self._push(heap, depth + 1, after, values, made)
         return self._target()
 
+    def _visited(self, heap: list[_Slice], rows: Ints, bounds: Floats, made: int) -> int:
+        """Visits rows, the most promising first, until others are more so; those go back."""
+        for at, (row, least) in enumerate(zip(rows.tolist(), bounds.tolist(), strict=True)):
+            if heap and heap[0][0] < least:
+                return self._push(heap, self._complete, rows[at:], bounds[at:], made)
+            if least < self._target() * (1 - _SLACK):
+                self._visit(row, least)
+        return made
+
     def _push(
         self,
-        heap: list[tuple[float, int, int, Ints, Floats]],
+        heap: list[_Slice],
         depth: int,
         rows: Ints,
         bounds: Floats,

@@ -8,7 +8,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from planner.candidates import Limits, build_candidates
+from planner.candidates import build_candidates
+from planner.keeping import Limits
 from planner.problem import Problem
 from realloc.augmented import Placement
 from realloc.cluster import Cluster

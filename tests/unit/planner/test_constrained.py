@@ -12,7 +12,8 @@ import pytest
 
 from planner.api import make_problem as real_problem
 from planner.api import search_plan
-from planner.candidates import Limits, build_candidates
+from planner.candidates import build_candidates
+from planner.keeping import Limits
 from planner.problem import Problem
 from planner.search import methods
 from realloc.clauses import Clauses

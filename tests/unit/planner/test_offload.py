@@ -9,7 +9,7 @@ from math import inf
 import pytest
 
 from planner.api import search_plan
-from planner.candidates import Limits
+from planner.keeping import Limits
 from planner.memory import gpu_memory
 from planner.rows import load
 from planner.simulator import simulate

@@ -8,8 +8,9 @@ import pytest
 
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
-from planner.candidates import Limits, build_candidates
+from planner.candidates import build_candidates
 from planner.infeasible import infeasible_call
+from planner.keeping import Limits
 from planner.options import Front, Option, Options, thinned
 from realloc.augmented import Placement
 from realloc.cluster import GIB, Cluster

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import random
 
 import numpy as np
 import pytest
 
+from planner.keeping import Limits
 from planner.search import methods
 from planner.search.method import Record
+from planner.search.prover import Prover
 from planner.search.space import Spaces
 from planner.search.tree import Bounder
 from planner.simulator import simulate
@@ -131,3 +134,23 @@ def test_an_interrupt_keeps_the_best_plan(monkeypatch):
     assert found.interrupted
     assert not found.proven
     assert 0 < found.lower_bound_s <= found.iteration_s
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_the_bound_of_all_counts_what_large_clusters_leave_out(seed):
+    """The best plan of a problem that keeps everything is above what one that keeps little proves of all."""
+    graph = (short_graph(verify=seed % 2 == 0), random_graph(seed, 3 + seed % 2))[seed % 3 > 0]
+    cluster = (Cluster(1, 4, "x"), Cluster(2, 2, "x"))[seed % 2]
+    scale = (0.0, 250.0, 400.0)[seed % 3]
+    few = Limits(1200, 1, 0, fastest=1, smallest=0, offload_from=math.inf, far_front=1, degrees_only=True)
+    whole = make_problem(graph, cluster, seed, bytes_scale=scale)
+    part = make_problem(graph, cluster, seed, bytes_scale=scale, limits=few)
+    assert any(part.others)
+    try:
+        best = methods()["exhaustive"](whole, LONG_S, 0)
+        found = Record(part, LONG_S)
+        found.best_s = best.iteration_s * 2
+        Prover(found, Spaces(part)).count_all()
+    except InfeasibleError:
+        return
+    assert 0 < found.bound_of_all_s <= best.iteration_s * (1 + 1e-9)
