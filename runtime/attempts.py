@@ -149,6 +149,8 @@ def follow(run: Run) -> None:
         order = run.team.take(attempt, run.out)
         if order is None:
             return
+        if not attempt:
+            print(f"{run.team.me}: its ranks start; node 0 shows how the run goes", flush=True)
         run = run.with_options(order.options)
         name = order.checkpoint
         spec = run.spec(attempt, None if name is None else checkpoints_folder(run.out) / name)

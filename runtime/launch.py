@@ -90,7 +90,7 @@ def _meet(plan: ExecutionPlan, out: Path, options: RunOptions, team: Team) -> Ru
 
 def _follow(run: Run) -> None:
     follow(run)
-    print(f"{run.team.me}: done; node 0 shows how the run went. Logs of this node's ranks: {run.logs}")
+    print(f"{run.team.me}: done. Logs of its ranks: {run.logs}   everything else: {run.out}")
 
 
 def _finish(run: Run, monitor: Monitor) -> Trace:

@@ -87,7 +87,8 @@ class Presence:
         """Ends the thread, unless a cut link holds it: one that a question's answer finds while the
         interpreter ends takes the process down with it."""
         self._stop.set()
-        self._thread.join(self._lost_s)
+        if not self.is_cut_off:
+            self._thread.join(self._lost_s)
 
     def _run(self) -> None:
         try:

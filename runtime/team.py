@@ -23,6 +23,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
+from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -158,11 +159,17 @@ class Team:
                     f"{commands(self.nnodes, None)}"
                 )
             if not waits:
-                print(f"node 0 waits at {self.where} for the other nodes", flush=True)
+                alone = f" ({self.me.address}, which this machine alone reaches)" if self.is_local else ""
+                print(f"node 0 waits at {self.where}{alone} for the other nodes", flush=True)
                 waits = True
             time.sleep(POLL_S)
         content: Mapping[str, Any] = json.loads(self._store.get(f"hello/{node}"))
         return content
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the endpoint is on loopback, as a host's own name often is."""
+        return ip_address(self.me.address.partition("%")[0]).is_loopback
 
     @property
     def where(self) -> str:

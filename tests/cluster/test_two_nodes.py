@@ -58,7 +58,8 @@ def test_two_launchers_on_loopback(folder: Path) -> None:
     first, second = run_both(folder, "two.yaml", "--out", "loopback")
     assert f"iteration {ITERATIONS}/{ITERATIONS}" in first.out
     assert "predicted and measured" in first.out
-    assert "node 0 shows how the run went" in second.out
+    assert "node 0 shows how the run goes" in second.out
+    assert "done. Logs of its ranks: loopback/logs/node-1" in second.out
     assert "iteration" not in second.out
     out = folder / "loopback"
     assert_as_local(out)
