@@ -61,6 +61,7 @@ class Monitor:
         self._path = out / "metrics.jsonl"
         self._file = self._path.open("a" if first else "w", encoding="utf-8")
         self._failure: OSError | None = None
+        self._is_complete = False
         self._samples = (out / "samples.jsonl").open("a" if first else "w", encoding="utf-8")
         self._last_samples: list[Mapping[str, Any]] = []
         self._history, self._told = _earlier(self._path) if first else [], set[str]()
@@ -100,6 +101,11 @@ class Monitor:
                 f"{self._path}: the metrics cannot be written: {self._failure.strerror}; the trained "
                 f"models and checkpoints are complete."
             )
+        if not self._thread.is_alive() and not self._is_complete:
+            raise RunError(
+                f"{self._path}: lacks the metrics of some iterations, since a place that they go to has "
+                f"failed (see above); the trained models and checkpoints are complete."
+            )
 
     def change(self) -> str:
         """The first iteration's headline beside the last one's."""
@@ -123,6 +129,7 @@ class Monitor:
             except OSError as error:  # a full disk must not end a thread without a word
                 self._failure = error
                 return
+        self._is_complete = True
 
     def _show(self, iteration: int, metrics: Mapping[str, float], seconds: float) -> None:
         tokens = tokens_of(metrics)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from statistics import fmean
 
 WINDOW = 3
+ASIDE = ("eval_", "rival_")
+"""Calls of evaluation, which are not what is trained on (`realloc.evaluation`)."""
 KL_LIMIT = 1.0
 """Nats a token from the reference model."""
 REPETITION_LIMIT = 0.6
@@ -44,8 +46,9 @@ def signs(history: History) -> list[Sign]:
 
 def _ends(history: History, ending: str) -> tuple[float, float] | None:
     """Means over the first and over the last window of the metric whose name ends so."""
-    name = next((name for name in history[0] if name.endswith(ending)), None)
-    if name is None or not all(name in metrics for metrics in history):
+    names = (name for name in history[0] if name.endswith(ending) and not name.startswith(ASIDE))
+    name = next((name for name in names if all(name in metrics for metrics in history)), None)
+    if name is None:
         return None
     first, last = history[:WINDOW], history[-WINDOW:]
     return fmean(m[name] for m in first), fmean(m[name] for m in last)

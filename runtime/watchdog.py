@@ -124,9 +124,7 @@ def _is_frozen(w: Watched, limits: Limits) -> bool:
     )
 
 
-def _hung(
-    at_work: Sequence[Watched], are_all: bool, program: Program, limits: Limits
-) -> Finding | None:
+def _hung(at_work: Sequence[Watched], are_all: bool, program: Program, limits: Limits) -> Finding | None:
     """A rank that is in its instruction for too long and does not wait there for others.
 
     Where all ranks of the run wait for each other (a message was lost), the one that is furthest behind.

@@ -9,9 +9,14 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import torch.distributed as dist
 
-from realloc.errors import InputError
-from runtime.metrics import Metrics, combine
+import experiments
+from planner.api import search_plan
+from realloc.errors import InputError, RunError
+from realloc.experiment import read_experiment
+from runtime.metrics import Metrics, MetricsChannel, combine
+from runtime.monitor import Monitor
 from runtime.samples import put_together, shown_positions
 from runtime.writers import check_loggers, open_writers
 
@@ -101,3 +106,27 @@ def test_other_sequences_are_shown_in_other_iterations() -> None:
     assert {p for i in range(12) for p in shown_positions(i, 12, 1)} == set(range(12))
     assert shown_positions(5, 3, 10) == [2, 0, 1]
     assert shown_positions(5, 3, 0) == []
+
+
+class Broken:
+    """A place for metrics that fails."""
+
+    def write(self, iteration: int, metrics: dict[str, float]) -> None:
+        raise ValueError("no such place")
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_place_that_fails_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("runtime.monitor.open_writers", lambda *_: (Broken(),))
+    experiment = read_experiment(Path(experiments.__file__).parent / "recipes" / "ppo.yaml")
+    assert experiment.cluster is not None
+    plan = search_plan(experiment, experiment.cluster, time_limit_s=0.5).plan
+    store = dist.HashStore()
+    channel = MetricsChannel(store, (0,))
+    channel.report(0, 0, {"actor_gen/tokens": (5.0, 1.0)})
+    message = r"metrics\.jsonl: lacks the metrics of some iterations"
+    with Monitor(plan, channel, tmp_path) as monitor, pytest.raises(RunError, match=message):
+        monitor.finish()
