@@ -7,6 +7,7 @@ have of it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import isnan
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +40,7 @@ def responses(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
             found["reference_reward"] = _mean(rival, batch)
             margin = scores - rival  # NaN where one of the two has no score
             found["win_rate"] = _mean(torch.where(margin.isnan(), margin, 0.5 + 0.5 * margin.sign()), batch)
-    return {name: value for name, value in found.items() if value == value}
+    return {name: value for name, value in found.items() if not isnan(value)}
 
 
 def likelihood(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:

@@ -58,7 +58,7 @@ class Node:
     that of call `dst`; of a moving average, those of the role that `src` trained, and are mixed in.
     load: `keys` (PARAMETERS, ...) of `role` come to the device, for call `dst`.
     offload: they leave it again; `src` is the call that used them.
-    `every`: a call or transfer of evaluation, which runs in each so many-th iteration; 0: in all of them.
+    `every`: it is of evaluation and runs in each so many-th iteration only; 0: in all of them.
     """
 
     name: str
@@ -72,7 +72,7 @@ class Node:
     every: int = 0
 
     def runs_in(self, iteration: int) -> bool:
-        return self.every == 0 or iteration % self.every == 0
+        return iteration % max(1, self.every) == 0
 
 
 @dataclass(frozen=True)
@@ -322,11 +322,9 @@ def augment(graph: DataflowGraph, placements: Mapping[str, Placement]) -> Augmen
             if not needs_transfer(placements[src], placement):
                 edges.append(Edge(src, call.name))
                 continue
-            name = transfer_name(src, call.name)
-            ranks = _union(placements[src].mesh, placement.mesh)
-            nodes.append(
-                Node(name, NodeKind.TRANSFER, ranks, src=src, dst=call.name, keys=keys, every=call.every)
-            )
+            name, ranks = transfer_name(src, call.name), _union(placements[src].mesh, placement.mesh)
+            transfer = Node(name, NodeKind.TRANSFER, ranks, None, src, call.name, keys=keys)
+            nodes.append(replace(transfer, every=call.every))
             edges += [Edge(src, name), Edge(name, call.name)]
         ranks = tuple(placement.mesh.ranks)
         nodes.append(Node(call.name, NodeKind.CALL, ranks, call=call.name, role=call.role, every=call.every))

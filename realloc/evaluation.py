@@ -142,6 +142,7 @@ class _Copier:
             (*self._graph.calls, *self.calls, call),
             (*self._graph.keys, *self.keys.values()),
             (*self._graph.source_keys, *sources),
+            self._graph.averages,
         )
 
 
@@ -157,8 +158,8 @@ def _of_responses(graph: DataflowGraph, spec: EvaluationSpec, generate: Call) ->
     if spec.win_rate:
         if not compared:
             raise InputError(
-                "experiment: evaluation.win_rate: needs a reference model, which this algorithm compares with "
-                "where kl_coef is not 0."
+                "experiment: evaluation.win_rate: needs a reference model; this algorithm has one where "
+                "kl_coef is not 0."
             )
         rival = copier.generate(generate, RIVAL, str(compared[0].role))
         copier.judges(rival, RIVAL, (Output.SCORES,), (tokens,))

@@ -214,8 +214,8 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     _check_lengths(experiment, reader.where)
     if experiment.evaluation is not None and data is not None and not data.holds_out:
         raise InputError(
-            f"{reader.at('evaluation')}: takes rows that are not trained on; keep some with data.holdout, such "
-            f"as holdout: 0.05, or name others with data.holdout_path."
+            f"{reader.at('evaluation')}: takes rows that are not trained on; keep some with data.holdout, "
+            f"such as holdout: 0.05, or name others with data.holdout_path."
         )
     if experiment.training_backend != OWN and experiment.dtype != "float32":
         raise InputError(
