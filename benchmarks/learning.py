@@ -43,14 +43,14 @@ HELD_OUT = 360
 """Sequences by which a model is judged: 90 prompts of the test file, four responses each."""
 GROUPS = {"samples_per_prompt": 4}
 ALGORITHMS: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-    "ppo": ({"kl_coef": 0.05, "mini_batches": 2, "epochs": 2}, {}),
-    "grpo": ({"kl_coef": 0.05, "mini_batches": 2, "epochs": 2}, GROUPS),
-    "rloo": ({"kl_coef": 0.05, "mini_batches": 2, "epochs": 2, "whiten_advantages": True}, GROUPS),
-    "remax": ({"kl_coef": 0.05, "mini_batches": 2}, {}),
-    "reinforce_pp": ({"kl_coef": 0.05, "mini_batches": 2, "epochs": 2}, {}),
+    "ppo": ({"kl_coef": 0.1, "mini_batches": 2, "epochs": 2}, {}),
+    "grpo": ({"kl_coef": 0.1, "mini_batches": 2, "epochs": 2}, GROUPS),
+    "rloo": ({"kl_coef": 0.1, "mini_batches": 2, "epochs": 2, "whiten_advantages": True}, GROUPS),
+    "remax": ({"kl_coef": 0.1, "mini_batches": 2}, {}),
+    "reinforce_pp": ({"kl_coef": 0.1, "mini_batches": 2, "epochs": 2}, {}),
     "iterative_dpo": ({"beta": 0.1, "mini_batches": 2}, GROUPS),
 }
-LEARNING_RATE = 2e-4
+LEARNING_RATE = 1e-4
 
 
 class Pipeline:
@@ -219,7 +219,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=ROOT / "docs" / "curves")
     options = parser.parse_args(argv)
-    seeds, iterations = (1, 10) if options.quick else (options.seeds, 40)
+    seeds, iterations = (1, 10) if options.quick else (options.seeds, 30)
     data = Path(os.environ.get("REALLOC_DATA", ROOT.parent / "shared" / "data")).resolve()
     results: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(prefix="realloc-learning-") as folder:

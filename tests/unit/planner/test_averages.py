@@ -13,12 +13,16 @@ from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.api import search_plan
 from planner.simulator import simulate
-from realloc.augmented import Placement, augment
+from realloc.augmented import Placement, augment, reallocations
+from realloc.cluster import Cluster
 from realloc.dataflow import Average
 from realloc.errors import InputError, PlanError
+from realloc.evaluation import EvaluationSpec, with_evaluation
 from realloc.experiment import Experiment, parse_experiment
 from realloc.files import Reader
+from realloc.mesh import parse_mesh
 from realloc.plan import ExecutionPlan
+from realloc.strategy import parse_strategy
 
 CONTENT: Mapping[str, Any] = {
     "algorithm": "ppo",
@@ -89,3 +93,13 @@ def test_what_cannot_be_is_refused() -> None:
     wrong = replace(plan.graph, averages=(Average("critic", "actor", 0.9),))
     with pytest.raises(InputError, match="critic is the moving average of actor"):
         wrong.check()
+
+
+def test_evaluation_keeps_the_average() -> None:
+    """Its call of the reference has the parameters that are mixed, by one node where both lie alike."""
+    graph = with_evaluation(experiment(0.9).graph(), EvaluationSpec(2))
+    graph.check()
+    mesh = parse_mesh("node0", Cluster(1, 2, "cpu"), "test")
+    placements = {call.name: Placement(mesh, parse_strategy("d2t1p1", "test")) for call in graph.calls}
+    assert set(reallocations(graph, placements).values()) == {("ref", MOVE)}
+    assert "eval_ref_inf" in reallocations(graph, placements)
