@@ -237,14 +237,18 @@ def _has_failed(evidence: Evidence) -> bool:
 
 
 def _report(node: int, failure: Failure | None, ended: Ended) -> Report:
-    return Report(node, None if failure is None else asdict(failure), ended.reason is not None)
+    return Report(node, None if failure is None else asdict(failure), ended.reason)
 
 
 def _first(reports: Sequence[Report]) -> Failure | None:
-    """What the run has failed of: failures that follow from another node's go last."""
+    """What the run has failed of: failures that follow from another node's go last.
+
+    Raises RunError where ranks were stopped and none has failed: their launcher lost sight of the others.
+    """
     failures = [Failure(**report.failure) for report in reports if report.failure is not None]
     if failures:
         return min(failures, key=lambda failure: failure.is_secondary)
-    if any(report.was_stopped for report in reports):
-        raise AssertionError("ranks were stopped, but none has failed")
+    for report in reports:
+        if report.reason is not None:
+            raise RunError(f"node {report.node} has stopped its ranks: {report.reason}")
     return None

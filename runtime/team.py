@@ -60,14 +60,14 @@ class Order:
 
 @dataclass(frozen=True)
 class Report:
-    """How a node's ranks have ended; all is well with neither a failure nor a reason to stop them.
+    """How a node's ranks have ended; all is well with neither a failure nor a reason.
 
-    `failure`: of this node's own ranks, as JSON can say it.
+    `failure`: of this node's own ranks, as JSON can say it. `reason`: why its launcher has stopped them.
     """
 
     node: int
     failure: Mapping[str, Any] | None = None
-    was_stopped: bool = False
+    reason: str | None = None
 
 
 class Team:

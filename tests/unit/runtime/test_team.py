@@ -99,7 +99,7 @@ def test_a_failure_stops_all_and_the_next_attempt_is_another(tmp_path: Path, por
     def lead(team: Team) -> object:
         assert team.reason_to_stop() is None
         assert stopped(team)
-        reports = team.end(Report(0, was_stopped=True))
+        reports = team.end(Report(0, reason="node 1 has failed"))
         team.give(1, Order("iteration-4", {}), tmp_path)
         assert team.reason_to_stop() is None
         team.end(Report(0))
@@ -209,7 +209,7 @@ def test_an_interrupted_launcher_ends_the_others(tmp_path: Path, port: int) -> N
     def waits(team: Team) -> None:
         while team.reason_to_stop() is None:
             time.sleep(0.05)
-        team.end(Report(0, was_stopped=True))
+        team.end(Report(0, reason="node 1 has failed"))
 
     nodes = [(place(0), leads(tmp_path, waits)), (place(1), follows(tmp_path, is_interrupted))]
     with started(port, *nodes) as futures:
