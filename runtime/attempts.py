@@ -21,7 +21,7 @@ from realloc.backend import DEEPSPEED
 from realloc.errors import RunError
 from realloc.files import write_text
 from realloc.plan import ExecutionPlan, plan_text
-from runtime.agent import Ended, run_agent
+from runtime.agent import Ended, Stop, run_agent
 from runtime.checkpoint import SaveOptions
 from runtime.checkpoint_files import checkpoints_folder, iteration_of, remove_partial
 from runtime.heartbeat import Board
@@ -170,7 +170,9 @@ def _lead_attempt(run: Run, attempt: int, checkpoint: Path | None) -> tuple[Moni
     run.team.give(attempt, Order(None if checkpoint is None else checkpoint.name, run.told), run.out)
     try:
         with Monitor(run.plan, channel, run.out, first, run.options.watching) as monitor:
-            ended = _run_ranks(run, spec)
+            ended = _run_ranks(run, spec, lambda: monitor.trouble)
+            if monitor.trouble is not None and ended.reason == monitor.trouble:
+                raise RunError(f"{monitor.trouble}{continuation(run.out)}")
             failure = _first(_reports(run, ended))
             if failure is None:
                 monitor.finish()
@@ -188,10 +190,11 @@ def _reports(run: Run, ended: Ended) -> Sequence[Report]:
         raise RunError(f"{error}{continuation(run.out)}") from None
 
 
-def _run_ranks(run: Run, spec: WorkerSpec) -> Ended:
+def _run_ranks(run: Run, spec: WorkerSpec, stop: Stop = lambda: None) -> Ended:
+    """Runs this node's ranks until they end, or `stop` or another node gives a reason to end them."""
     first = spec.node * spec.ranks_per_node
     watchdog = Watchdog(Board(spec.ranks_per_node), first, run.program, run.options.limits)
-    return run_agent(spec, run.logs, run.team.reason_to_stop, watchdog)
+    return run_agent(spec, run.logs, lambda: run.team.reason_to_stop() or stop(), watchdog)
 
 
 def _choose_interface(team: Team) -> None:

@@ -11,6 +11,7 @@ import linecache
 import mmap
 import struct
 import sys
+import sysconfig
 import threading
 from dataclasses import dataclass
 from types import FrameType
@@ -27,6 +28,7 @@ _PLACE = struct.Struct("<qq")
 _BEAT = struct.Struct("<qq")
 _TEXT_BYTES = 200
 _SLOT_BYTES = _PLACE.size + _BEAT.size + _TEXT_BYTES
+_PYTHON = sysconfig.get_path("stdlib")
 _WAITING = ("/torch/distributed/distributed_c10d.py", "/torch/cuda/streams.py")
 """Whoever is in these waits for messages, or for a GPU that may be waiting for them."""
 
@@ -107,9 +109,9 @@ class Heartbeat:
 
 
 def position(frame: FrameType | None) -> tuple[bool, str]:
-    """Whether a thread waits for another rank, and the line of code it is in, torch's own left out."""
+    """Whether a thread waits for another rank, and the line it is in; not of torch's or Python's own code."""
     waits = False
-    while frame is not None and "/torch/" in frame.f_code.co_filename:
+    while frame is not None and _is_library(frame.f_code.co_filename):
         waits = waits or frame.f_code.co_filename.endswith(_WAITING)
         frame = frame.f_back
     if frame is None:
@@ -118,3 +120,8 @@ def position(frame: FrameType | None) -> tuple[bool, str]:
     # messages that ranks send to each other are waited for where they are used: `work.wait()`
     waits = waits or ".wait()" in linecache.getline(path, line)
     return waits, f"{frame.f_code.co_qualname} ({path}:{line})"
+
+
+def _is_library(path: str) -> bool:
+    is_pythons = path.startswith((_PYTHON, "<frozen")) and "/site-packages/" not in path
+    return is_pythons or "/torch/" in path

@@ -26,6 +26,8 @@ from runtime.samples import put_together
 from runtime.writers import open_writers
 
 POLL_S = 0.05
+TELL_S = 3.0
+"""How long ranks that cannot write either may take to say so themselves: they can say more of it."""
 
 
 SHOWN_SAMPLES, SHOWN_CHARACTERS = 2, 300
@@ -62,6 +64,7 @@ class Monitor:
         self._file = self._path.open("a" if first else "w", encoding="utf-8")
         self._failure: OSError | None = None
         self._is_complete = False
+        self._failed_s = 0.0
         self._samples = (out / "samples.jsonl").open("a" if first else "w", encoding="utf-8")
         self._last_samples: list[Mapping[str, Any]] = []
         self._history, self._told = _earlier(self._path) if first else [], set[str]()
@@ -107,6 +110,13 @@ class Monitor:
                 f"failed (see above); the trained models and checkpoints are complete."
             )
 
+    @property
+    def trouble(self) -> str | None:
+        """Why the run must not go on: its metrics have not been writable for a while."""
+        if self._failure is None or time.monotonic() < self._failed_s + TELL_S:
+            return None
+        return f"{self._path}: the metrics cannot be written: {self._failure.strerror}; the run is ended."
+
     def change(self) -> str:
         """The first iteration's headline beside the last one's."""
         if not self._headlines:
@@ -127,6 +137,7 @@ class Monitor:
                 self._keep(put_together(iteration, found.samples))
                 self._channel.confirm(iteration)
             except OSError as error:  # a full disk must not end a thread without a word
+                self._failed_s = time.monotonic()
                 self._failure = error
                 return
         self._is_complete = True

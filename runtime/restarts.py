@@ -37,11 +37,11 @@ class Restarts:
         if failure.is_final or self._limit == 0:
             raise RunError(end)
         if self.count == self._limit:
-            raise RunError(f"{end}\nNot restarted: {self.count} restarts were allowed (--max-restarts).")
+            raise RunError(f"{end}\nNot restarted again: --max-restarts is {self._limit}.")
         found = newest_intact(self._out)
         done = 0 if found is None else found[1].iteration
         if self._last is not None and _is_same(failure, self._last[0]) and done == self._last[1]:
-            raise RunError(f"{end}\nNot restarted: it has failed in the same place before.")
+            raise RunError(f"{end}\nNot restarted again: it has failed in the same place before.")
         self._last = failure, done
         self.count += 1
         start = "the beginning" if found is None else found[0].name

@@ -156,7 +156,10 @@ def check_resumable(checkpoint: Path, manifest: Manifest, plan: ExecutionPlan) -
             f"{checkpoint}: has parameters in {manifest.experiment['dtype']}, the plan's dtype is "
             f"{experiment.dtype}; continue with the dtype the run began with."
         )
-    if manifest.iteration >= experiment.iterations:
+    # a run may have been ended after its last iteration: its models and trace are then still to be written
+    is_complete = (checkpoint.parents[1] / "trace.jsonl").exists()
+    left = experiment.iterations - manifest.iteration
+    if left < 0 or (left == 0 and is_complete):
         raise InputError(
             f"{checkpoint}: {manifest.iteration} of {experiment.iterations} iterations are done, so there is "
             f"nothing left; give --iterations with more than {manifest.iteration}."

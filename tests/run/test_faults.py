@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -53,10 +54,21 @@ def test_a_killed_and_a_stopped_rank_change_nothing(workplace: Workplace) -> Non
     assert "Traceback" not in err
     assert metrics_of(out) == metrics_of(calm)
     assert names(out) == names(calm)
+    assert f"iteration {ITERATIONS}/{ITERATIONS}" in printed
+    assert_same_models(out, calm)
+    # as if it had been killed after its last iteration: what is left to do is done
+    (out / "trace.jsonl").unlink()
+    shutil.rmtree(out / "models")
+    code, _, err = workplace.run("run", "--resume", "hit")
+    assert code == 0, err
+    assert_same_models(out, calm)
+    assert metrics_of(out) == metrics_of(calm)
+
+
+def assert_same_models(out: Path, calm: Path) -> None:
     for role in ("actor", "critic"):
         got, want = weights_of(out / "models" / role), weights_of(calm / "models" / role)
         assert all(np.array_equal(got[name], want[name]) for name in want)
-    assert f"iteration {ITERATIONS}/{ITERATIONS}" in printed
 
 
 def restarts(out: Path) -> list[dict[str, Any]]:
