@@ -1,7 +1,7 @@
 """Signs that a run games its reward instead of learning what it stands for.
 
 Reads the metrics of the iterations so far, by what their names end in, and decides whether to warn; it
-never stops anything. Each sign compares the mean over the last `WINDOW` iterations with that over the
+never stops anything. Most signs compare the mean over the last `WINDOW` iterations with that over the
 first. The limits are rules of thumb, chosen so that runs which learn are left alone: a policy that has
 moved by a nat a token, that repeats itself or that answers three times as long is worth a look.
 """
@@ -22,6 +22,9 @@ REPETITION_LIMIT = 0.6
 ENTROPY_LIMIT = 0.1
 """What is left of the entropy at the start."""
 LENGTH_FACTOR = 3.0
+HELD_OUT = "evaluation/reward"
+HELD_OUT_LOSS = 0.5
+"""Of what the held-out reward had gained at its best."""
 REFERENCE_DROP = 1.0
 """Nats a token by which the reference model finds responses less likely than at the start."""
 
@@ -40,7 +43,13 @@ def signs(history: History) -> list[Sign]:
     """The signs that the metrics show now; none before two windows of iterations."""
     if len(history) < 2 * WINDOW:
         return []
-    found = (_divergence(history), _diversity(history), _length(history), _unlikely(history))
+    found = (
+        _divergence(history),
+        _diversity(history),
+        _length(history),
+        _unlikely(history),
+        _held_out(history),
+    )
     return [sign for sign in found if sign is not None]
 
 
@@ -116,4 +125,25 @@ def _unlikely(history: History) -> Sign | None:
         f"the reward has risen from {scores[0]:.3f} to {scores[1]:.3f} on responses that the reference finds "
         f"unlikely: {reference[1]:.2f} nats a token, {reference[0]:.2f} at the start. Read samples.jsonl; "
         f"raise kl_coef, or score them with another reward.",
+    )
+
+
+def _held_out(history: History) -> Sign | None:
+    """Evaluation finds that the held-out reward falls, though that of training does not."""
+    judged = [metrics for metrics in history if HELD_OUT in metrics]
+    scores = next(
+        (name for name in history[0] if name.endswith("/scores") and not name.startswith(ASIDE)), None
+    )
+    if len(judged) < 4 or scores is None or not all(scores in metrics for metrics in judged):
+        return None
+    best = max(judged[:-2], key=lambda metrics: metrics[HELD_OUT])
+    now = fmean(metrics[HELD_OUT] for metrics in judged[-2:])
+    gained, lost = best[HELD_OUT] - judged[0][HELD_OUT], best[HELD_OUT] - now
+    training = fmean(metrics[scores] for metrics in judged[-2:])
+    if gained <= 0 or lost < HELD_OUT_LOSS * gained or training < best[scores]:
+        return None
+    return Sign(
+        "held out",
+        f"the reward on held-out prompts has fallen from {best[HELD_OUT]:.3f} to {now:.3f}, while that of "
+        f"training went from {best[scores]:.3f} to {training:.3f}. Stop earlier, or raise kl_coef.",
     )

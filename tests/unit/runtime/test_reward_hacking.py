@@ -21,8 +21,10 @@ def course(**changes: Callable[[float], float]) -> list[Mapping[str, float]]:
         "rew_inf/scores_std": lambda t: 0.3,
         "ref_inf/ref_logprobs": lambda t: -2.0 - 0.4 * t,
         "actor_train/ref_kl": lambda t: 0.5 * t,
+        "evaluation/reward": lambda t: 0.2 + 0.6 * t - 0.1 * t * t,
+        "eval_actor_gen/response_tokens": lambda t: 10 + 200 * t,
     }
-    names = {name.rpartition("/")[2]: name for name in calm}
+    names = {name.rpartition("/")[2]: name for name in calm if not name.startswith("eval_")}
     chosen = {**calm, **{names[short]: change for short, change in changes.items()}}
     return [{name: value(i / LAST) for name, value in chosen.items()} for i in range(LAST + 1)]
 
@@ -36,6 +38,7 @@ TROUBLES: Mapping[str, tuple[Mapping[str, Callable[[float], float]], str]] = {
     "divergence": ({"ref_kl": lambda t: 3 * t}, "nats a token"),
     "diversity": ({"distinct_2": lambda t: 0.95 - 0.8 * t}, "repeat themselves"),
     "length": ({"response_tokens": lambda t: 20 + 200 * t}, "grown from"),
+    "held out": ({"reward": lambda t: 1.0 - (2 * t - 0.8) ** 2}, "held-out prompts has fallen"),
     "unlikely": ({"ref_logprobs": lambda t: -2.0 - 2.5 * t}, "unlikely"),
 }
 
