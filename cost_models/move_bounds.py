@@ -154,13 +154,12 @@ def _received(
     stage = group // dst.dp
     needs = layers[stage] * element[shard]
     if offset is None:
-        found: Floats = needs - alike.max(axis=0)[stage] * common.max(axis=0)[shard]
-        return found
+        return np.asarray(needs - alike.max(axis=0)[stage] * common.max(axis=0)[shard])
     at = index + offset
     inside = (at >= 0) & (at < src.size)
     before, old_shard = np.divmod(np.where(inside, at, 0), src.tp)
-    found = needs - inside * alike[before // src.dp, stage] * common[old_shard, shard]
-    return found
+    held = inside * alike[before // src.dp, stage] * common[old_shard, shard]
+    return np.asarray(needs - held)
 
 
 @lru_cache(maxsize=4096)

@@ -211,6 +211,8 @@ class Tree:
                 continue
             for after, values in self._grown(depth, rows, bounds, target):
                 made = self._push(heap, depth + 1, after, values, made)
+                if self._expired():
+                    return bound
         return self._target()
 
     def _visited(self, heap: list[_Slice], rows: Ints, bounds: Floats, made: int) -> int:
