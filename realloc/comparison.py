@@ -114,9 +114,9 @@ def measured_terms(trace: Trace) -> Mapping[str, Mapping[str, float]]:
         slowest = max(own_seconds(record) for record in records)
         terms[WAITING] = max(0.0, slowest - sum(terms.values()))
         samples.setdefault(node, []).append(terms)
-    names = (COMPUTE, *TIMED, WAITING)
+    names, share = (COMPUTE, *TIMED, WAITING), trace.share_of_iterations()
     return {
-        node: {name: median([terms.get(name, 0.0) for terms in found]) for name in names}
+        node: {name: median([terms.get(name, 0.0) for terms in found]) * share[node] for name in names}
         for node, found in samples.items()
     }
 

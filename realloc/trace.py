@@ -87,6 +87,7 @@ class Trace:
     def node_seconds(self, *, skip_iterations: int = 1) -> Mapping[str, float]:
         """Median over iterations of each node's longest time over ranks, waiting excluded.
 
+        Of a call or transfer that runs in some iterations only (evaluation): its share of every iteration.
         The first iterations warm up and are skipped when there are others. (A resumed run's first
         iteration is not 0.)
         """
@@ -97,11 +98,31 @@ class Trace:
         times: dict[str, list[float]] = {}
         for (node, _), seconds in longest.items():
             times.setdefault(node, []).append(seconds)
-        return {node: median(values) for node, values in times.items()}
+        share = self.share_of_iterations(skip_iterations=skip_iterations)
+        return {node: median(values) * share.get(node, 1.0) for node, values in times.items()}
+
+    def share_of_iterations(self, *, skip_iterations: int = 1) -> Mapping[str, float]:
+        """Call or transfer -> the share of iterations in which it ran."""
+        steady = self.steady(skip_iterations=skip_iterations)
+        every = {record.iteration for record in steady}
+        ran = {(r.node, r.iteration) for r in steady if r.kind in ("call", "transfer")}
+        counts = Counter(node for node, _ in ran)
+        return {node: count / len(every) for node, count in counts.items()}
 
     def iteration_seconds(self, *, skip_iterations: int = 1) -> float:
-        """Steady seconds per iteration: median distance between ends of successive iterations."""
-        return median(list(self.each_iteration_s(skip_iterations=skip_iterations).values()) or [0.0])
+        """Steady seconds per iteration: median distance between ends of successive iterations.
+
+        Where some iterations have calls that others lack (evaluation), the mean of both kinds' medians.
+        """
+        each = self.each_iteration_s(skip_iterations=skip_iterations)
+        calls: dict[int, set[str]] = {iteration: set() for iteration in each}
+        for record in self.records:
+            if record.kind == "call" and record.iteration in calls:
+                calls[record.iteration].add(record.node)
+        kinds: dict[frozenset[str], list[float]] = {}
+        for iteration, seconds in each.items():
+            kinds.setdefault(frozenset(calls[iteration]), []).append(seconds)
+        return sum(median(alike) * len(alike) for alike in kinds.values()) / max(1, len(each))
 
     def each_iteration_s(self, *, skip_iterations: int = 1) -> Mapping[int, float]:
         """Iteration -> seconds from the end of the one before to its own, without those that warm up."""

@@ -92,7 +92,6 @@ class Engine:
                 observer.entering(iteration, instruction.index)
                 node = instruction.node
                 if not node.runs_in(iteration):
-                    self._pass_over(instruction, iteration, recorder)
                     continue
                 if node.every and evaluation is None:
                     evaluation = self._source(self._held_out.batch(0), evaluates=True)
@@ -105,12 +104,6 @@ class Engine:
         """The rows that evaluation takes: as many as an iteration, in the same shape."""
         work = self._plan.experiment.workload
         return self._dataset.held_out(work.sequences, work.samples_per_prompt)
-
-    def _pass_over(self, instruction: Instruction, iteration: int, recorder: Recorder) -> None:
-        """Records that a node of evaluation took no time, so that means are over all iterations."""
-        node = instruction.node
-        predicted_s = instruction.predicted_s
-        recorder.add(iteration, node.name, str(node.kind), recorder.now(), predicted_s=predicted_s)
 
     def _execute(
         self,

@@ -21,6 +21,7 @@ from realloc.experiment import Experiment, experiment_content, parse_experiment
 from realloc.files import Reader
 from realloc.mesh import DeviceMesh
 from realloc.strategy import Strategy
+from realloc.trace import Trace, TraceRecord
 from tests.unit.experiments.fake_batch import FakeBatch
 
 ONLINE = {
@@ -181,3 +182,16 @@ def test_pairs_and_responses_by_hand() -> None:
     assert found["kl"] == pytest.approx((1.5 - 0.5) / 3)
     assert found["reward"] == 2.0
     assert found["win_rate"] == pytest.approx(0.75)
+
+
+def test_a_trace_counts_evaluation_by_its_share() -> None:
+    records = []
+    start = 0.0
+    for iteration in range(9):
+        calls = {"train": 2.0} | ({"evaluation": 4.0} if iteration % 4 == 0 else {})
+        for node, seconds in calls.items():
+            records.append(TraceRecord(iteration, 0, node, "call", start, start + seconds))
+            start += seconds
+    trace = Trace(1, tuple(records))
+    assert trace.node_seconds() == {"train": 2.0, "evaluation": pytest.approx(4.0 * 2 / 8)}
+    assert trace.iteration_seconds() == pytest.approx(3.0)
