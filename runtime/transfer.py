@@ -73,25 +73,33 @@ def messages(
     dst: Placement,
     sources: Assignment,
     sinks: Assignment,
+    rank: int | None = None,
 ) -> list[Message]:
-    """Every message of a transfer, in an order that all ranks share."""
+    """Every message of a transfer, in an order that all ranks share; with `rank`, only its own."""
     if node.dst is None:
         raise AssertionError(f"{node.name} has no destination")
     consumer = graph.by_name[node.dst]
     wanted = graph.values_read(consumer.name, node.keys)
+    stages = range(dst.strategy.pp)
+    keys_of = [tuple(k for k in wanted if at in stages_reading(consumer, k, len(stages))) for at in stages]
     owners = sources.owners()
+    writers = [writer_ranks(src, dp) for dp in range(src.strategy.dp)]
+    own = next((dp for dp, ranks in enumerate(writers) if rank in ranks), None)
+    turn = None if rank is None or own is None else writers[own].index(rank)
     result = []
-    for index, rank in enumerate(dst.mesh.ranks):
+    for index, receiver in enumerate(dst.mesh.ranks):
+        mine = rank is None or receiver == rank
+        if not mine and turn != index % src.strategy.tp:
+            continue  # somebody else serves it
         at = dst.strategy.coordinates(index)
-        keys = tuple(k for k in wanted if at.pp in stages_reading(consumer, k, dst.strategy.pp))
-        if not keys:
+        if not (keys := keys_of[at.pp]):
             continue
         by_sender: dict[int, list[int]] = {}
         for position in sinks.of(at.dp):
-            holders = writer_ranks(src, owners[position])
-            if rank not in holders:
-                by_sender.setdefault(holders[index % len(holders)], []).append(position)
-        result += [Message(s, rank, keys, tuple(p)) for s, p in sorted(by_sender.items())]
+            owner = owners[position]
+            if (mine or owner == own) and receiver not in writers[owner]:
+                by_sender.setdefault(writers[owner][index % src.strategy.tp], []).append(position)
+        result += [Message(s, receiver, keys, tuple(p)) for s, p in sorted(by_sender.items())]
     return result
 
 
@@ -113,7 +121,7 @@ class TransferExecutor:
             return sent
         sources = assignment_of(self._producer, self._src, data)
         sinks = assignment_of(self._consumer, self._dst, data)
-        plan = messages(self._graph, self._node, self._src, self._dst, sources, sinks)
+        plan = messages(self._graph, self._node, self._src, self._dst, sources, sinks, self._rank)
         operations: list[dist.P2POp] = []
         inbox: list[tuple[Message, torch.Tensor]] = []
         for message in plan:
