@@ -23,7 +23,7 @@ $(STAMP): pyproject.toml constraints.txt
 
 # Measures this machine, plans PPO for four ranks on it, and runs the plan.
 demo: $(STAMP)
-	$(BIN)/realloc profile --quick --ranks 4 -o $(DEMO)/profile.yaml
+	$(BIN)/realloc profile --quick --ranks 4 --experiment experiments/demo/experiment.yaml -o $(DEMO)/profile.yaml
 	$(BIN)/realloc search experiments/demo/experiment.yaml --device $(DEMO)/profile.yaml -o $(DEMO)/plan.yaml
 	$(BIN)/realloc run $(DEMO)/plan.yaml --out $(DEMO)/run --overwrite
 
