@@ -15,6 +15,7 @@ from typing import Any
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
 from realloc.errors import InputError
 from realloc.files import Reader
+from realloc.rewards import check_function_name
 
 PREFIX, RIVAL = "eval_", "rival_"
 REPORT = "evaluation"
@@ -45,6 +46,8 @@ def parse_evaluation(reader: Reader) -> EvaluationSpec:
         gold=reader.get("gold", str, None),
     )
     reader.done()
+    if spec.gold is not None:
+        check_function_name(spec.gold, reader.at("gold"))
     return spec
 
 
