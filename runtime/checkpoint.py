@@ -61,7 +61,7 @@ from runtime.roles import RankRole
 from runtime.tensor_file import FileRecord, sync_folder, write_synced, write_tensors
 
 POLL_S = 0.02
-METRICS_WAIT_S = 5.0
+METRICS_WAIT_S = 20.0
 """Longest wait for an iteration's metrics: weights are worth more than a line."""
 SAVE, SKIP = "save", "skip"
 WriteTensors = Callable[[Path, Mapping[str, torch.Tensor]], FileRecord]

@@ -120,7 +120,7 @@ def _killed(number: int, evidence: Evidence, rank: int) -> tuple[str, str]:
         return KILLED, text
     held = f"it held {evidence.resident_bytes.get(rank, 0) / 1e9:.2f} GB"
     if evidence.num_oom_kills:
-        return OUT_OF_MEMORY, f"{text}: this host has run out of memory; {held}"
+        return OUT_OF_MEMORY, f"{text}: this host, or its container, has run out of memory; {held}"
     return KILLED, f"{text}; {held}, and the kernel has killed nothing for want of memory"
 
 

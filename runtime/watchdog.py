@@ -230,7 +230,7 @@ class _Track:
         self._missed_s = 2 * limits.beat_s
         self._beat = board.read(slot)
         self._same_s = self._silent_s = self._cpu_s = 0.0
-        self.resident_bytes = 0
+        self.resident_bytes = self._host.resident_bytes
 
     def look(self, passed_s: float) -> Watched:
         """The rank as it is, `passed_s` seconds after the last look."""
