@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -54,8 +55,14 @@ def assert_as_local(out: Path) -> None:
             assert (weights[role][name] == tensor).all(), (role, name)
 
 
-def test_two_launchers_on_loopback(folder: Path) -> None:
-    first, second = run_both(folder, "two.yaml", "--out", "loopback")
+@pytest.fixture(scope="module")
+def loopback(folder: Path) -> list[Said]:
+    """What two launchers said; their run is in `loopback`."""
+    return run_both(folder, "two.yaml", "--out", "loopback")
+
+
+def test_two_launchers_on_loopback(folder: Path, loopback: list[Said]) -> None:
+    first, second = loopback
     assert f"iteration {ITERATIONS}/{ITERATIONS}" in first.out
     assert "predicted and measured" in first.out
     assert "node 0 shows how the run goes" in second.out
@@ -90,9 +97,10 @@ def test_two_hosts_with_a_shaped_link(folder: Path) -> None:
     assert [(host["name"], host["address"]) for host in kept] == [(host.name, host.address) for host in hosts]
 
 
-def test_a_run_of_two_nodes_goes_on_where_it_ended(folder: Path) -> None:
-    run_both(folder, "two.yaml", "--out", "half", "--iterations", "1")
-    first, _ = run_both(folder, "--resume", "half", "--iterations", str(ITERATIONS))
+@pytest.mark.usefixtures("loopback")
+def test_a_run_of_two_nodes_goes_on_from_a_checkpoint(folder: Path) -> None:
+    shutil.copytree(folder / "loopback", folder / "half")
+    first, _ = run_both(folder, "--resume", "half", "--from", "iteration-1")
     assert "continuing after 1 iterations" in first.out
     assert_as_local(folder / "half")
 
