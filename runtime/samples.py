@@ -78,7 +78,7 @@ class SampleReporter:
             for key in self._scores:
                 value = data.values.get(key, {}).get(position)
                 if value is not None:
-                    part[key] = value.item()
+                    part[key] = value.item() if bool(value.isfinite()) else None  # None: without a score
             if part:
                 found[str(position)] = part | {"id": iteration * data.num_sequences + position}
         return found
