@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import threading
 import time
 from collections.abc import Mapping
@@ -12,14 +11,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
 from realloc.dataflow import CallKind, DataflowGraph
 from realloc.errors import RunError
 from realloc.evaluation import PREFIX, REPORT, RIVAL
 from realloc.experiment import experiment_content
 from realloc.plan import ExecutionPlan
+from runtime.display import AUTO, Moment, most_memory, open_display, time_left
 from runtime.metrics import MetricsChannel
 from runtime.reward_hacking import signs
 from runtime.samples import put_together
@@ -38,11 +35,12 @@ class Watching:
     """What a user wants to see of a run.
 
     `loggers`: where metrics go besides the folder (`runtime.writers.LOGGERS`). `samples`: how many generated
-    ones of each iteration are kept.
+    ones of each iteration are kept. `form`: how progress is shown (`runtime.display.FORMATS`).
     """
 
     loggers: tuple[str, ...] = ()
     samples: int = 2
+    form: str = AUTO
 
 
 class Monitor:
@@ -69,15 +67,15 @@ class Monitor:
         self._last_samples: list[Mapping[str, Any]] = []
         self._history, self._told = _earlier(self._path) if first else [], set[str]()
         settings = experiment_content(plan.experiment)
-        self._writers = open_writers((watching or Watching()).loggers, out, settings, first)
+        watching = watching or Watching()
+        self._writers = open_writers(watching.loggers, out, settings, first)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        self._progress = _progress(iterations, first) if sys.stdout.isatty() else None
-        self._console = self._progress.console if self._progress else Console(highlight=False)
+        self._display = open_display(watching.form, first, iterations)
+        self._seconds: list[float] = []
 
     def __enter__(self) -> Monitor:
-        if self._progress:
-            self._progress.start()
+        self._display.begin()
         self._thread.start()
         return self
 
@@ -89,8 +87,7 @@ class Monitor:
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
-        if self._progress:
-            self._progress.stop()
+        self._display.end()
         self._file.close()
         self._samples.close()
         for writer in self._writers:
@@ -156,19 +153,26 @@ class Monitor:
             writer.write(iteration, {**metrics, "tokens_per_s": tokens / seconds})
         line = headline(self._plan.graph, metrics)
         self._headlines.append(line)
-        speed = f"{tokens / seconds:,.0f} tokens/s"
-        if self._progress:
-            self._progress.update(self._progress.task_ids[0], advance=1, status=f"{line}  {speed}")
-        else:
-            self._console.print(
-                f"iteration {iteration + 1}/{self._iterations}  {line}  {speed}  {seconds:.2f} s",
-                soft_wrap=True,
+        self._seconds.append(seconds)
+        predictions = self._plan.predictions
+        self._display.show(
+            Moment(
+                iteration=iteration,
+                iterations=self._iterations,
+                seconds=seconds,
+                tokens_per_s=tokens / seconds,
+                headline=line,
+                metrics=metrics,
+                predicted_s=None if predictions is None else predictions.iteration_s,
+                left_s=time_left(self._seconds, self._iterations - iteration - 1),
+                memory_bytes=most_memory(),
             )
+        )
         self._history.append(metrics)
         for sign in signs(self._history):
             if sign.kind not in self._told:
                 self._told.add(sign.kind)
-                self._console.print(f"warning: iteration {iteration + 1}: {sign.message}", soft_wrap=True)
+                self._display.warn(f"iteration {iteration + 1}: {sign.message}")
 
     def _keep(self, samples: list[Mapping[str, Any]]) -> None:
         self._samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)
@@ -211,18 +215,6 @@ def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:
             if (name := f"{call.name}/loss") in metrics:
                 parts.append(f"{call.role} loss {metrics[name]:.4f}")
     return "  ".join(parts)
-
-
-def _progress(iterations: int, first: int) -> Progress:
-    progress = Progress(
-        TextColumn("iteration"),
-        MofNCompleteColumn(),
-        BarColumn(bar_width=24),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    progress.add_task("run", total=iterations, completed=first, status="starting")
-    return progress
 
 
 def _earlier(path: Path) -> list[Mapping[str, float]]:

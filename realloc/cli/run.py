@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 from realloc.cli.launchers import LOCAL, check_launcher, launch, launcher_options
@@ -41,6 +42,13 @@ def add(commands: Commands) -> None:
         action="append",
         default=[],
         help="send metrics to Weights & Biases or MLflow too, where installed (may be given twice)",
+    )
+    run.add_argument(
+        "--log-format",
+        choices=("auto", "text", "json"),
+        default="auto",
+        help="progress as a live view on a terminal and as lines elsewhere (auto), always as lines (text), "
+        "or as JSON lines on standard output with all other words on standard error (json)",
     )
     run.add_argument(
         "--samples",
@@ -152,15 +160,16 @@ def _run(arguments: argparse.Namespace) -> int:
             join_timeout_s=arguments.join_timeout,
             lost_s=LOST_SHARE * arguments.detect_within,
         ),
-        watching=Watching(tuple(arguments.loggers), arguments.samples),
+        watching=Watching(tuple(arguments.loggers), arguments.samples, arguments.log_format),
     )
     plan: Path | None = arguments.plan if arguments.plan is not None else arguments.other_plan
     if plan is not None:
         _warn_of_other_device(plan, trust=arguments.trust)
-    if arguments.resume is not None:
-        resume_run(arguments.resume, plan, arguments.checkpoint, options)
-    elif plan is not None:
-        run_plan(plan, arguments.out if arguments.out is not None else default_out(plan), options)
+    with redirect_stdout(sys.stderr if arguments.log_format == "json" else sys.stdout):
+        if arguments.resume is not None:
+            resume_run(arguments.resume, plan, arguments.checkpoint, options)
+        elif plan is not None:
+            run_plan(plan, arguments.out if arguments.out is not None else default_out(plan), options)
     return 0
 
 
