@@ -123,7 +123,8 @@ def _paths(reader: Reader, key: str, folder: Path, *, needed: bool = True) -> tu
         return ()
     texts = value if isinstance(value, list) else [value]
     if not texts or not all(isinstance(text, str) and text for text in texts):
-        raise InputError(f"{reader.at(key)}: expected a path or a list of paths, found {value!r}.")
+        found = type(value).__name__
+        raise InputError(f"{reader.at(key)}: expected a path or a list of paths, found {found}.")
     return tuple(
         text if text.startswith(HUB) else str(resolve_path(text, folder, reader.at(key))) for text in texts
     )
@@ -134,9 +135,7 @@ def _weights(reader: Reader) -> tuple[float, ...]:
     if not isinstance(value, list) or not all(
         isinstance(w, (int, float)) and not isinstance(w, bool) and 0 < w <= 1000 for w in value
     ):
-        raise InputError(
-            f"{reader.at('weights')}: expected numbers above 0 and at most 1000, found {value!r}."
-        )
+        raise InputError(f"{reader.at('weights')}: expected a list of numbers above 0 and at most 1000.")
     return tuple(float(w) for w in value)
 
 

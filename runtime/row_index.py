@@ -75,7 +75,7 @@ def _fingerprint(examples: Examples) -> str:
 
 def _read(path: Path) -> tuple[NDArray[np.int64], Counts] | None:
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with np.load(path) as file:
             rows, counts = file["rows"], json.loads(str(file["counts"]))
         return rows.astype(np.int64), Counts(**counts)
     except (OSError, zipfile.BadZipFile, KeyError, TypeError, ValueError):

@@ -17,7 +17,7 @@ from realloc.functions import Sample
 from realloc.plan import plan_text
 
 FOLDER = Path(experiments.__file__).parent / "recipes"
-ELSEWHERE = ("ppo_llama7b_16xh100", "ppo_llama70b_128xh100", "ppo_stories260k", "sums")
+ELSEWHERE = ("ppo_llama7b_16xh100", "ppo_llama70b_128xh100", "ppo_stories260k", "reward_hh_smollm2", "sums")
 RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem not in ELSEWHERE)
 
 
