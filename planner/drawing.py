@@ -45,7 +45,8 @@ def graph_text(graph: DataflowGraph) -> str:
     for column in columns(graph):
         for call in column:
             reads = [f"{key} from {graph.producer.get(key, 'the data set')}" for key in call.reads]
-            text = f"{_what(call)}; reads {', '.join(reads)}"
+            when = f", every {call.every} iterations" if call.every > 1 else ""
+            text = f"{_what(call)}{when}; reads {', '.join(reads)}"
             if call.writes:
                 text += f"; writes {', '.join(call.writes)}"
             lines.append(paragraph(text, " " * (width + 2), first=f"{call.name:{width}}  "))
