@@ -57,6 +57,14 @@ def add(commands: Commands) -> None:
         metavar="N",
         help="keep N generated samples of every iteration in samples.jsonl (default: 2)",
     )
+    _add_faults(run)
+    _add_checkpoints(run)
+    _add_nodes(run)
+    add_trust(run)
+    run.set_defaults(command=_run)
+
+
+def _add_faults(run: argparse.ArgumentParser) -> None:
     faults = run.add_argument_group("faults")
     faults.add_argument(
         "--max-restarts",
@@ -86,6 +94,9 @@ def add(commands: Commands) -> None:
         metavar="S",
         help="... and more than S seconds (default: 600)",
     )
+
+
+def _add_checkpoints(run: argparse.ArgumentParser) -> None:
     saving = run.add_argument_group("checkpoints")
     saving.add_argument(
         "--save-every",
@@ -109,6 +120,9 @@ def add(commands: Commands) -> None:
         metavar="NAME",
         help="with --resume: this checkpoint, such as iteration-20; later ones are deleted",
     )
+
+
+def _add_nodes(run: argparse.ArgumentParser) -> None:
     nodes = run.add_argument_group("several nodes", "the same command on each of them, with its --node-rank")
     nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
     nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
@@ -125,8 +139,6 @@ def add(commands: Commands) -> None:
         metavar="S",
         help="how long the nodes wait for each other (default: 120 seconds)",
     )
-    add_trust(run)
-    run.set_defaults(command=_run)
 
 
 def _run(arguments: argparse.Namespace) -> int:
