@@ -16,6 +16,7 @@ from cost_models.curve import Curve
 from cost_models.profile import HardwareProfile
 from realloc.errors import ReallocError
 from realloc.experiment import Experiment, ModelSpec, OptimizerSpec, Workload
+from realloc.files import Reader
 from realloc.lengths import Lengths
 from realloc.model_shape import ModelShape
 from realloc.model_zoo import named_shapes
@@ -118,7 +119,10 @@ def experiment_of(
     algorithm: str = "ppo",
     hyperparameters: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """All lengths equal. Contexts are stretched where a setting is longer than the model's own."""
+    """All lengths equal, hyperparameters not given the algorithm's own.
+
+    Contexts are stretched where a setting is longer than the model's own.
+    """
     longest = prompt + response
     models = {
         role: ModelSpec(
@@ -127,7 +131,11 @@ def experiment_of(
         for role, shape in shapes.items()
     }
     workload = Workload(sequences, Lengths(float(prompt), prompt), Lengths(float(response), response))
-    return Experiment(algorithm, models, workload, dtype="bfloat16", hyperparameters=hyperparameters)
+    made = Experiment(algorithm, models, workload, dtype="bfloat16")
+    if hyperparameters is None:
+        return made
+    given = made.resolve_algorithm().hyperparameters(Reader(dict(hyperparameters), "hyperparameters"))
+    return replace(made, hyperparameters=given)
 
 
 def with_share(profile: HardwareProfile, share: float) -> HardwareProfile:
