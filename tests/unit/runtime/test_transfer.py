@@ -24,12 +24,12 @@ def test_the_messages_of_a_rank(tmp_path: Path) -> None:
     assert len(transfers) > 5
     sent = 0
     for node in transfers:
-        ends = [plan.placements[str(name)] for name in (node.src, node.dst)]
-        calls = [plan.graph.by_name[str(name)] for name in (node.src, node.dst)]
-        sources, sinks = (assignment_of(c, p, data) for c, p in zip(calls, ends, strict=True))
-        everything = messages(plan.graph, node, *ends, sources, sinks)
+        src, dst = plan.placements[str(node.src)], plan.placements[str(node.dst)]
+        sources = assignment_of(plan.graph.by_name[str(node.src)], src, data)
+        sinks = assignment_of(plan.graph.by_name[str(node.dst)], dst, data)
+        everything = messages(plan.graph, node, src, dst, sources, sinks)
         for rank in range(plan.cluster.num_gpus):
-            own = messages(plan.graph, node, *ends, sources, sinks, rank)
+            own = messages(plan.graph, node, src, dst, sources, sinks, rank)
             assert own == [m for m in everything if rank in (m.src, m.dst)]
         sent += len(everything)
     assert sent > 100
