@@ -177,7 +177,7 @@ def _pattern_options(reader: Reader) -> Mapping[str, Any]:
     pattern = reader.get("pattern", str)
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise InputError(f"{reader.at('pattern')}: no regular expression: {error}.") from None
     return {"pattern": pattern, "whole": reader.get("whole", bool, False)}
 

@@ -73,7 +73,7 @@ class CallExecutor:
         if self.call.kind is CallKind.GENERATE:
             return self._generate(data, assignment, iteration)
         if self.call.kind is CallKind.INFERENCE:
-            return self._inference(data, assignment)
+            return self._inference(data, assignment, iteration)
         if self.call.kind is CallKind.TRAIN_STEP:
             return self._train(data, assignment)
         return self._compute(data, assignment, iteration)
@@ -148,7 +148,7 @@ class CallExecutor:
 
     # inference ------------------------------------------------------------------------------
 
-    def _inference(self, data: IterationData, assignment: Assignment) -> Metrics:
+    def _inference(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
         share = assignment.of(self.context.at.dp)
         metrics = Metrics()
         (written,) = self.call.writes
@@ -156,7 +156,9 @@ class CallExecutor:
         def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
             output = self._output(hidden, batch, data).float().cpu()
             if self.call.output is Output.SCORES and not bool(output.isfinite().all()):
-                raise RunError(f"{self.call.name}: the model's score is {output[~output.isfinite()][0]}.")
+                at = int((~output.isfinite()).nonzero()[0])
+                sample = iteration * data.num_sequences + batch.positions[at]
+                raise RunError(f"{self.call.name}: the model's score of sample {sample} is {output[at]:g}.")
             data.put(written, batch.positions, output)
             add_distribution(metrics, written, output.double())
 

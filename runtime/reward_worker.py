@@ -44,8 +44,12 @@ class RewardWorker:
         self._process: _Process | None = _Process(source)
         self._deadline_s = 0.0
 
+    def wait_ready(self) -> None:
+        """Waits until the function is loaded, which is not of its time. Raises RunError if it cannot be."""
+        self._ready()
+
     def post(self, samples: Sequence[Sample]) -> None:
-        """Sends a batch; `take` waits for its numbers. Raises RunError when the module cannot be loaded."""
+        """Sends a batch; `take` waits for its numbers. Raises RunError as `wait_ready` does."""
         process = self._ready()
         self._deadline_s = time.monotonic() + self.source.time_limit_s
         process.send(samples, self._deadline_s)
@@ -77,8 +81,9 @@ class RewardWorker:
         limit_s = self.source.alone_limit_s(len(samples))
         found: list[float | Failure] = []
         for sample in samples:
+            process = self._ready()
             deadline_s = time.monotonic() + limit_s
-            self._ready().send([sample], time.monotonic() + limit_s)
+            process.send([sample], deadline_s)
             reply = self._reply(deadline_s, limit_s)
             found.append(reply if isinstance(reply, Failure) else reply[0])
             if self.source.on_failure == ERROR and isinstance(found[-1], Failure):

@@ -41,8 +41,12 @@ class Scorer:
         left out, their number (`skipped`; it is divided by `replicas`, the ranks that report). Raises
         RunError.
         """
+        if any(worker.source.on_failure == SKIP for worker in self._workers):
+            metrics.add("skipped", 0.0, 1.0 / replicas)
         if not samples:
             return []
+        for worker in self._workers:
+            worker.wait_ready()
         for worker in self._workers:  # all of them work at the same time
             worker.post(samples)
         totals = [0.0] * len(samples)
@@ -53,8 +57,8 @@ class Scorer:
             if len(self._workers) > 1:
                 _report(metrics, worker.source.name, numbers)
         _report(metrics, self._written, totals)
-        if any(worker.source.on_failure == SKIP for worker in self._workers):
-            metrics.add("skipped", sum(map(math.isnan, totals)), 1.0 / replicas)
+        if "skipped" in metrics.sums:
+            metrics.add("skipped", sum(map(math.isnan, totals)), 0.0)
         return totals
 
     def close(self) -> None:
