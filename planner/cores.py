@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Sequence
 from multiprocessing.connection import Connection
 from typing import TypeVar
@@ -29,20 +30,25 @@ def on_all_cores(work: Sequence[Callable[[], Result]]) -> list[Result]:
         child.start()
         theirs.close()
         children.append((at, child, ours))
-    results: dict[int, Result] = dict(
-        zip(range(0, len(work), number), (p() for p in work[::number]), strict=True)
-    )
-    for at, child, ours in children:
-        try:
-            found = ours.recv()
-        except EOFError:  # what went wrong there goes wrong here, where it can be told
-            found = [piece() for piece in work[at::number]]
-        child.join()
-        results |= zip(range(at, len(work), number), found, strict=True)
+    try:
+        results: dict[int, Result] = dict(
+            zip(range(0, len(work), number), (p() for p in work[::number]), strict=True)
+        )
+        for at, child, ours in children:
+            try:
+                found = ours.recv()
+            except EOFError:  # what went wrong there goes wrong here, where it can be told
+                found = [piece() for piece in work[at::number]]
+            child.join()
+            results |= zip(range(at, len(work), number), found, strict=True)
+    finally:  # of an interrupt, too
+        for _, child, _ in children:
+            child.terminate()
     return [results[i] for i in range(len(work))]
 
 
 def _send(work: Sequence[Callable[[], Result]], to: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent hears of Ctrl-C, and ends this process
     try:
         found = [piece() for piece in work]
     except ReallocError:  # the parent finds out when it does the same

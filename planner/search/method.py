@@ -78,8 +78,9 @@ class Record:
         self.bound_s = max(self.bound_s, bound_s)
 
     def raise_bound_of_all(self, bound_s: float) -> None:
-        """The same, also with what a large cluster leaves out."""
+        """The same, also with what a large cluster leaves out; so of plans without it, too."""
         self.bound_of_all_s = max(self.bound_of_all_s, bound_s)
+        self.raise_bound(bound_s)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
@@ -113,6 +114,7 @@ class Record:
         peak = worst_gpu(problem.graph, placements, problem.memory(best), schedule.order)
         bound = self.best_s if proven else min(self.bound_s, self.best_s)
         is_whole = not any(problem.others)
+        left_s = 0.0 if self.interrupted else self._deadline - self.clock()
         plan = ExecutionPlan(
             experiment=problem.experiment,
             cluster=problem.cluster,
@@ -141,9 +143,7 @@ class Record:
             num_plans=problem.candidate_set.num_plans,
             bound_of_all_s=bound if is_whole else min(self.bound_of_all_s, bound),
             history=tuple(self.history),
-            runners_up=runners_up(
-                problem, best, self.best_s, time.monotonic() + self._deadline - self.clock()
-            ),
+            runners_up=runners_up(problem, best, self.best_s, time.monotonic() + left_s),
             rejections=problem.candidate_set.rejections,
             interrupted=self.interrupted,
         )
