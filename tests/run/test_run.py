@@ -82,7 +82,8 @@ def test_trace_has_every_instruction_of_every_rank(finished: tuple[Path, str]) -
     }
     # a checkpoint after the last iteration, and after others that do not end while one is being written
     saved = {record for record in found if record[2] == "checkpoint"}
-    assert found - saved == expected
+    paced = {record for record in found if record[2] == "pace"}  # at ends of iterations, not of all
+    assert found - saved - paced == expected
     assert {(1, rank, "checkpoint") for rank in range(2)} <= saved
     assert all(r.end_s >= r.start_s and r.wait_s >= 0 for r in trace.records)
     for rank in range(2):
