@@ -46,7 +46,7 @@ def _chart(drawing: Drawing, left: float, title: str, curves: Curves) -> None:
         y = at(0, value)[1]
         drawing.line(x0, y, x0 + wide, y, "grid")
         drawing.text(x0 - 6, y + 4, f"{round(value, 6):g}", anchor="end", size=11)
-    for iteration in range(0, count, max(1, -(-count // 60) * 10)):
+    for iteration in range(0, count, max(1, round(_step(count)))):
         drawing.text(at(iteration, low)[0], FOOT + 16, str(iteration + 1), anchor="middle", size=11)
     drawing.text(x0 + wide / 2, FOOT + 34, "iteration", anchor="middle", size=11, css="faint")
     for curve in curves:

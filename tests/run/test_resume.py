@@ -87,6 +87,7 @@ def test_killed_runs_go_on_as_if_nothing_had_happened(workplace: Workplace, calm
     assert code == 0, err
     assert "continuing after" in printed
     assert metrics_of(out) == metrics_of(calm)
+    assert (out / "samples.jsonl").read_text() == (calm / "samples.jsonl").read_text()
     for role in ("actor", "critic"):
         got, want = weights_of(out / "models" / role), weights_of(calm / "models" / role)
         assert all(np.array_equal(got[name], want[name]) for name in want)
@@ -114,6 +115,7 @@ def test_damaged_checkpoint_then_another_plan_from_the_one_before(
     assert "iteration-8/rank-1.safetensors: is corrupted" in message
     assert "continue from it with --from iteration-6" in message
     assert metrics_of(out) == metrics_of(calm)
+    assert (out / "samples.jsonl").read_text() == (calm / "samples.jsonl").read_text()
     workplace.plan("one", gpus=1, placements={"*": ("node0", "d1t1p1")}, iterations=ITERATIONS)
     code, printed, err = workplace.run(
         *("run", "--resume", "damaged", "--from", "iteration-6", "--plan", "one.yaml"),
