@@ -19,6 +19,9 @@ from realloc.functions import Batch
 BINS = 10
 """Of the expected calibration error, over confidences from 0.5 to 1."""
 
+TIE = 1e-5
+"""Scores that differ by less, relative to their size, are those of one response, computed in two ways."""
+
 
 def responses(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
     """Mean `length` and `reward`, `kl` from the reference model, and `win_rate` against it, where known.
@@ -39,6 +42,7 @@ def responses(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
             rival = batch["rival_scores"].double()
             found["reference_reward"] = _mean(rival, batch)
             margin = scores - rival  # NaN where one of the two has no score
+            margin = margin.masked_fill(margin.abs() <= TIE * (1.0 + scores.abs()), 0.0)
             found["win_rate"] = _mean(torch.where(margin.isnan(), margin, 0.5 + 0.5 * margin.sign()), batch)
     return {name: value for name, value in found.items() if not isnan(value)}
 

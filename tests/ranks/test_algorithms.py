@@ -171,7 +171,13 @@ def test_evaluation_is_the_same_on_every_plan(tmp_path: Path, name: str) -> None
         trained = {key: value for key, value in metrics.items() if key in plain.metrics[iteration]}
         assert trained == plain.metrics[iteration], "evaluation changes nothing of training"
     gpus, placements = PLANS["apart"]
-    placements = {**placements, "evaluation": ("node0", "d4t1p1"), "eval_ref_gen": ("node0", "d2t2p1")}
+    placements = {
+        **placements,
+        "evaluation": ("node0", "d4t1p1"),
+        "eval_actor_gen": ("node0", "d1t2p2+offload"),
+        "eval_ref_gen": ("node0", "d2t2p1+offload"),
+        "rival_rew_inf": ("node0", "d2t1p2+offload"),
+    }
     assert_same(run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "apart"), expected)
 
 
