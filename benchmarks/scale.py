@@ -48,6 +48,7 @@ from realloc.layout import Layout, layout  # noqa: E402
 from realloc.plan import ExecutionPlan, read_plan  # noqa: E402
 from realloc.reallocation import schedule  # noqa: E402
 from runtime.data_store import IterationData  # noqa: E402
+from runtime.dataset import DataBatch  # noqa: E402
 from runtime.engine import Engine, Observer  # noqa: E402
 from runtime.heartbeat import Board  # noqa: E402
 from runtime.parallel import ParallelContext, single_rank  # noqa: E402
@@ -176,16 +177,18 @@ class _IdleEngine(Engine):
         moves: Any = SimpleNamespace(run=lambda *_: 0)
         (self._transfers if node.kind is NodeKind.TRANSFER else self._reallocators)[node.name] = moves
 
-    def _source(self, iteration: int) -> IterationData:
+    def _source(self, batch: DataBatch, *, evaluates: bool = False) -> IterationData:
         nothing: Any = None
-        return nothing
+        idle: IterationData = nothing
+        return idle
 
 
 def dispatch_us(plan: ExecutionPlan, program: Program, rank: int, iterations: int) -> float:
     """Microseconds of computing between instructions, over an instruction."""
     unused: Any = None
     roles: Any = {role: _Idle(single_rank()) for role in plan.graph.roles}
-    engine = _IdleEngine(plan, program, rank, unused, roles, unused, torch.device("cpu"))
+    dataset: Any = SimpleNamespace(batch=lambda iteration: None)
+    engine = _IdleEngine(plan, program, rank, unused, roles, dataset, torch.device("cpu"))
     board = Board(1)
     observer = Observer(lambda iteration, index: board.put(0, iteration, index), lambda *_: None)
     best = float("inf")

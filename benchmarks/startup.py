@@ -97,7 +97,7 @@ def child(notes: Path, started_s: float, plan: str, out: str) -> int:
             phases.note("first instruction", time.time() - started_s)
         execute(self, *arguments)
 
-    runtime.engine.Engine._execute = executing  # type: ignore[method-assign]
+    runtime.engine.Engine._execute = executing  # type: ignore[method-assign, assignment]
     return main(["run", plan, "--out", out, "--iterations", "1"])
 
 
