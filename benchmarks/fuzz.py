@@ -38,6 +38,10 @@ def fuzz(
                 break
             outcome = run_case(root / "originals", root / "case", watch, Random(number), file)
             outcomes.append((number, outcome))
+            if len(outcomes) % 500 == 0:
+                print(
+                    f"{len(outcomes)} cases, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True
+                )
             if outcome.is_wrong:
                 print(
                     f"seed {number}: {outcome.name}: {outcome.command}: {outcome.kind}\n{outcome.text}\n",
