@@ -47,7 +47,7 @@ def _headline(result: SearchResult) -> str:
             f"No candidate plan can take less than {result.lower_bound_s:.4g} s: at most {result.gap:.1%} of "
             f"the time could be saved."
         )
-    if result.bound_of_all_s < result.lower_bound_s:
+    if 0 < result.bound_of_all_s < result.lower_bound_s:
         share = 1 - result.bound_of_all_s / result.iteration_s
         bound += (
             f"\nWith the strategies that are left out on so large a cluster, no plan can take less than "
