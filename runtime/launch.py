@@ -13,7 +13,7 @@ from pathlib import Path
 from realloc.backend import DEEPSPEED
 from realloc.comparison import compare
 from realloc.comparison_text import comparison_text
-from realloc.errors import InputError
+from realloc.errors import InputError, RunError
 from realloc.plan import ExecutionPlan, plan_text, read_plan
 from realloc.trace import Trace
 from runtime.attempts import Run, RunOptions, follow, lead
@@ -28,6 +28,7 @@ from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, rewind_folder, run_lock
 from runtime.team import Team
 from runtime.tracing import CHECKPOINT, merge_traces
+from runtime.verdict import continuation
 
 
 def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace | None:
@@ -97,7 +98,12 @@ def _finish(run: Run, monitor: Monitor) -> Trace:
     """Joins the ranks' traces, and prints how it went."""
     out, plan = run.out, run.plan
     traces = [out / "trace" / f"rank-{rank}.jsonl" for rank in range(plan.cluster.num_gpus)]
-    trace = merge_traces(traces, out / "trace.jsonl", this_machine(run.options.pin))
+    try:
+        trace = merge_traces(traces, out / "trace.jsonl", this_machine(run.options.pin))
+    except OSError as error:
+        raise RunError(
+            f"{out / 'trace.jsonl'}: cannot be written: {error.strerror}; make room.{continuation(out)}"
+        ) from None
     if trace.records:  # a run may have been ended after its last iteration
         print(comparison_text(compare(plan, trace)))
         print(monitor.change())

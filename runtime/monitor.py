@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -88,10 +89,9 @@ class Monitor:
         self._stop.set()
         self._thread.join(timeout=10)
         self._display.end()
-        self._file.close()
-        self._samples.close()
-        for writer in self._writers:
-            writer.close()
+        for close in (self._file.close, self._samples.close, *(writer.close for writer in self._writers)):
+            with suppress(OSError):  # each line was flushed: it was told when that failed
+                close()
 
     def finish(self) -> None:
         """Waits until the last iteration's metrics are written. Raises RunError when they cannot be."""

@@ -94,5 +94,8 @@ def merge_traces(paths: Iterable[Path], output: Path, machine: Machine) -> Trace
         lengths=tuple(item for trace in traces for item in trace.lengths),
         machine=machine,
     )
-    write_trace(output, merged)
+    # under its name only when it is whole: that it is there says that the run is complete
+    partial = output.with_name(f".{output.name}.partial")
+    write_trace(partial, merged)
+    partial.replace(output)
     return merged

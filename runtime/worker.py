@@ -10,6 +10,7 @@ import signal
 import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -86,8 +87,9 @@ def run_worker(spec: WorkerSpec, board: Board) -> None:
             _run(spec, rank, world_size, heartbeat)
     except BaseException as error:
         # the last chance to say why this process dies: the launcher reads it, then we die anyway
-        traceback.print_exc()
         _write_error(Path(spec.out), rank, error)
+        with suppress(OSError):  # the disk that the log is on may be full
+            traceback.print_exc()
         raise
 
 
