@@ -165,11 +165,10 @@ class Campaign:
             fill(False)
         if launcher.code == 0:
             return None  # it had written everything
-        outcome.said = launcher.text.strip().splitlines()[-1] if launcher.text.strip() else ""
         message = [line for line in launcher.text.splitlines() if line.startswith(ERROR)]
         causes = [os.strerror(number) for number in (errno.ENOSPC, errno.EFBIG)]
         outcome.said = message[0] if message else launcher.text[-300:]
-        outcome.is_named = any(cause in outcome.said for cause in causes)
+        outcome.is_named = bool(message) and any(cause in outcome.said for cause in causes)
         again = self._resume(stack, f"{name}-again", out)
         self._check(outcome, again, out, calm)
         return outcome
