@@ -12,6 +12,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -74,10 +75,13 @@ def cause_of(error: BaseException) -> str:
 
 
 def read_errors(out: Path, ranks: Sequence[int]) -> list[RankError]:
-    """What these ranks have said as they died."""
-    paths = [out / "errors" / f"rank-{rank}.json" for rank in ranks]
-    texts = [path.read_text(encoding="utf-8").strip() for path in paths if path.exists()]
-    return [RankError(**json.loads(text)) for text in texts if text]
+    """What these ranks have said as they died; of one that was killed while it wrote, nothing."""
+    found = []
+    for path in (out / "errors" / f"rank-{rank}.json" for rank in ranks):
+        if path.exists():
+            with suppress(ValueError):
+                found.append(RankError(**json.loads(path.read_bytes())))
+    return found
 
 
 def failure_of(evidence: Evidence, errors: Sequence[RankError], program: Program) -> Failure:

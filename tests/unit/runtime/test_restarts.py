@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -25,6 +25,7 @@ from runtime.verdict import (
     RankError,
     cause_of,
     failure_of,
+    read_errors,
 )
 from runtime.watchdog import DIED, HUNG, Evidence, Finding
 from tests.unit.runtime.test_checkpoint_files import write_checkpoint
@@ -60,6 +61,16 @@ def test_the_cause_goes_before_what_follows_from_it() -> None:
     assert failure_of(evidence({5: -signal.SIGKILL}, hung), [peer], PROGRAM).rank == 4
     died = Finding(DIED, 4, BEATS[4], "has ended")
     assert failure_of(evidence({4: 0}, died), [], PROGRAM).message.endswith("ended with exit code 0")
+
+
+def test_an_error_that_was_cut_short_is_no_error(tmp_path: Path) -> None:
+    reserve = tmp_path / "errors"
+    reserve.mkdir()
+    error = RankError(0, 1.0, "ValueError", "a flaw", OTHER)
+    text = json.dumps(asdict(error))
+    for rank, content in enumerate((text, text[:20], "")):
+        (reserve / f"rank-{rank}.json").write_text(content.ljust(4096))
+    assert read_errors(tmp_path, range(4)) == [error]
 
 
 def test_causes_of_errors() -> None:
