@@ -159,4 +159,8 @@ def _print(findings: Sequence[Finding], nodes: int) -> None:
             where = f" (node {finding.node})" if nodes > 1 else ""
             console.print(Text(f"{finding.check}{where}: {finding.advice}."), soft_wrap=True)
     failures = _failures(findings)
-    print(f"{failures} failures" if failures else "nothing stands in the way of a run")
+    print(
+        f"{failures} failure{'s' if failures > 1 else ''}"
+        if failures
+        else "nothing stands in the way of a run"
+    )
