@@ -96,11 +96,10 @@ class _Agent(LocalElasticAgent):
             return RunResult(state=WorkerState.FAILED)
         if not self._watchdog.all_at_end:
             return RunResult(state=WorkerState.HEALTHY)
-        # torchrun's own way to find a failure waits half a minute for ranks that do not end
-        result: RunResult = super()._monitor_workers(worker_group)
-        if result.state is WorkerState.FAILED:
-            self.evidence = self._watchdog.evidence(None)
-        return result
+        # torchrun would wait for each to end by itself: for ever, where one was stopped after its work
+        self._watchdog.kill()
+        done = {worker.global_rank: None for worker in worker_group.workers}
+        return RunResult(state=WorkerState.SUCCEEDED, return_values=done)
 
     def _shutdown(self, death_sig: signal.Signals = signal.SIGTERM, timeout: int = 30) -> None:
         super()._shutdown(death_sig, min(timeout, int(STOP_S)))  # a stopped rank never ends by itself

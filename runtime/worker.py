@@ -85,6 +85,8 @@ def run_worker(spec: WorkerSpec, board: Board) -> None:
     try:
         with Heartbeat(board, local_rank, spec.beat_s) as heartbeat:
             _run(spec, rank, world_size, heartbeat)
+            sys.stdout.flush()
+            heartbeat.at(0, ENDED)  # the launcher may end this process now
     except BaseException as error:
         # the last chance to say why this process dies: the launcher reads it, then we die anyway
         _write_error(Path(spec.out), rank, error)
@@ -156,7 +158,6 @@ def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> 
         write_trace(out / "trace" / f"rank-{rank}.jsonl", trace)
         export_models(plan, roles, out / "models", rank)
     dist.barrier()
-    heartbeat.at(plan.experiment.iterations, ENDED)
     dist.destroy_process_group()
 
 
