@@ -78,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     given = sys.argv[1:] if argv is None else list(argv)
     arguments = build_parser().parse_args(given, argparse.Namespace(given=given))
+    # torch then counts GPUs without opening them: ranks forked from this process could not open them again
+    os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")
     here = str(Path.cwd())
     if here not in sys.path:
         # for a user's own algorithms and rewards; last, so that nothing here hides an installed module
