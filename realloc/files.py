@@ -238,7 +238,9 @@ def read_yaml(path: str | Path) -> Any:
         raise InputError(f"{path}: is a directory, expected a file.") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text (byte {error.start}).") from None
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
+    except ValueError as error:
         raise InputError(f"{path}: cannot be read: {error}.") from None
     try:
         _check_depth(path, text)

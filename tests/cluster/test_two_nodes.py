@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -143,9 +144,8 @@ def test_a_killed_rank_of_another_node_is_named_and_all_begin_again(folder: Path
     os.kill(second.children()[1].pid, signal.SIGKILL)
     said = wait(processes)
     assert [one.code for one in said] == [0, 0], [one.err for one in said]
-    assert (
-        f"rank 3 on {socket.gethostname()} (before the first iteration) was killed by signal 9" in said[0].err
-    )
+    # where it was by then depends on the machine
+    assert re.search(rf"rank 3 on {re.escape(socket.gethostname())} \(.*\) was killed by signal 9", said[0].err)
     assert "restart 1 of 3, from the beginning" in said[0].err
     assert_as_local(folder / "again")
 
