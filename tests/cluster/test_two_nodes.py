@@ -145,7 +145,8 @@ def test_a_killed_rank_of_another_node_is_named_and_all_begin_again(folder: Path
     said = wait(processes)
     assert [one.code for one in said] == [0, 0], [one.err for one in said]
     # where it was by then depends on the machine
-    assert re.search(rf"rank 3 on {re.escape(socket.gethostname())} \(.*\) was killed by signal 9", said[0].err)
+    host = re.escape(socket.gethostname())
+    assert re.search(rf"rank 3 on {host} \(.*\) was killed by signal 9", said[0].err)
     assert "restart 1 of 3, from the beginning" in said[0].err
     assert_as_local(folder / "again")
 
