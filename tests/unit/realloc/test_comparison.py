@@ -11,6 +11,7 @@ import pytest
 
 from realloc.comparison import (
     Comparison,
+    check_match,
     compare,
     measured_terms,
     timed_terms,
@@ -240,3 +241,29 @@ def test_a_slow_machine_is_told_from_a_wrong_model(plan: ExecutionPlan):
     assert content["pace"]["samples"] == 3
     # a plan that was priced without a pace says nothing of it
     assert "at pace" not in comparison_text(compare(plan, trace))
+
+
+def test_a_resumed_run_may_have_been_at_no_evaluation(tmp_path: Path):
+    content = plan_mapping()
+    del content["predictions"]
+    content["experiment"]["evaluation"] = {"every": 10}
+    for name in ("actor_gen", "rew_inf", "ref_inf"):
+        content["placements"][f"eval_{name}"] = content["placements"][name]
+    content["placements"]["evaluation"] = {"mesh": "node0:gpu[0-0]", "strategy": "d1t1p1"}
+    plan = read_plan(write(tmp_path / "plan.yaml", content))
+
+    def run(iterations: range, but: str = "") -> Trace:
+        nodes = [node for node in plan.augmented.nodes if node.name != but]
+        records = [
+            TraceRecord(i, rank, node.name, str(node.kind), i + 0.1, i + 0.2)
+            for i in iterations
+            for node in nodes
+            if node.runs_in(i)
+            for rank in node.ranks
+        ]
+        return Trace(plan.cluster.num_gpus, tuple(records))
+
+    check_match(plan, run(range(5, 10)))
+    check_match(plan, run(range(5, 11)))
+    with pytest.raises(InputError, match="'eval_rew_inf' is in the plan and not in the run"):
+        check_match(plan, run(range(5, 11), but="eval_rew_inf"))
