@@ -88,7 +88,9 @@ def shape_from_config(config: Mapping[str, Any], where: str) -> ModelShape:
     """
     family = config.get("model_type")
     if family not in FAMILIES:
-        raise InputError(f"{where}: model_type '{family}' is not supported.{nearest(str(family), FAMILIES)}")
+        raise InputError(
+            f"{where}: model_type '{family}' is not supported: the decoder runs {', '.join(FAMILIES)}."
+        )
     try:
         shape = _gpt_neox(config) if family == "gpt_neox" else _llama_like(config, str(family))
         shape = _with_rope(shape, config, where)

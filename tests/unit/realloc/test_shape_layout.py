@@ -137,7 +137,7 @@ def test_rope_settings() -> None:
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
-        ({"model_type": "llamma"}, "'llamma' is not supported. Did you mean 'llama'?"),
+        ({"model_type": "mamba"}, "'mamba' is not supported: the decoder runs llama, qwen2, "),
         ({"model_type": None}, "model_type 'None' is not supported"),
         ({"model_type": ["llama"]}, "is not supported"),
         ({"hidden_size": "wide"}, "a value in the model's config is wrong"),
