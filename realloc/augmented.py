@@ -169,17 +169,13 @@ class AugmentedGraph:
     def check_order(self, order: Sequence[str], where: str) -> None:
         """Raises PlanError unless `order` holds every node once, each after what it waits for."""
         position = {name: i for i, name in enumerate(order)}
-        missing = [node.name for node in self.nodes if node.name not in position]
-        unknown = [name for name in order if name not in self.by_name]
-        if missing or unknown or len(position) != len(order):
-            problem = (
-                f"lacks '{missing[0]}'"
-                if missing
-                else f"has the unknown node '{unknown[0]}'"
-                if unknown
-                else "has a node twice"
+        problems = [f"lacks '{node.name}'" for node in self.nodes if node.name not in position]
+        problems += [f"has the unknown node '{name}'" for name in order if name not in self.by_name]
+        problems += ["has a node twice"] if len(position) != len(order) else []
+        if problems:
+            raise PlanError(
+                f"{where}: the order {problems[0]}; delete the key to have it derived from the plan."
             )
-            raise PlanError(f"{where}: the order {problem}; delete the key to have it derived from the plan.")
         for edge in self.edges:
             if edge.lag == 0 and position[edge.src] > position[edge.dst]:
                 raise PlanError(

@@ -40,6 +40,13 @@ class Box:
         """Slices that select this box from a tensor that holds `outer`."""
         return tuple(slice(a - o, b - o) for a, b, o in zip(self.start, self.stop, outer.start, strict=True))
 
+    def is_contiguous_in(self, outer: Box) -> bool:
+        """Whether the box is one run of memory in a tensor that holds `outer`."""
+        sizes = list(zip(self.shape, outer.shape, strict=True))
+        while sizes and sizes[0][0] == 1:
+            sizes.pop(0)
+        return all(inner == whole for inner, whole in sizes[1:])
+
     def intersect(self, other: Box) -> Box | None:
         """The common part, None when empty."""
         start = tuple(map(max, self.start, other.start))

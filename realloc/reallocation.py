@@ -305,17 +305,9 @@ def _strided(scale: Scale, cls: _Class) -> bool:
         if route.near or route.far:
             box = scale.up(route.cell)
             outer = chain((src[i] for i in part.holding), (dst[i] for i in part.wanting))
-            if not all(contiguous(box, other) for other in outer):
+            if not all(box.is_contiguous_in(other) for other in outer):
                 return True
     return False
-
-
-def contiguous(box: Box, outer: Box) -> bool:
-    """Whether the box is one run of memory in a tensor that holds `outer`."""
-    sizes = list(zip(box.shape, outer.shape, strict=True))
-    while sizes and sizes[0][0] == 1:
-        sizes.pop(0)
-    return all(inner == whole for inner, whole in sizes[1:])
 
 
 def schedule(src: Layout, dst: Layout, gpus_per_node: int, rank: int | None = None) -> Schedule:
