@@ -7,6 +7,7 @@ and the rest of the time goes to walks and descents. `greedy` is one start alone
 from __future__ import annotations
 
 import random
+import time
 
 from planner.problem import Problem
 from planner.result import SearchResult
@@ -14,7 +15,7 @@ from planner.search.branch import FIRST_STARTS, begin
 from planner.search.descent import Descent
 from planner.search.exhaustive import exhaustive
 from planner.search.mcmc import walk
-from planner.search.method import Record
+from planner.search.method import Clock, Record
 from planner.search.prover import Prover
 from planner.search.space import Spaces
 
@@ -28,23 +29,25 @@ STALE_ROUNDS = 5
 SHORTLIST = 24
 
 
-def greedy(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
+def greedy(
+    problem: Problem, time_limit_s: float, seed: int, *, clock: Clock = time.monotonic
+) -> SearchResult:
     """The first start that fits, each call in turn at its best."""
-    record = Record(problem, time_limit_s)
+    record = Record(problem, time_limit_s, clock)
     with record.interruptible():
         begin(record, Descent(record, Spaces(problem), random.Random(seed)), STARTS, enough=1)
     return record.conclude("greedy")
 
 
-def auto(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
+def auto(problem: Problem, time_limit_s: float, seed: int, *, clock: Clock = time.monotonic) -> SearchResult:
     """Starts, branch and bound, walks: until the proof, until several rounds find nothing, or the time is up.
 
     Deterministic for a seed when it ends by itself; a time limit cuts it where the machine got to.
     Tries every plan where there are few.
     """
     if problem.candidate_set.num_plans <= EXHAUSTIVE_UP_TO:
-        return exhaustive(problem, time_limit_s, seed)
-    record, proven = Record(problem, time_limit_s), False
+        return exhaustive(problem, time_limit_s, seed, clock=clock)
+    record, proven = Record(problem, time_limit_s, clock), False
     with record.interruptible():
         proven = _auto(record, random.Random(seed))
     return record.conclude("auto", proven=proven)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import random
+import time
 
 from planner.problem import Choice, Problem
 from planner.result import SearchResult
 from planner.search.descent import Descent, fit, starts
-from planner.search.method import Record
+from planner.search.method import Clock, Record
 from planner.search.prover import Prover
 from planner.search.space import Spaces
 
 FIRST_STARTS = 4
 
 
-def branch(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
+def branch(
+    problem: Problem, time_limit_s: float, seed: int, *, clock: Clock = time.monotonic
+) -> SearchResult:
     """The best of all choices; proven unless the time limit cut the search."""
-    record, proven = Record(problem, time_limit_s), False
+    record, proven = Record(problem, time_limit_s, clock), False
     with record.interruptible():
         spaces = Spaces(problem)
         begin(record, Descent(record, spaces, random.Random(seed)), FIRST_STARTS)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import time
 from itertools import product
 
 from planner.problem import Problem
 from planner.result import SearchResult
-from planner.search.method import Record
+from planner.search.method import Clock, Record
 from realloc.errors import InputError
 
 MOST_PLANS = 2_000_000
 
 
-def exhaustive(problem: Problem, time_limit_s: float, seed: int) -> SearchResult:
+def exhaustive(
+    problem: Problem, time_limit_s: float, seed: int, *, clock: Clock = time.monotonic
+) -> SearchResult:
     """The best of all choices. The result is proven unless the time limit cut the search.
 
     Raises InputError above MOST_PLANS choices.
@@ -23,7 +26,7 @@ def exhaustive(problem: Problem, time_limit_s: float, seed: int) -> SearchResult
             f"method exhaustive: {number:.3g} plans are too many (at most {MOST_PLANS:,}); "
             f"use the method auto, or a smaller cluster."
         )
-    record = Record(problem, time_limit_s)
+    record = Record(problem, time_limit_s, clock)
     complete = True
     for count, choice in enumerate(product(*(range(len(rows)) for rows in problem.rows))):
         record.evaluate(choice, record.best_s)

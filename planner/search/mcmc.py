@@ -7,13 +7,14 @@ relative to the best time so far, so that one `beta` suits experiments of millis
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Sequence
 from math import log
 
 from planner.problem import Choice, Problem
 from planner.result import SearchResult
 from planner.search.descent import fit, starts
-from planner.search.method import Record
+from planner.search.method import Clock, Record
 
 BETA = 60.0
 
@@ -127,9 +128,10 @@ def mcmc(
     *,
     num_moves: int = 100_000,
     beta: float = BETA,
+    clock: Clock = time.monotonic,
 ) -> SearchResult:
     """One long walk from the fastest candidates, or the first other starting point that fits."""
-    record = Record(problem, time_limit_s)
+    record = Record(problem, time_limit_s, clock)
     with record.interruptible():
         fastest = tuple(0 for _ in problem.rows)
         for start in (fastest, *starts(problem)):

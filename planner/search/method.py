@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from math import inf
 from typing import Protocol
@@ -20,32 +20,32 @@ from realloc.augmented import augment
 from realloc.errors import InfeasibleError
 from realloc.plan import ExecutionPlan, Predictions
 
+Clock = Callable[[], float]
+"""Seconds that time limits and histories count."""
+
 
 class Method(Protocol):
     """Finds a plan. Deterministic for a seed; the time limit only cuts the search short.
 
+    `clock`: seconds as they pass; benchmarks on busy machines may count those of the process alone.
     Raises InfeasibleError when it finds no plan that fits in memory.
     """
 
-    def __call__(self, problem: Problem, time_limit_s: float, seed: int) -> SearchResult: ...
+    def __call__(
+        self, problem: Problem, time_limit_s: float, seed: int, *, clock: Clock = time.monotonic
+    ) -> SearchResult: ...
 
 
 class Record:
-    """The best choice so far and when it was found.
+    """The best choice so far and when it was found."""
 
-    `clock`: what time limits and histories count: seconds as they pass; benchmarks on busy machines may
-    count those of the process alone.
-    """
-
-    clock = staticmethod(time.monotonic)
-
-    def __init__(self, problem: Problem, time_limit_s: float) -> None:
-        self.problem = problem
+    def __init__(self, problem: Problem, time_limit_s: float, clock: Clock = time.monotonic) -> None:
+        self.problem, self._clock = problem, clock
         self.best: Choice | None = None
         self.best_s = inf
         self.history: list[Progress] = []
         self._first_evaluation = problem.evaluated
-        self._began = self.clock()
+        self._began = self._clock()
         self._deadline = self._began + time_limit_s
         self._least_overflow: tuple[int, Choice] | None = None
         self.bound_s = lower_bound_s(problem)
@@ -59,11 +59,11 @@ class Record:
 
     @property
     def elapsed_s(self) -> float:
-        return self.clock() - self._began
+        return self._clock() - self._began
 
     @property
     def expired(self) -> bool:
-        return self.clock() > self._deadline
+        return self._clock() > self._deadline
 
     def evaluate(self, choice: Choice, limit_s: float = inf, *, hasty: bool = False) -> float:
         """As `Problem.evaluate`, and remembers the choice when it is the best so far."""
@@ -114,7 +114,7 @@ class Record:
         peak = worst_gpu(problem.graph, placements, problem.memory(best), schedule.order)
         bound = self.best_s if proven else min(self.bound_s, self.best_s)
         is_whole = not any(problem.others)
-        left_s = 0.0 if self.interrupted else self._deadline - self.clock()
+        left_s = 0.0 if self.interrupted else self._deadline - self._clock()
         plan = ExecutionPlan(
             experiment=problem.experiment,
             cluster=problem.cluster,
