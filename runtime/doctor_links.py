@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from runtime import microbenchmarks as bench
 from runtime.doctor_report import FAILURE, OK, WARNING, DoctorRequest, Finding, LinkExpectation
+from runtime.gloo_threads import let_ranks_go_first
 from runtime.link_benchmarks import LinkClock, message_costs
 from runtime.stores import interface_towards
 
@@ -150,6 +151,7 @@ def _rank(request: DoctorRequest, rank: int, local: int) -> None:
             world_size=request.nodes * request.ranks,
             timeout=wait,
         )
+        let_ranks_go_first()
         measured = _measure(request, rank, local, device)
         if local == 0:
             store.set(f"doctor/links/{request.node}", json.dumps(measured))

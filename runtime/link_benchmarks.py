@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from runtime.collectives import all_gather, reduce_scatter
+from runtime.gloo_threads import let_ranks_go_first
 from runtime.microbenchmarks import Clock, group_sizes
 from runtime.table_rows import typical
 
@@ -107,6 +108,7 @@ def collective_rows(
         for members in groups:  # every rank makes every group
             group = dist.new_group(list(members[:size]))
             mine = group if rank in members[:size] else mine
+        let_ranks_go_first()
         for name, rows in tables.items():
             found = []
             for num_bytes in clock.sizes():

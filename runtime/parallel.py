@@ -16,6 +16,7 @@ from realloc.augmented import Placement
 from realloc.mesh import DeviceMesh
 from realloc.strategy import Coordinates, Strategy
 from runtime.channels import Channels, make_channels
+from runtime.gloo_threads import let_ranks_go_first
 
 
 @dataclass(frozen=True)
@@ -133,4 +134,5 @@ def make_groups(placements: Iterable[Placement], rank: int, timeout: timedelta) 
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks), timeout=timeout)
     own = {ranks: group for ranks, group in made.items() if rank in ranks}
+    let_ranks_go_first()
     return Groups(rank, own, channels)

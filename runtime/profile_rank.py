@@ -25,6 +25,7 @@ from realloc import __version__
 from realloc.errors import InputError
 from runtime import microbenchmarks as bench
 from runtime.collectives import all_gather
+from runtime.gloo_threads import let_ranks_go_first
 from runtime.host_memory import keep_freed_memory
 from runtime.link_benchmarks import SMALL_BYTES, LinkClock, collective_rows, message_costs
 from runtime.machine import device_name
@@ -188,6 +189,7 @@ def measure_joined(quick: bool, then: Callable[[Mapping[str, Any]], None]) -> No
     rank, ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = _device(int(os.environ.get("LOCAL_RANK", "0")))
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=_WAIT)
+    let_ranks_go_first()
     try:
         result = measure(rank, _found_hosts(ranks, device), quick, device)
         if rank == 0:
@@ -219,6 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             timeout=wait,
             **_meeting(options.store, wait),
         )
+        let_ranks_go_first()
         hosts = _found_hosts(options.ranks, device)
     result = measure(options.rank, hosts, options.quick, device)
     if options.rank == 0:
