@@ -18,7 +18,7 @@ from realloc.strategy import Strategy
 from runtime.data_store import IterationData
 from runtime.transfer import TransferExecutor
 
-_FEW, _MANY = 8, 64
+_FEW, _MANY = 8, 512
 _KEYS = 4
 _LEAST_S = 1e-8
 _LENGTH = 16
@@ -47,7 +47,7 @@ def _transfer(rank: int, sequences: int, keys: int) -> Callable[[], object]:
     described = (DataKey("tokens", Per.TOKEN, "int64"), *(DataKey(n, Per.SEQUENCE) for n in names))
     calls = (
         Call("writer", CallKind.INFERENCE, ("tokens",), names, "model", "tokens"),
-        Call("reader", CallKind.INFERENCE, ("tokens", *names), (), "model", "tokens"),
+        Call("reader", CallKind.TRAIN_STEP, ("tokens", *names), (), "model", "tokens"),
     )
     graph = DataflowGraph(calls, described, ("tokens",))
     node = Node("transfer", NodeKind.TRANSFER, (0, 1), src="writer", dst="reader", keys=names)

@@ -46,6 +46,9 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
     if profile.attention.per_sequence:  # a CPU
         assert profile.concurrency is not None
         assert [x for x, _ in profile.concurrency.points] == [1, 2]
+        beside = profile.transfer
+        # Python on every sequence and value: some are moved
+        assert 1e-7 < beside.sequence_s + beside.value_s < 1e-3
 
 
 def test_ranks_are_checked(tmp_path: Path):
