@@ -19,7 +19,8 @@ from realloc.functions import Sample
 LONGEST_EXPRESSION = 200
 LARGEST_EXPONENT = 64
 _NUMBER = r"\d[\d,]*\.?\d*(?:[eE][+-]?\d+)?|\.\d+"
-_LAST_NUMBER = re.compile(rf"[-+]?\s*[$€£]?\s*(?:{_NUMBER})(?:\s*/\s*(?:{_NUMBER}))?\s*%?")
+# nothing that begins with spaces: a response of spaces alone would take cubic time
+_LAST_NUMBER = re.compile(rf"(?:[-+]\s*)?(?:[$€£]\s*)?(?:{_NUMBER})(?:\s*/\s*(?:{_NUMBER}))?\s*%?")
 _MARKED = re.compile(r"####\s*([^\n]+)")
 _SAID = re.compile(r"(?:answer|result)\s*(?:is|=|:)+\s*([^\n]+)", re.IGNORECASE)
 _FRACTION = re.compile(r"\\[dtc]?frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")

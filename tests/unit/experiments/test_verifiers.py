@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from fractions import Fraction
 
 import pytest
@@ -75,6 +76,13 @@ def test_arithmetic_within_a_tolerance_and_on_words() -> None:
     assert verifiers.arithmetic([close]) == [0.0]
     assert verifiers.arithmetic([close], tolerance=1e-3) == [1.0]
     assert verifiers.arithmetic([sample("The answer is Yes", answer="yes")]) == [1.0]
+
+
+@pytest.mark.parametrize("filler", [" ", "\n", "$ ", "- ", "1 ", "answer "])
+def test_long_responses_of_a_model_that_has_gone_astray_take_no_time(filler: str) -> None:
+    began = time.process_time()
+    assert verifiers.arithmetic([sample(filler * 1500, answer="42")]) == [0.0]
+    assert time.process_time() - began < 1.0
 
 
 def test_a_missing_column_is_named() -> None:
