@@ -11,6 +11,7 @@ from typing import Any
 
 from experiments.common import check_mini_batches, check_pairs, given_hyperparameters, passes, ref_call
 from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -20,12 +21,19 @@ LOSSES = ("sigmoid", "ipo", "hinge")
 def preference_hyperparameters(reader: Reader) -> Mapping[str, Any]:
     """`beta`: how strongly the actor is held to the reference model. `loss`: `sigmoid` (DPO), `ipo`
     (Azar et al. 2023, arXiv 2310.12036) or `hinge` (Zhao et al. 2023, arXiv 2305.10425).
-    `label_smoothing`: the share of preferences that are taken to be the wrong way round (`sigmoid`).
+    `label_smoothing`: the share of preferences that are taken to be the wrong way round (`sigmoid` alone).
+    Raises InputError.
     """
+    loss = reader.choice("loss", LOSSES, "sigmoid")
+    smoothing = reader.number("label_smoothing", 0.0, minimum=0.0, maximum=0.5)
+    if smoothing > 0 and loss != "sigmoid":
+        raise InputError(
+            f"{reader.at('label_smoothing')}: does nothing with the loss '{loss}'; leave it out."
+        )
     return {
         "beta": reader.number("beta", 0.1, minimum=1e-6),
-        "loss": reader.choice("loss", LOSSES, "sigmoid"),
-        "label_smoothing": reader.number("label_smoothing", 0.0, minimum=0.0, maximum=0.5),
+        "loss": loss,
+        "label_smoothing": smoothing,
         **passes(reader),
     }
 

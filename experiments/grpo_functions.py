@@ -26,7 +26,7 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
         centred = centred / (variance.sqrt() + STD_FLOOR)
     elif hyperparameters["scale"] == "batch":
         total = batch.sum(scores.new_tensor([scores.numel(), scores.sum(), scores.square().sum()]))
-        variance = (total[2] - total[1].square() / total[0]) / (total[0] - 1)
+        variance = (total[2] - total[1].square() / total[0]) / (total[0] - 1).clamp(min=1)
         centred = centred / (variance.clamp(min=0).sqrt() + STD_FLOOR)
     return {"advantages": centred.to(torch.float32)}
 

@@ -19,6 +19,7 @@ from experiments.common import (
 )
 from experiments.scoring import scoring
 from realloc.dataflow import Average, Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -52,13 +53,18 @@ class PPO:
         `score_normalization`: scores less their mean, over their standard deviation: of the `batch`, or of
         all iterations so far (`running`: Zheng et al. 2023, arXiv 2307.04964), before `reward_clip`.
         `missing_eos_penalty`: taken off the score of a response that the length limit cut.
-        `critic_warmup`: iterations at the beginning in which the critic learns alone.
+        `critic_warmup`: iterations at the beginning in which the critic learns alone: the actor's steps have
+        no gradient (weight decay and the learning rate's schedule go on).
         `ref_ema_decay`: the reference becomes this share of itself and the rest of the actor once an
         iteration (an exponential moving average); 1: it stays as it is.
         """
         clip = reader.number("clip_range", 0.2, minimum=1e-6)
+        kl_coef = reader.number("kl_coef", 0.05, minimum=0.0)
+        kl_target = reader.number("kl_target", 0.0, minimum=0.0)
+        if kl_target > 0 and kl_coef == 0:
+            raise InputError(f"{reader.at('kl_coef')}: 0 stays 0; with a kl_target it must be above 0.")
         return {
-            "kl_coef": reader.number("kl_coef", 0.05, minimum=0.0),
+            "kl_coef": kl_coef,
             "gamma": reader.number("gamma", 1.0, minimum=0.0, maximum=1.0),
             "gae_lambda": reader.number("gae_lambda", 0.95, minimum=0.0, maximum=1.0),
             "clip_range": clip,
@@ -67,7 +73,7 @@ class PPO:
             "reward_clip": reader.number("reward_clip", 0.0, minimum=0.0),
             "whiten_advantages": reader.get("whiten_advantages", bool, True),
             "whiten_rewards": reader.get("whiten_rewards", bool, False),
-            "kl_target": reader.number("kl_target", 0.0, minimum=0.0),
+            "kl_target": kl_target,
             "kl_horizon": reader.number("kl_horizon", 10_000.0, minimum=1.0),
             "kl_estimator": reader.choice("kl_estimator", ("k1", "k2", "k3"), "k1"),
             "score_normalization": reader.choice("score_normalization", ("none", "batch", "running"), "none"),
@@ -78,9 +84,10 @@ class PPO:
         }
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
-        """The six calls of one iteration. Raises InputError without exactly one source of scores."""
+        """The six calls of one iteration. Raises InputError without a source of scores."""
         given = given_hyperparameters(self, experiment)
         check_mini_batches(given, experiment)
+        _check_horizon(given, experiment)
         mini_batches, epochs = given["mini_batches"], given["epochs"]
         scores = scoring("PPO", experiment)
         calls = (
@@ -122,6 +129,17 @@ class PPO:
         decay = given["ref_ema_decay"]
         averages = (Average("ref", "actor", decay),) if decay < 1.0 else ()
         return DataflowGraph(calls, (*_keys(), *scores.keys), ("prompts",), averages)
+
+
+def _check_horizon(given: Mapping[str, Any], experiment: Experiment) -> None:
+    """Raises InputError where one iteration could turn an adaptive coefficient to 0 or below."""
+    sequences, horizon = experiment.workload.sequences, given["kl_horizon"]
+    if given["kl_target"] > 0 and sequences >= 5 * horizon:
+        raise InputError(
+            f"experiment: hyperparameters.kl_horizon: {horizon:g} is too short: each of the {sequences} "
+            f"sequences of an iteration may take 0.2 / kl_horizon of kl_coef off it; give "
+            f"more than {sequences / 5:g}."
+        )
 
 
 def _keys() -> tuple[DataKey, ...]:

@@ -33,7 +33,7 @@ KL_ERROR_LIMIT = 0.2
 def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """`advantages`, one per response token, whitened over the whole batch if so asked.
 
-    0, which moves nothing, as long as the critic is to learn alone.
+    0, which has no gradient, as long as the critic is to learn alone.
     """
     advantages = _advantages(batch, hyperparameters)
     if hyperparameters["whiten_advantages"]:

@@ -24,6 +24,11 @@ PPO: Mapping[str, Any] = {
     "workload": {"sequences": 8, "prompt_tokens": 16, "response_tokens": 16},
 }
 SFT: Mapping[str, Any] = {"algorithm": "sft", "models": {"actor": "llama-7b"}, "workload": PPO["workload"]}
+DPO: Mapping[str, Any] = {
+    "algorithm": "dpo",
+    "models": {"actor": "llama-7b", "ref": "llama-7b"},
+    "workload": {**PPO["workload"], "samples_per_prompt": 2},
+}
 NO_REWARD_MODEL = {role: name for role, name in PPO["models"].items() if role != "reward"}
 
 
@@ -99,6 +104,9 @@ def test_hyperparameters_reach_the_calls_and_survive_a_round_trip() -> None:
         (PPO, {"mini_batches": 9}, "9 mini-batches cannot be made of the 8 sequences"),
         (SFT, {"mini_batches": 9}, "9 mini-batches cannot be made of the 8 sequences"),
         (SFT, {"kl_coef": 0.1}, "unknown key 'kl_coef'"),
+        (PPO, {"kl_coef": 0, "kl_target": 6}, "hyperparameters.kl_coef: 0 stays 0"),
+        (PPO, {"kl_target": 6, "kl_horizon": 1.6}, "1.6 is too short: each of the 8 sequences"),
+        (DPO, {"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: does nothing with the loss 'ipo'"),
     ],
 )
 def test_bad_hyperparameters_say_what_to_change(

@@ -73,6 +73,12 @@ def test_groups_may_be_split_over_ranks(scale: str) -> None:
     torch.testing.assert_close(torch.cat([part["advantages"] for part in parts]), whole)
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_a_sample_whose_others_have_no_score_teaches_nothing(scale: str) -> None:
+    alone = whole_batch(groups()[:1], num_prompts=1, max_response_tokens=LIMIT)
+    assert grpo.prepare_actor(alone, {**H, "scale": scale})["advantages"].tolist() == [0.0]
+
+
 def test_equal_scores_teach_nothing() -> None:
     sequences = [s | {"scores": 0.7} for s in groups()]
     advantages = grpo.prepare_actor(batch_of(sequences), H)["advantages"]
