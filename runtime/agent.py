@@ -13,13 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.elastic.agent.server.api import RunResult, WorkerGroup, WorkerState
 from torch.distributed.elastic.agent.server.api import WorkerSpec as AgentSpec
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
-from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.api import MultiprocessContext, SignalException
 from torch.distributed.elastic.rendezvous.api import (
     RendezvousHandler,
     RendezvousInfo,
@@ -86,6 +87,15 @@ class _Agent(LocalElasticAgent):
         self._stop, self._watchdog = stop, watchdog
         self.reason: str | None = None
         self.evidence: Evidence | None = None
+
+    def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        started: dict[int, Any] = super()._start_workers(worker_group)
+        context = self._pcontext
+        assert isinstance(context, MultiprocessContext), "ranks are forked"
+        assert context._pc is not None, "they have been started"
+        # not what Python has as active children: it forgets those that end as soon as they begin
+        self._watchdog.watch(context._pc.processes)
+        return started
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         finding = self._watchdog.step()

@@ -9,7 +9,6 @@ whole machine was asleep or the launcher was stopped, nobody is found dead for i
 
 from __future__ import annotations
 
-import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -151,7 +150,7 @@ def _hung(at_work: Sequence[Watched], are_all: bool, program: Program, limits: L
 
 
 class Watchdog:
-    """Watches the ranks of a node, which the process that makes it forks afterwards.
+    """Watches the ranks of a node, once it is told their processes.
 
     All of it in one thread, the one that also joins the ranks.
     """
@@ -159,12 +158,19 @@ class Watchdog:
     def __init__(self, board: Board, first_rank: int, program: Program, limits: Limits) -> None:
         self.board, self.limits = board, limits
         self._first_rank, self._program = first_rank, program
-        self._before = set(multiprocessing.active_children())
-        self._processes: list[BaseProcess] = []
+        self._processes: Sequence[BaseProcess] = ()
         self._tracks: list[_Track] = []
         self._oom_kills = oom_kills()
         self._last = time.monotonic()
         self._grace_s = GRACE_S
+
+    def watch(self, processes: Sequence[BaseProcess]) -> None:
+        """Takes the ranks' processes, in the order of the ranks; some may have ended already."""
+        self._processes = processes
+        self._tracks = [
+            _Track(self._first_rank + slot, slot, self.board, process, self.limits)
+            for slot, process in enumerate(processes)
+        ]
 
     def step(self) -> Finding | None:
         """Looks at all ranks; to be called several times a second while they run.
@@ -174,9 +180,6 @@ class Watchdog:
         """
         now = time.monotonic()
         passed, self._last = min(now - self._last, MAX_STEP_S), now
-        if len(self._processes) < self.board.slots:
-            self._find_processes()
-            return None
         watched = [track.look(passed) for track in self._tracks]
         finding = judge(watched, self._program, self.limits)
         if finding is not None and finding.kind == DIED and not all(w.is_dead for w in watched):
@@ -199,25 +202,14 @@ class Watchdog:
     def evidence(self, finding: Finding | None) -> Evidence:
         """What is known now; to be asked before `kill`, whose victims have exit codes that say nothing."""
         ranks = range(self._first_rank, self._first_rank + self.board.slots)
-        ended = {r: p.exitcode for r, p in zip(ranks, self._processes, strict=False)}
+        ended = {r: p.exitcode for r, p in zip(ranks, self._processes, strict=True)}
         return Evidence(
             finding,
             {rank: self.board.read(slot) for slot, rank in enumerate(ranks)},
             {rank: code for rank, code in ended.items() if code is not None},
-            {rank: track.resident_bytes for rank, track in zip(ranks, self._tracks, strict=False)},
+            {rank: track.resident_bytes for rank, track in zip(ranks, self._tracks, strict=True)},
             oom_kills() - self._oom_kills,
         )
-
-    def _find_processes(self) -> None:
-        children = set(multiprocessing.active_children()) - self._before
-        if len(children) < self.board.slots:
-            return
-        # their names end with numbers, in the order in which they were started: that of the ranks
-        self._processes = sorted(children, key=lambda process: (len(process.name), process.name))
-        self._tracks = [
-            _Track(self._first_rank + slot, slot, self.board, process, self.limits)
-            for slot, process in enumerate(self._processes)
-        ]
 
 
 class _Track:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import threading
 import time
 from dataclasses import replace
@@ -12,7 +14,7 @@ import pytest
 from realloc.augmented import Node, NodeKind
 from runtime.heartbeat import ENDED, LOADING, SAVING, Beat, Board, Heartbeat
 from runtime.program import Instruction, Program
-from runtime.watchdog import DIED, FROZEN, HUNG, STOPPED, Limits, Watched, judge
+from runtime.watchdog import DIED, FROZEN, HUNG, STOPPED, Limits, Watchdog, Watched, judge
 
 LIMITS = Limits(detect_within_s=10, hang_factor=20, hang_floor_s=600)
 PREDICTED_S = (1.0, None, 100.0)
@@ -96,3 +98,23 @@ def test_a_heartbeat_says_where_the_main_thread_is_and_goes_on_while_it_waits() 
     stopped = board.read(1).beats
     time.sleep(0.05)
     assert board.read(1).beats == stopped
+
+
+def test_a_rank_that_ended_before_it_could_be_looked_at_is_found() -> None:
+    fork = multiprocessing.get_context("fork")
+    gone, there = fork.Process(target=os._exit, args=(7,)), fork.Process(target=time.sleep, args=(60,))
+    for process in (gone, there):
+        process.start()
+    gone.join()
+    watchdog = Watchdog(Board(2), 4, PROGRAM, LIMITS)
+    watchdog.watch([gone, there])
+    try:
+        deadline = time.monotonic() + 30.0
+        while (finding := watchdog.step()) is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert finding is not None
+        assert (finding.kind, finding.rank) == (DIED, 4)
+        assert watchdog.evidence(finding).exit_codes == {4: 7}
+    finally:
+        watchdog.kill()
+        there.join()
