@@ -247,6 +247,7 @@ def test_a_resumed_run_may_have_been_at_no_evaluation(tmp_path: Path):
     content = plan_mapping()
     del content["predictions"]
     content["experiment"]["evaluation"] = {"every": 10}
+    content["experiment"]["data"]["holdout"] = 0.1
     for name in ("actor_gen", "rew_inf", "ref_inf"):
         content["placements"][f"eval_{name}"] = content["placements"][name]
     content["placements"]["evaluation"] = {"mesh": "node0:gpu[0-0]", "strategy": "d1t1p1"}
