@@ -52,7 +52,8 @@ def batch_script(job: SlurmJob) -> str:
         f"--output={job.log}",
         *job.options,
     ]
-    lines = ["#!/bin/bash", *(f"#SBATCH {option}" for option in header), "set -euo pipefail", *_body(job)]
+    asked = [f"#SBATCH {shlex.quote(option)}" for option in header]  # sbatch reads quotes as a shell does
+    lines = ["#!/bin/bash", *asked, "set -euo pipefail", *_body(job)]
     return "\n".join(lines) + "\n"
 
 
@@ -64,7 +65,8 @@ def _body(job: SlurmJob) -> list[str]:
         return [f"{step} {command}"]
     place = f'--nnodes {job.num_nodes} --node-rank "$SLURM_NODEID" --rdzv-endpoint "$0"'
     return [
-        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)',
+        # sed reads to the end: with head, scontrol may end by SIGPIPE, and pipefail the script by that
+        'first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         "# the address under which Slurm itself reaches the node",
         "address=$(scontrol show node \"$first\" | sed -n 's/.*NodeAddr=\\([^ ]*\\).*/\\1/p')",
         f"port=$(({FIRST_PORT} + SLURM_JOB_ID % {NUM_PORTS}))",

@@ -27,6 +27,7 @@ def job(**changes: object) -> SlurmJob:
 def test_the_script_asks_for_the_plans_nodes_and_gpus() -> None:
     lines = batch_script(job(options=("--partition=a",))).splitlines()
     assert {"#SBATCH --nodes=2", "#SBATCH --gpus-per-node=8", "#SBATCH --partition=a"} <= set(lines)
+    assert "#SBATCH '--output=/work place/ppo.slurm-%j.log'" in lines
     assert "#SBATCH --cpus-per-task=8" in batch_script(job(uses_gpus=False))
     assert "rdzv" not in batch_script(job(num_nodes=1))
 
