@@ -34,18 +34,6 @@ class Work(StrEnum):
     OPTIMIZER = "optimizer"
 
 
-PASSES = (
-    Work.INFERENCE,
-    Work.INFERENCE_SP,
-    Work.TRAINING,
-    Work.TRAINING_SP,
-    Work.SELECTIVE,
-    Work.FULL,
-    Work.WEIGHT,
-    Work.PREFILL,
-)
-
-
 @dataclass(frozen=True)
 class Point:
     """One size of one kind of work. `count` sequences (slots) of `length` tokens (of context).
