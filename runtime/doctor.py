@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from realloc.errors import InputError
 from runtime.doctor_files import file_findings
 from runtime.doctor_host import existing_parent, host_findings
 from runtime.doctor_links import link_findings
@@ -26,7 +27,10 @@ from runtime.stores import connect, listen
 
 
 def examine(request: DoctorRequest) -> list[Finding]:
-    """Every finding, on node 0; those of its own node on the others. Raises InputError for a bad endpoint."""
+    """Every finding, on node 0; those of its own node on the others.
+
+    Raises InputError for an endpoint that is bad, or gone before all is done.
+    """
     store = _store(request)
     token = None
     try:
@@ -45,6 +49,11 @@ def examine(request: DoctorRequest) -> list[Finding]:
             findings += link_findings(here, store)
         if request.nodes > 1:
             _leave(request, store)
+    except dist.DistError:
+        where = ":".join(map(str, request.endpoint))
+        raise InputError(
+            f"{where}: node 0 does not answer any more: it has ended, or the network between is cut."
+        ) from None
     finally:
         if token is not None:
             token.unlink(missing_ok=True)

@@ -10,8 +10,11 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import signal
+import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from multiprocessing.process import BaseProcess
@@ -135,6 +138,7 @@ def judged(kind: str, numbers: Mapping[str, float], promised: LinkExpectation | 
 def _rank(request: DoctorRequest, rank: int, local: int) -> None:
     """One rank: joins the others, measures, and tells."""
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the one that waits for us
     host, port = request.endpoint
     wait = timedelta(seconds=request.timeout_s)
     store = dist.TCPStore(host, port, is_master=False, timeout=wait)
@@ -158,8 +162,9 @@ def _rank(request: DoctorRequest, rank: int, local: int) -> None:
         dist.barrier()
     except RuntimeError as error:
         lines = str(error).strip().splitlines()
-        store.set(f"doctor/links/error/{rank}", lines[0] if lines else type(error).__name__)
-        raise
+        with suppress(dist.DistError):  # node 0 may be what is gone
+            store.set(f"doctor/links/error/{rank}", lines[0] if lines else type(error).__name__)
+        sys.exit(1)  # it has been told: no traceback
     if rank == 0:
         store.set("doctor/links/done", "1")
 
