@@ -105,6 +105,11 @@ def run_by_ray(job: RayJob) -> int:
                 f"within {PLACE_S:.0f} s: others use the cluster (`ray status`); try again or plan for fewer."
             ) from None
         return _run_nodes(ray, job, group)
+    except ray.exceptions.RayError as error:
+        cause = str(error).strip().splitlines()[-1]
+        raise RunError(
+            f"--launcher ray: {cause}; realloc must be installed on every node of the cluster."
+        ) from None
     finally:
         ray.shutdown()
 
