@@ -9,7 +9,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from realloc.cli.values import Commands, add_trust, count, endpoint, positive, seconds
+from realloc.cli.nodes import add_nodes, check_nodes
+from realloc.cli.values import Commands, add_trust, positive, seconds
 from realloc.errors import InputError
 
 if TYPE_CHECKING:
@@ -43,11 +44,7 @@ def add(commands: Commands) -> None:
         "--ranks", type=positive, metavar="N", help="without a plan: ranks that try the links"
     )
     doctor.add_argument("--json", action="store_true", help="one JSON object instead of a table")
-    nodes = doctor.add_argument_group("several nodes")
-    nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
-    nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
-    nodes.add_argument("--rdzv-endpoint", type=endpoint, metavar="HOST:PORT", help="where node 0 is reached")
-    nodes.add_argument(
+    add_nodes(doctor).add_argument(
         "--timeout",
         type=seconds,
         default=30.0,
@@ -79,14 +76,7 @@ def _request(arguments: argparse.Namespace) -> DoctorRequest:
     from realloc.plan import read_plan
 
     plan = None if arguments.plan is None else read_plan(arguments.plan, trust=arguments.trust)
-    if arguments.node_rank >= arguments.nnodes:
-        raise InputError(
-            f"--node-rank {arguments.node_rank}: nodes are numbered 0 to {arguments.nnodes - 1} (--nnodes)."
-        )
-    if arguments.nnodes > 1 and arguments.rdzv_endpoint is None:
-        raise InputError(
-            "--nnodes: give --rdzv-endpoint HOST:PORT, a free port of node 0, the same everywhere."
-        )
+    check_nodes(arguments)
     if plan is not None and arguments.ranks is not None:
         raise InputError("--ranks: the plan says how many ranks a node has; leave it out.")
     if plan is not None and plan.cluster.num_nodes != arguments.nnodes:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from realloc.cli.values import Commands, check_output, count, endpoint, positive
-from realloc.errors import InputError
+from realloc.cli.nodes import add_nodes, check_nodes
+from realloc.cli.values import Commands, check_output, positive
 
 
 def add(commands: Commands) -> None:
@@ -64,23 +64,13 @@ def add(commands: Commands) -> None:
         help="processes that measure links, on each node (default: 2)",
     )
     profile.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
-    nodes = profile.add_argument_group("several nodes: the same command on each, with its --node-rank")
-    nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
-    nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
-    nodes.add_argument("--rdzv-endpoint", type=endpoint, metavar="HOST:PORT", help="where node 0 is reached")
+    add_nodes(profile)
     profile.set_defaults(command=_profile)
 
 
 def _profile(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
-    if arguments.node_rank >= arguments.nnodes:
-        raise InputError(
-            f"--node-rank {arguments.node_rank}: nodes are numbered 0 to {arguments.nnodes - 1} (--nnodes)."
-        )
-    if arguments.nnodes > 1 and arguments.rdzv_endpoint is None:
-        raise InputError(
-            "--nnodes: give --rdzv-endpoint HOST:PORT, a free port of node 0, the same everywhere."
-        )
+    check_nodes(arguments)
     from runtime.profiler import ProfileOptions, run_profile
 
     options = ProfileOptions(

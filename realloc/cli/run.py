@@ -9,7 +9,8 @@ from contextlib import redirect_stdout
 from pathlib import Path
 
 from realloc.cli.launchers import LOCAL, check_launcher, launch, launcher_options
-from realloc.cli.values import Commands, add_trust, count, endpoint, positive, seconds
+from realloc.cli.nodes import add_nodes
+from realloc.cli.values import Commands, add_trust, count, positive, seconds
 from realloc.errors import InputError, ReallocError
 
 
@@ -59,7 +60,13 @@ def add(commands: Commands) -> None:
     )
     _add_faults(run)
     _add_checkpoints(run)
-    _add_nodes(run)
+    add_nodes(run).add_argument(
+        "--join-timeout",
+        type=seconds,
+        default=120.0,
+        metavar="S",
+        help="how long the nodes wait for each other (default: 120 seconds)",
+    )
     add_trust(run)
     run.set_defaults(command=_run)
 
@@ -119,25 +126,6 @@ def _add_checkpoints(run: argparse.ArgumentParser) -> None:
         dest="checkpoint",
         metavar="NAME",
         help="with --resume: this checkpoint, such as iteration-20; later ones are deleted",
-    )
-
-
-def _add_nodes(run: argparse.ArgumentParser) -> None:
-    nodes = run.add_argument_group("several nodes", "the same command on each of them, with its --node-rank")
-    nodes.add_argument("--nnodes", type=positive, default=1, metavar="N", help="how many nodes (default: 1)")
-    nodes.add_argument("--node-rank", type=count, default=0, metavar="I", help="which one this is, from 0")
-    nodes.add_argument(
-        "--rdzv-endpoint",
-        type=endpoint,
-        metavar="HOST:PORT",
-        help="an address of node 0 that all nodes reach, and a free port there; the same on every node",
-    )
-    nodes.add_argument(
-        "--join-timeout",
-        type=seconds,
-        default=120.0,
-        metavar="S",
-        help="how long the nodes wait for each other (default: 120 seconds)",
     )
 
 
