@@ -92,6 +92,11 @@ class Run:
         }
 
     @property
+    def continuation(self) -> str:
+        """What a message about a failure ends with."""
+        return continuation(self.out, trust=self.options.trust)
+
+    @property
     def logs(self) -> Path:
         """Where what this node's ranks print goes."""
         folder = self.out / "logs"
@@ -131,7 +136,7 @@ def lead(run: Run, checkpoint: Path | None) -> Monitor:
     _choose_interface(run.team)
     # DeepSpeed's engine keeps its own state, which no checkpoint of ours has
     can_resume = run.plan.experiment.training_backend != DEEPSPEED
-    restarts = Restarts(run.out, run.options.max_restarts if can_resume else 0)
+    restarts = Restarts(run.out, run.options.max_restarts if can_resume else 0, trust=run.options.trust)
     while True:
         monitor, failure = _lead_attempt(run, restarts.count, checkpoint)
         if failure is None:
@@ -172,7 +177,7 @@ def _lead_attempt(run: Run, attempt: int, checkpoint: Path | None) -> tuple[Moni
         with Monitor(run.plan, channel, run.out, first, run.options.watching) as monitor:
             ended = _run_ranks(run, spec, lambda: monitor.trouble)
             if monitor.trouble is not None and ended.reason == monitor.trouble:
-                raise RunError(f"{monitor.trouble}{continuation(run.out)}")
+                raise RunError(f"{monitor.trouble}{run.continuation}")
             failure = _first(_reports(run, ended))
             if failure is None:
                 monitor.finish()
@@ -187,7 +192,7 @@ def _reports(run: Run, ended: Ended) -> Sequence[Report]:
     try:
         return run.team.end(report)
     except RunError as error:
-        raise RunError(f"{error}{continuation(run.out)}") from None
+        raise RunError(f"{error}{run.continuation}") from None
 
 
 def _run_ranks(run: Run, spec: WorkerSpec, stop: Stop = lambda: None) -> Ended:
@@ -221,7 +226,7 @@ def _failure(ended: Ended, run: Run) -> Failure | None:
     if ended.sent is not None:
         raise RunError(
             f"the run was ended by {ended.sent.name}{_where(run.team)}; all ranks are stopped."
-            f"{continuation(run.out)}"
+            f"{run.continuation}"
         )
     if ended.evidence is None:
         return None

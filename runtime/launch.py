@@ -28,7 +28,6 @@ from runtime.restore import changes, check_resumable
 from runtime.run_folder import prepare_folder, rewind_folder, run_lock
 from runtime.team import Team
 from runtime.tracing import CHECKPOINT, merge_traces
-from runtime.verdict import continuation
 
 
 def run_plan(plan_path: Path, out: Path, options: RunOptions) -> Trace | None:
@@ -102,7 +101,7 @@ def _finish(run: Run, monitor: Monitor) -> Trace:
         trace = merge_traces(traces, out / "trace.jsonl", this_machine(run.options.pin))
     except OSError as error:
         raise RunError(
-            f"{out / 'trace.jsonl'}: cannot be written: {error.strerror}; make room.{continuation(out)}"
+            f"{out / 'trace.jsonl'}: cannot be written: {error.strerror}; make room.{run.continuation}"
         ) from None
     if trace.records:  # a run may have been ended after its last iteration
         print(comparison_text(compare(plan, trace)))

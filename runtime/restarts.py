@@ -22,8 +22,9 @@ RECORD = "restarts.jsonl"
 class Restarts:
     """The restarts of one run, up to `limit` of them."""
 
-    def __init__(self, out: Path, limit: int) -> None:
-        self._out, self._limit = out, limit
+    def __init__(self, out: Path, limit: int, *, trust: bool = False) -> None:
+        """`trust`: the run was given `--trust`, which is to be repeated."""
+        self._out, self._limit, self._trust = out, limit, trust
         self._last: tuple[Failure, int] | None = None
         self.count = 0
 
@@ -33,7 +34,8 @@ class Restarts:
         Says what has failed and what follows, and keeps it in the run's folder. Raises RunError when
         there is to be no other attempt.
         """
-        end = f"{failure.message}\nLogs of all ranks: {self._out / 'logs'}{continuation(self._out)}"
+        go_on = continuation(self._out, trust=self._trust)
+        end = f"{failure.message}\nLogs of all ranks: {self._out / 'logs'}{go_on}"
         if failure.is_final or self._limit == 0:
             raise RunError(end)
         if self.count == self._limit:

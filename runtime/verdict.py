@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shlex
 import signal
 import socket
 import traceback
@@ -141,7 +142,10 @@ def _failure(kind: str, rank: int, beat: Beat, text: str, program: Program) -> F
     return Failure(kind, host, f"rank {rank} on {host} ({where}) {text}", rank, beat.iteration)
 
 
-def continuation(out: Path) -> str:
-    """How to go on from the last checkpoint; empty when there is none."""
+def continuation(out: Path, *, trust: bool) -> str:
+    """How to go on from the last checkpoint; empty when there is none. `trust`: the run needed `--trust`."""
     found = list_checkpoints(checkpoints_folder(out))
-    return f"\nContinue from {found[-1].name}: realloc run --resume {out}" if found else ""
+    if not found:
+        return ""
+    command = ["realloc", "run", "--resume", str(out), *(["--trust"] if trust else [])]
+    return f"\nContinue from {found[-1].name}: {shlex.join(command)}"

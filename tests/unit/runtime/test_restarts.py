@@ -83,7 +83,7 @@ def test_causes_of_errors() -> None:
 
 def test_what_is_tried_again_and_from_where(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lost = Failure(KILLED, "here", "rank 5 was killed", 5, 2, "call1", "call1")
-    restarts = Restarts(tmp_path, 3)
+    restarts = Restarts(tmp_path, 3, trust=True)
     assert restarts.after(lost) is None
     for number in (1, 2):
         write_checkpoint(tmp_path, number)
@@ -95,8 +95,9 @@ def test_what_is_tried_again_and_from_where(tmp_path: Path, capsys: pytest.Captu
     assert found is not None
     assert found[1].iteration == 1
     assert "restart 3 of 3, from iteration-1" in capsys.readouterr().err
-    with pytest.raises(RunError, match="--max-restarts is 3"):
+    with pytest.raises(RunError, match="--max-restarts is 3") as caught:
         restarts.after(lost)
+    assert f"realloc run --resume {tmp_path} --trust\n" in str(caught.value)
     rows = [json.loads(line) for line in (tmp_path / "restarts.jsonl").read_text().splitlines()]
     assert [(row["restart"], row["from_iteration"], row["rank"]) for row in rows] == [
         (1, 0, 5),
