@@ -26,9 +26,10 @@ FUNCTIONS = "experiments.evaluation_functions"
 class EvaluationSpec:
     """Evaluation in every `every`-th iteration, the first one included, before the models are trained.
 
-    It takes as many sequences as an iteration, the same rows each time. Responses are greedy unless they are
-    `sampled`. `win_rate`: the reference model answers too. `gold`: a function (module:function) of which
-    scores are compared with a reward model's that is trained.
+    And once more after the last one, of the trained models, which is no part of any iteration. It takes as
+    many sequences as an iteration, the same rows each time. Responses are greedy unless they are `sampled`.
+    `win_rate`: the reference model answers too. `gold`: a function (module:function) of which scores are
+    compared with a reward model's that is trained.
     """
 
     every: int

@@ -99,6 +99,19 @@ class Engine:
                 self._execute(instruction, iteration, mine, recorder, sums)
             observer.report(iteration, sums, data)
 
+    def evaluate(self, iteration: int, entering: Callable[[int, int], None]) -> Sums:
+        """Evaluation alone, of the models as they are after `iteration` iterations; the trace lacks it.
+
+        Of an experiment with evaluation. What comes to the device for its calls, and leaves it, does so too.
+        """
+        data = self._source(self._held_out.batch(0), evaluates=True)
+        aside, sums = Recorder(self._rank, 0.0), Sums()
+        for instruction in self._instructions:
+            if instruction.node.every or instruction.node.kind in (NodeKind.LOAD, NodeKind.OFFLOAD):
+                entering(iteration, instruction.index)
+                self._execute(instruction, iteration, data, aside, sums)
+        return sums
+
     @cached_property
     def _held_out(self) -> Dataset:
         """The rows that evaluation takes: as many as an iteration, in the same shape."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Collection
+from pathlib import Path
 
 import psutil
 import torch
@@ -36,6 +36,21 @@ def check_pinnable(ranks: int) -> None:
         )
 
 
-def pin(local_rank: int, cores: Collection[int]) -> None:
-    """Keeps this process, and threads that it starts from now on, on one of the cores."""
-    os.sched_setaffinity(0, {sorted(cores)[local_rank]})
+def cores_mark() -> str:
+    """The same for all processes that share a kernel and the cores that they may use."""
+    boot = Path("/proc/sys/kernel/random/boot_id")
+    kernel = boot.read_text(encoding="ascii").strip() if boot.exists() else platform.node()
+    return f"{kernel} {sorted(os.sched_getaffinity(0))}"
+
+
+def pin(place: int) -> None:
+    """Keeps this process, and threads that it starts from now on, on one core: the `place`-th of its own.
+
+    Raises InputError when it has not so many.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    if place >= len(cores):
+        raise InputError(
+            f"--pin: {place + 1} or more ranks of this host share {len(cores)} cores; run without --pin."
+        )
+    os.sched_setaffinity(0, {cores[place]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from realloc.errors import RunError
 from realloc.evaluation import PREFIX, REPORT, RIVAL
 from realloc.experiment import experiment_content
 from realloc.plan import ExecutionPlan
-from runtime.display import AUTO, Moment, most_memory, open_display, time_left
+from runtime.display import AUTO, Display, Moment, most_memory, open_display, time_left
 from runtime.metrics import MetricsChannel
 from runtime.reward_hacking import signs
 from runtime.samples import put_together
@@ -59,24 +59,29 @@ class Monitor:
         self._plan, self._channel, self._first = plan, channel, first
         self._iterations = iterations = plan.experiment.iterations
         self._headlines: list[str] = []
+        self._last_headline = ""
         self._path = out / "metrics.jsonl"
-        self._file = self._path.open("a" if first else "w", encoding="utf-8")
         self._failure: OSError | None = None
         self._is_complete = False
         self._failed_s = 0.0
-        self._samples = (out / "samples.jsonl").open("a" if first else "w", encoding="utf-8")
         self._last_samples: list[Mapping[str, Any]] = []
         self._history, self._told = _earlier(self._path) if first else [], set[str]()
         settings = experiment_content(plan.experiment)
         watching = watching or Watching()
-        self._writers = open_writers(watching.loggers, out, settings, first)
+        mode = "a" if first else "w"
+        try:
+            self._file = self._path.open(mode, encoding="utf-8")
+            self._samples = (out / "samples.jsonl").open(mode, encoding="utf-8")
+            self._writers = open_writers(watching.loggers, out, settings, first, self._warn)
+        except OSError as error:
+            raise RunError(f"{out}: the metrics cannot be written: {error.strerror}.") from None
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="monitor", daemon=True)
-        self._display = open_display(watching.form, first, iterations)
+        self._display: Display | None = open_display(watching.form, first, iterations)
         self._seconds: list[float] = []
 
     def __enter__(self) -> Monitor:
-        self._display.begin()
+        self._tell(lambda display: display.begin())
         self._thread.start()
         return self
 
@@ -88,10 +93,10 @@ class Monitor:
     ) -> None:
         self._stop.set()
         self._thread.join(timeout=10)
-        self._display.end()
         for close in (self._file.close, self._samples.close, *(writer.close for writer in self._writers)):
             with suppress(OSError):  # each line was flushed: it was told when that failed
                 close()
+        self._tell(lambda display: display.end())
 
     def finish(self) -> None:
         """Waits until the last iteration's metrics are written. Raises RunError when they cannot be."""
@@ -103,8 +108,8 @@ class Monitor:
             )
         if not self._thread.is_alive() and not self._is_complete:
             raise RunError(
-                f"{self._path}: lacks the metrics of some iterations, since a place that they go to has "
-                f"failed (see above); the trained models and checkpoints are complete."
+                f"{self._path}: lacks the metrics of some iterations: the thread that writes them has failed "
+                f"(see above); the trained models and checkpoints are complete."
             )
 
     @property
@@ -119,17 +124,23 @@ class Monitor:
         if not self._headlines:
             return "no metrics were reported"
         text = f"first iteration: {self._headlines[0]}\nlast iteration:  {self._headlines[-1]}"
+        if self._last_headline:
+            text += f"\nafter training:  {self._last_headline}"
         return "\n".join([text, *map(_shown, self._last_samples[:SHOWN_SAMPLES])])
 
     def _watch(self) -> None:
         started = time.monotonic()
-        for iteration in range(self._first, self._iterations):
+        evaluates = self._plan.experiment.evaluation is not None  # once more, after the last iteration
+        for iteration in range(self._first, self._iterations + evaluates):
             while (found := self._channel.collect(iteration, wait=False)) is None:
                 if self._stop.wait(POLL_S):
                     return
             seconds = time.monotonic() - started
             started += seconds
             try:
+                if iteration == self._iterations:
+                    self._show_last(found.metrics)
+                    break
                 self._show(iteration, found.metrics, seconds)
                 self._keep(put_together(iteration, found.samples))
                 self._channel.confirm(iteration)
@@ -138,6 +149,14 @@ class Monitor:
                 self._failure = error
                 return
         self._is_complete = True
+
+    def _show_last(self, metrics: Mapping[str, float]) -> None:
+        """What evaluation says of the trained models: a line without the numbers of an iteration."""
+        self._file.write(json.dumps({"iteration": self._iterations, **metrics}) + "\n")
+        self._file.flush()
+        for writer in self._writers:
+            writer.write(self._iterations, metrics)
+        self._last_headline = headline(self._plan.graph, metrics)
 
     def _show(self, iteration: int, metrics: Mapping[str, float], seconds: float) -> None:
         tokens = tokens_of(metrics)
@@ -155,24 +174,35 @@ class Monitor:
         self._headlines.append(line)
         self._seconds.append(seconds)
         predictions = self._plan.predictions
-        self._display.show(
-            Moment(
-                iteration=iteration,
-                iterations=self._iterations,
-                seconds=seconds,
-                tokens_per_s=tokens / seconds,
-                headline=line,
-                metrics=metrics,
-                predicted_s=None if predictions is None else predictions.iteration_s,
-                left_s=time_left(self._seconds, self._iterations - iteration - 1),
-                memory_bytes=most_memory(),
-            )
+        moment = Moment(
+            iteration=iteration,
+            iterations=self._iterations,
+            seconds=seconds,
+            tokens_per_s=tokens / seconds,
+            headline=line,
+            metrics=metrics,
+            predicted_s=None if predictions is None else predictions.iteration_s,
+            left_s=time_left(self._seconds, self._iterations - iteration - 1),
+            memory_bytes=most_memory(),
         )
+        self._tell(lambda display: display.show(moment))
         self._history.append(metrics)
         for sign in signs(self._history):
             if sign.kind not in self._told:
                 self._told.add(sign.kind)
-                self._display.warn(f"iteration {iteration + 1}: {sign.message}")
+                self._warn(f"iteration {iteration + 1}: {sign.message}")
+
+    def _warn(self, message: str) -> None:
+        self._tell(lambda display: display.warn(message))
+
+    def _tell(self, show: Callable[[Display], None]) -> None:
+        """Shows something, as long as somebody looks: `realloc run | head` must not end a run."""
+        if self._display is None:
+            return
+        try:
+            show(self._display)
+        except (OSError, SystemExit):  # rich ends the program where a pipe is broken
+            self._display = None
 
     def _keep(self, samples: list[Mapping[str, Any]]) -> None:
         self._samples.writelines(json.dumps(sample, ensure_ascii=False) + "\n" for sample in samples)

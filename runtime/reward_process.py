@@ -7,7 +7,6 @@ else it does to this process, the rank that started it lives on. Imports no torc
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import json
 import math
@@ -20,8 +19,7 @@ from numbers import Real
 from typing import Any, BinaryIO
 
 from realloc.functions import Sample
-
-_PR_SET_PDEATHSIG = 1
+from runtime.parent import die_with
 
 
 def main() -> None:
@@ -35,7 +33,7 @@ def main() -> None:
     start = json.loads(requests.readline() or b"null")
     if start is None:
         return
-    _die_with(start["parent"])
+    die_with(start["parent"])
     sys.path[:] = start["path"]
     try:
         function = _load(start["function"])
@@ -96,14 +94,6 @@ def _description(error: BaseException) -> str:
 
 def _short(text: str) -> str:
     return text if len(text) <= 300 else text[:297] + "..."
-
-
-def _die_with(parent: int) -> None:
-    """Has the kernel end this process with the rank that started it (Linux), hang or not."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import json
 import os
-import signal
 import sys
 import time
 import traceback
@@ -31,10 +29,11 @@ from runtime.engine import Engine, Observer, Sums
 from runtime.export import export_role
 from runtime.heartbeat import ENDED, EXPORTING, SAVING, Board, Heartbeat
 from runtime.host_memory import keep_freed_memory
-from runtime.machine import pin
+from runtime.machine import cores_mark, pin
 from runtime.metrics import MetricsChannel
 from runtime.pace import RunPace
 from runtime.parallel import Groups, make_groups
+from runtime.parent import die_with
 from runtime.program import compile_program
 from runtime.restore import restore
 from runtime.roles import RankRole, load_roles
@@ -42,8 +41,6 @@ from runtime.samples import SampleReporter
 from runtime.shared_memory import host_token
 from runtime.tracing import CHECKPOINT, Recorder, write_trace
 from runtime.verdict import RankError, cause_of
-
-_PR_SET_PDEATHSIG = 1
 
 
 @dataclass(frozen=True)
@@ -78,7 +75,7 @@ def run_worker(spec: WorkerSpec, board: Board) -> None:
     rank = spec.node * spec.ranks_per_node + local_rank
     world_size = spec.num_nodes * spec.ranks_per_node
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(world_size)}  # for libraries that ask
-    _die_with(spec.launcher_pid)
+    die_with(spec.launcher_pid)  # an orphan would go on writing
     keep_freed_memory()
     # what the launcher has imported is here for good: looking for garbage in it would copy its pages
     gc.freeze()
@@ -97,23 +94,13 @@ def run_worker(spec: WorkerSpec, board: Board) -> None:
 
 def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> None:
     torch.set_num_threads(1)
-    if spec.pin:
-        pin(int(os.environ["LOCAL_RANK"]), os.sched_getaffinity(0))
     out = Path(spec.out)
     timeout = timedelta(seconds=spec.timeout_s)
-    device = pick_device()
-    backend = "nccl" if device.type == "cuda" else "gloo"
     main_store = _connect(spec)
-    dist.init_process_group(
-        f"cpu:gloo,cuda:{backend}" if device.type == "cuda" else backend,
-        store=dist.PrefixStore("ranks", main_store),
-        rank=rank,
-        world_size=world_size,
-        timeout=timeout,
-    )
-    if device.type == "cuda":
-        # batches of messages are of the whole world, and NCCL wants a collective of it before the first
-        dist.all_reduce(torch.zeros(1, device=device))
+    if spec.pin:
+        _pin(spec, main_store)
+    device = pick_device()
+    _join(dist.PrefixStore("ranks", main_store), rank, world_size, timeout, device)
     plan = read_plan(spec.plan, trust=True)  # the launcher has asked
     program = compile_program(plan)
     dataset = open_dataset(plan.experiment)
@@ -153,12 +140,26 @@ def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> 
 
     with saver:
         engine.run(range(first, plan.experiment.iterations), recorder, Observer(entering, report))
+        if plan.experiment.evaluation is not None:  # of the models as they are exported
+            found = engine.evaluate(plan.experiment.iterations, entering)
+            if rank in channel.reporters:
+                channel.report(plan.experiment.iterations, rank, found)
         heartbeat.at(plan.experiment.iterations, EXPORTING)
         trace = Trace(world_size, tuple(recorder.records), tuple(recorder.lengths))
         write_trace(out / "trace" / f"rank-{rank}.jsonl", trace)
         export_models(plan, roles, out / "models", rank)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def _join(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: torch.device) -> None:
+    """Makes the group of all ranks."""
+    is_gpu = device.type == "cuda"
+    backend = "cpu:gloo,cuda:nccl" if is_gpu else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
+    if is_gpu:
+        # batches of messages are of the whole world, and NCCL wants a collective of it before the first
+        dist.all_reduce(torch.zeros(1, device=device))
 
 
 def _resume(checkpoint: Path, plan: ExecutionPlan, roles: dict[str, RankRole], engine: Engine) -> int:
@@ -175,12 +176,14 @@ def _connect(spec: WorkerSpec) -> dist.Store:
     return dist.PrefixStore(f"attempt-{spec.attempt}", store)
 
 
-def _die_with(launcher: int) -> None:
-    """Has the kernel end this rank when the launcher dies (Linux): an orphan would go on writing."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the call
-            os._exit(1)
+def _pin(spec: WorkerSpec, store: dist.Store) -> None:
+    """A core for this rank, which no rank of another launcher on the same cores gets either."""
+    first, mark = 0, cores_mark()
+    if spec.num_nodes > 1:
+        store.set(f"cores/{spec.node}", mark)
+        before = [store.get(f"cores/{node}").decode() for node in range(spec.node)]
+        first = spec.ranks_per_node * before.count(mark)
+    pin(first + int(os.environ["LOCAL_RANK"]))
 
 
 def make_plan_groups(plan: ExecutionPlan, rank: int, timeout: timedelta) -> Groups:

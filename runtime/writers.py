@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+import os
+import socket
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -33,42 +38,83 @@ def check_loggers(names: Sequence[str]) -> None:
 
 
 def open_writers(
-    names: Sequence[str], out: Path, settings: Mapping[str, Any], first: int
+    names: Sequence[str],
+    out: Path,
+    settings: Mapping[str, Any],
+    first: int,
+    warn: Callable[[str], None] = warnings.warn,
 ) -> tuple[Writer, ...]:
     """TensorBoard where it is installed, and `names` of `LOGGERS`.
 
     `settings`: the experiment, which is kept beside the numbers. `first`: the iteration to begin with.
+    `warn`: told of a logger that fails later; it gets no more, and the run goes on. Raises InputError for
+    one that cannot be opened, OSError when TensorBoard's file cannot be written.
     """
     opened: list[Writer] = []
-    events = _tensorboard(out / "tensorboard", first)
-    if events is not None:
-        opened.append(events)
-    if "wandb" in names:
-        opened.append(_Wandb(out, settings))
-    if "mlflow" in names:
-        opened.append(_MLflow(out, settings))
+    if importlib.util.find_spec("tensorboard") is not None:
+        opened.append(_TensorBoard(out / "tensorboard", first))
+    kinds: Mapping[str, Callable[[Path, Mapping[str, Any]], Writer]] = {"wandb": _Wandb, "mlflow": _MLflow}
+    for name in dict.fromkeys(names):
+        try:
+            opened.append(_Remote(name, kinds[name](out, settings), warn))
+        except Exception as error:  # noqa: BLE001 (a package of others, which talks to a server)
+            raise InputError(f"--log {name}: cannot be opened: {_said(error)}") from None
     return tuple(opened)
 
 
-class _TensorBoard:
-    def __init__(self, events: Any) -> None:
-        self._events = events
+def _said(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+class _Remote:
+    """A logger whose failures, which may be anything, must not end a run: its numbers are on disk too."""
+
+    def __init__(self, name: str, writer: Writer, warn: Callable[[str], None]) -> None:
+        self._name, self._writer, self._warn = name, writer, warn
+        self._has_failed = False
 
     def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        for name, value in metrics.items():
-            self._events.add_scalar(name, value, iteration)
+        self._try(partial(self._writer.write, iteration, metrics))
 
     def close(self) -> None:
-        self._events.close()
+        self._try(self._writer.close)
+
+    def _try(self, action: Callable[[], None]) -> None:
+        if self._has_failed:
+            return
+        try:
+            action()
+        except Exception as error:  # noqa: BLE001 (a package of others, which talks to a server)
+            self._has_failed = True
+            self._warn(f"{self._name} fails and gets no more metrics ({_said(error)}); metrics.jsonl has all")
 
 
-def _tensorboard(folder: Path, first: int) -> Writer | None:
-    """None where the package is not installed; events from iteration `first` on go."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return _TensorBoard(SummaryWriter(log_dir=str(folder), purge_step=first))
+class _TensorBoard:
+    """One file of events. Written at once and not by a thread, as TensorBoard's own writer does it: what a
+    disk refuses then fails here, and not in a thread that nobody asks."""
+
+    def __init__(self, folder: Path, first: int) -> None:
+        from tensorboard.compat.proto import event_pb2, summary_pb2
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._events, self._summaries = event_pb2, summary_pb2
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = RecordWriter((folder / name).open("wb"))
+        self._put(file_version="brain.Event:2")
+        # what an earlier attempt has told of these iterations no longer counts
+        self._put(step=first, session_log=event_pb2.SessionLog(status=event_pb2.SessionLog.START))
+
+    def write(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        values = [self._summaries.Summary.Value(tag=k, simple_value=v) for k, v in metrics.items()]
+        self._put(step=iteration, summary=self._summaries.Summary(value=values))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _put(self, **content: Any) -> None:
+        self._file.write(self._events.Event(wall_time=time.time(), **content).SerializeToString())
+        self._file.flush()
 
 
 class _Wandb:

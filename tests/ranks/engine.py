@@ -127,7 +127,7 @@ def run(plan: ExecutionPlan, folder: Path, *, timeout_s: float = 120.0) -> Outco
                 assert tokens[iteration].setdefault(position, sequence) == sequence
     metrics = tuple(
         combine(result["sums"][iteration] for result in results if result["reports"])
-        for iteration in range(plan.experiment.iterations)
+        for iteration in range(len(results[0]["sums"]))
     )
     weights = {role.name: read_weights(role) for role in (folder / "models").iterdir()}
     return Outcome(metrics, tuple(tokens), weights, plan.node_order)
@@ -156,6 +156,8 @@ def _rank(rank: int, world_size: int, plan_path: str, folder: str) -> dict[str, 
 
     observer = Observer(lambda iteration, index: None, report)
     engine.run(range(plan.experiment.iterations), Recorder(rank, 0.0), observer)
+    if plan.experiment.evaluation is not None:
+        sums_by_iteration.append(engine.evaluate(plan.experiment.iterations, observer.entering))
     export_models(plan, roles, Path(folder) / "models", rank)
     return {"sums": sums_by_iteration, "tokens": tokens, "reports": rank in reporting_ranks(plan)}
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from experiments import toy
-from tests.ranks.engine import assert_same, make_plan, ppo_content, run, write_models
+from tests.ranks.engine import ITERATIONS, assert_same, make_plan, ppo_content, run, write_models
 from tests.ranks.launch import RankFailure
 from tests.tiny import write_tiny_llama
 
@@ -165,11 +165,18 @@ def test_evaluation_is_the_same_on_every_plan(tmp_path: Path, name: str) -> None
     plain = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "plain")
     experiment |= {"evaluation": {"every": 2, **options}}
     expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
-    for iteration, metrics in enumerate(expected.metrics):
+    *during, trained_models = expected.metrics
+    for iteration, metrics in enumerate(during):
         found = {key.partition("/")[2] for key in metrics if key.startswith("evaluation/")}
         assert found == ({*reported, "tokens"} if iteration % 2 == 0 else set())
         trained = {key: value for key, value in metrics.items() if key in plain.metrics[iteration]}
         assert trained == plain.metrics[iteration], "evaluation changes nothing of training"
+    longer = experiment | {"iterations": ITERATIONS + 1, "evaluation": {"every": ITERATIONS, **options}}
+    beyond = run(make_plan(tmp_path, longer, 1, ALONE), tmp_path / "longer").metrics[ITERATIONS]
+    judged = {key for key in beyond if key.startswith(("evaluation/", "eval_", "rival_"))}
+    assert trained_models == {key: beyond[key] for key in judged}, (
+        "the last evaluation is of what was learned"
+    )
     gpus, placements = PLANS["apart"]
     placements = {
         **placements,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from statistics import pstdev
 from types import ModuleType
@@ -10,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
+from rich.console import Console
 
 import experiments
 from planner.api import search_plan
 from realloc.errors import InputError, RunError
 from realloc.experiment import read_experiment
+from realloc.plan import ExecutionPlan
+from runtime.display import Lines, Moment
 from runtime.metrics import Metrics, MetricsChannel, combine
 from runtime.monitor import Monitor
 from runtime.samples import put_together, shown_positions
@@ -108,6 +112,62 @@ def test_other_sequences_are_shown_in_other_iterations() -> None:
     assert shown_positions(5, 3, 0) == []
 
 
+def test_a_logger_that_fails_gets_no_more_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Down(Calls):
+        def log_metrics(self, metrics: dict[str, float], step: int) -> None:
+            self.calls.append(("log_metrics", (), {}))
+            raise ConnectionError("no server\nand more")
+
+    down = Down("mlflow")
+    monkeypatch.setitem(sys.modules, "mlflow", down)
+    warned: list[str] = []
+    *_, writer = open_writers(("mlflow",), tmp_path, {}, 0, warned.append)
+    for iteration in range(3):
+        writer.write(iteration, {"loss": 0.5})
+    writer.close()
+    assert warned == ["mlflow fails and gets no more metrics (no server); metrics.jsonl has all"]
+    assert [name for name, _, _ in down.calls] == ["start_run", "log_params", "log_metrics"]
+
+
+def test_a_logger_that_cannot_be_opened_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Closed(ModuleType):
+        def init(self, **_: Any) -> None:
+            raise RuntimeError("api_key not configured")
+
+    monkeypatch.setitem(sys.modules, "wandb", Closed("wandb"))
+    with pytest.raises(InputError, match="--log wandb: cannot be opened: api_key not configured"):
+        open_writers(("wandb",), tmp_path, {}, 0)
+
+
+def test_tensorboard_reads_what_a_restart_has_written_anew(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, value in ((0, 1.0), (2, 5.0)):
+        (writer,) = open_writers((), tmp_path, {}, first)
+        for iteration in range(first, 4):
+            writer.write(iteration, {"actor_train/loss": value + iteration})
+        writer.close()
+    found = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("actor_train/loss")
+    assert [(event.step, event.value) for event in found] == [(0, 1.0), (1, 2.0), (2, 7.0), (3, 8.0)]
+
+
+@pytest.fixture(scope="module")
+def plan() -> ExecutionPlan:
+    experiment = read_experiment(Path(experiments.__file__).parent / "recipes" / "ppo.yaml")
+    assert experiment.cluster is not None
+    found = search_plan(experiment, experiment.cluster, time_limit_s=0.5).plan
+    return replace(found, experiment=replace(experiment, iterations=2))
+
+
+def reported(iterations: int) -> MetricsChannel:
+    channel = MetricsChannel(dist.HashStore(), (0,))
+    for iteration in range(iterations):
+        channel.report(iteration, 0, {"actor_gen/tokens": (5.0, 1.0)})
+    return channel
+
+
 class Broken:
     """A place for metrics that fails."""
 
@@ -119,14 +179,24 @@ class Broken:
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_a_place_that_fails_is_told_at_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_place_that_fails_is_told_at_the_end(
+    plan: ExecutionPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("runtime.monitor.open_writers", lambda *_: (Broken(),))
-    experiment = read_experiment(Path(experiments.__file__).parent / "recipes" / "ppo.yaml")
-    assert experiment.cluster is not None
-    plan = search_plan(experiment, experiment.cluster, time_limit_s=0.5).plan
-    store = dist.HashStore()
-    channel = MetricsChannel(store, (0,))
-    channel.report(0, 0, {"actor_gen/tokens": (5.0, 1.0)})
     message = r"metrics\.jsonl: lacks the metrics of some iterations"
-    with Monitor(plan, channel, tmp_path) as monitor, pytest.raises(RunError, match=message):
+    with Monitor(plan, reported(1), tmp_path) as monitor, pytest.raises(RunError, match=message):
         monitor.finish()
+
+
+@pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(1)])  # the second is how rich says it
+def test_a_run_goes_on_when_nobody_looks_any_more(
+    plan: ExecutionPlan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    class Gone(Lines):
+        def show(self, moment: Moment) -> None:
+            raise error
+
+    monkeypatch.setattr("runtime.monitor.open_display", lambda *_: Gone(Console()))
+    with Monitor(plan, reported(2), tmp_path) as monitor:
+        monitor.finish()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
