@@ -31,8 +31,8 @@ def runners_up(problem: Problem, best: Choice, best_s: float, deadline: float) -
         if choice is not None:
             placed = problem.candidates[call][choice[call]].placement
             found.append(_alternative(problem, best, best_s, choice, f"{name} on {placed}", name))
-        elif len(problem.candidates[call]) > 1:
-            found.append(_crowded(problem, best, call, name))
+        elif len(problem.candidates[call]) > 1 and (crowded := _crowded(problem, best, call, name)):
+            found.append(crowded)
     symmetric = _everywhere(problem, same=True)
     if symmetric is not None:
         found.append(
@@ -61,8 +61,8 @@ def _best_other(problem: Problem, best: Choice, call: int, deadline: float) -> C
     return found
 
 
-def _crowded(problem: Problem, best: Choice, call: int, name: str) -> Alternative:
-    """Of a call's other placements, none of which fits beside the other calls, the smallest."""
+def _crowded(problem: Problem, best: Choice, call: int, name: str) -> Alternative | None:
+    """Of a call's other placements, if none fits beside the other calls, the smallest."""
     others = [
         (*best[:call], index, *best[call + 1 :])
         for index in range(len(problem.candidates[call]))
@@ -70,6 +70,8 @@ def _crowded(problem: Problem, best: Choice, call: int, name: str) -> Alternativ
     ]
     choice = min(others, key=lambda other: (problem.peak_bytes(other), other))
     peak = problem.peak_bytes(choice)
+    if peak <= problem.capacity_bytes:  # there was no time to find it
+        return None
     why = f"the smallest makes {gib(peak)} a GPU with the other calls"
     return Alternative(f"{name} elsewhere", name, problem.placements(choice), None, peak, why)
 

@@ -1,6 +1,6 @@
 """Which of a call's strategies search looks at on every mesh: all, or few where a cluster has many meshes.
 
-Nothing that is left out here is forgotten: bounds count it (`planner.search.space`).
+What is left out here is not forgotten: `SearchResult.bound_of_all_s` counts it.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def kept_of(
             if len(kept) < len(every):
                 rejections.add(
                     call,
-                    "slower than others on the same mesh (large cluster; bounds count it)",
+                    "slower than others on the same mesh (large cluster; the second bound counts it)",
                     (len(every) - len(kept)) * len(meshes),
                     f"{len(kept)} of {len(every)} strategies kept on meshes of {size}",
                 )

@@ -41,18 +41,19 @@ def _headline(result: SearchResult) -> str:
     plan, predictions = result.plan, result.plan.predictions
     assert predictions is not None
     if result.proven:
-        bound = "No candidate plan is faster: proven."
+        bound = "No candidate plan is faster: proven, but for orders of nodes that search does not try."
     else:
         bound = (
-            f"No candidate plan can take less than {result.lower_bound_s:.4g} s: at most {result.gap:.1%} of "
-            f"the time could be saved."
+            f"No candidate plan takes less than {result.lower_bound_s:.4g} s, but for orders of nodes that "
+            f"search does not try: at most {result.gap:.1%} of the time could be saved."
         )
     if 0 < result.bound_of_all_s < result.lower_bound_s:
         share = 1 - result.bound_of_all_s / result.iteration_s
         bound += (
-            f"\nWith the strategies that are left out on so large a cluster, no plan can take less than "
+            f" With the strategies that are priced but left out on so large a cluster: "
             f"{result.bound_of_all_s:.4g} s ({share:.1%})."
         )
+    bound = "\n".join(wrap(bound, WIDTH))
     return (
         f"Plan for {plan.experiment.algorithm} on {plan.cluster}\n"
         f"{result.iteration_s:.4g} s per iteration, {predictions.tokens_per_s:,.0f} tokens/s "

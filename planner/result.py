@@ -43,7 +43,8 @@ class Alternative:
 class SearchResult:
     """`plan` carries its order and predictions. `proven`: no candidate plan is faster.
     `lower_bound_s` is of plans of candidates, `bound_of_all_s` also of those with what a large cluster
-    leaves out of them (0: not looked at). `interrupted`: the search was ended by hand.
+    leaves out of them (0: not looked at). Plans that were looked at count with the best of the orders
+    that were tried, all others in any order. `interrupted`: the search was ended by hand.
 
     `memory` is of the GPU that needs most; `call_bytes` are each call's own bytes by cause.
     """

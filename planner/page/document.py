@@ -64,7 +64,7 @@ def _numbers(found: Explanation, trace: Trace | None) -> str:
         figures.insert(1, (seconds(trace.iteration_seconds()), "per iteration, measured"))
     predicted = a.plan.predictions
     if predicted is not None and predicted.lower_bound_s:
-        figures.append((seconds(predicted.lower_bound_s), "no plan takes less: bound"))
+        figures.append((seconds(predicted.lower_bound_s), "bound: no candidate plan takes less"))
     items = "".join(
         f"<div><b>{escape(value)}</b><span>{escape(text)}</span></div>" for value, text in figures
     )

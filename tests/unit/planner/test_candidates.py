@@ -102,7 +102,7 @@ def test_large_clusters_keep_few_strategies_a_mesh():
     limits = Limits(most_micro_batches=1, keep_all_up_to=20, fastest=2, smallest=1)
     problem = make_problem(ppo_graph(), Cluster(8, 8, "x"), 0, limits=limits)
     reasons = {r.reason for r in problem.candidate_set.rejections}
-    assert "slower than others on the same mesh (large cluster; bounds count it)" in reasons
+    assert "slower than others on the same mesh (large cluster; the second bound counts it)" in reasons
     train = problem.candidates[4]
     gen_layouts = {c.placement.layout_key for c in problem.candidates[0]}
     # calls of one role keep each other's layouts, where they fit
