@@ -96,7 +96,8 @@ class Prover:
             members = [space.members[call][item] for call, item in enumerate(row)]
             plain: Choice = tuple(group[0] for group in members)
             record.evaluate(plain, record.best_s)
-            if all(len(group) == 1 for group in members) or not record.problem.overflow_bytes(plain):
+            problem = record.problem
+            if all(len(of) == 1 for of in members) or problem.peak_bytes(plain) <= problem.capacity_bytes:
                 return
             for choice in product(*members):
                 if choice != plain:
