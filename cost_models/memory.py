@@ -1,6 +1,6 @@
 """Bytes of one rank by cause: what stays (parameters, gradients, optimizer) and what a call needs.
 
-The numbers are of the pipeline stage that needs most. Sequences have their mean length in a
+The numbers are of one pipeline stage, or of the one that needs most. Sequences have their mean length in a
 micro-batch and room for the longest response in the KV cache. What lies in host memory (snapshots for
 checkpoints, what is offloaded) is not counted, on CPUs neither; parameters that ranks of a CPU host read
 from each other lie there once.
@@ -51,16 +51,22 @@ class CallMemory:
 
 
 def call_memory(
-    costs: ComputeCosts, strategy: Strategy, workload: Workload, call: Call, *, reallocates: bool = False
+    costs: ComputeCosts,
+    strategy: Strategy,
+    workload: Workload,
+    call: Call,
+    *,
+    reallocates: bool = False,
+    stage: int | None = None,
 ) -> CallMemory:
-    """The memory of the stage that needs most of it.
+    """The memory of a stage; None: of the one that needs most of it.
 
     `reallocates`: parameters may come here before the call, or leave after it, through staging buffers,
     which exist on a GPU while the call does not run.
     """
-    stages = {0, strategy.pp // 2, strategy.pp - 1}
+    stages = {0, strategy.pp // 2, strategy.pp - 1} if stage is None else {stage}
     memory = max(
-        (_stage_memory(costs, strategy, workload, call, stage) for stage in sorted(stages)),
+        (_stage_memory(costs, strategy, workload, call, one) for one in sorted(stages)),
         key=lambda memory: memory.total,
     )
     staged = min(STAGING_BYTES, memory.parameters) if reallocates and not costs.is_cpu else 0

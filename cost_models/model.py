@@ -55,7 +55,7 @@ class CostModel:
         self._compute: dict[tuple[str | None, int], ComputeCosts] = {}
         self._calls: dict[tuple[str, Strategy, int, int], _Priced] = {}
         self._communications: dict[tuple[int, int], Communication] = {}
-        self._memory: dict[tuple[str, Strategy], CallMemory] = {}
+        self._memory: dict[tuple[str, Strategy, int | None], CallMemory] = {}
         self._moves: dict[tuple[object, ...], float] = {}
 
     @property
@@ -94,7 +94,7 @@ class CostModel:
         return describe_sources(costs)
 
     def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
-        """Seconds to bring data keys from where `src` wrote them to where `dst` reads them."""
+        """Seconds to bring data keys from where `src` wrote them to where `dst` reads them, each time."""
         cache_key = (keys, src, dst)
         if cache_key not in self._moves:
             per_sequence = sum(
@@ -103,9 +103,6 @@ class CostModel:
             )
             sequences = self.experiment.workload.sequences
             seconds = transfer_s(self.profile, sequences, per_sequence, len(keys), src, dst)
-            producer = self.graph.producer.get(keys[0]) if keys else None
-            if producer is not None:  # all keys come from one call
-                seconds = self.graph.by_name[producer].share_of(seconds)
             self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
 
@@ -176,13 +173,14 @@ class CostModel:
         assert node.dst is not None
         src, dst = placements[node.src], placements[node.dst]
         if node.kind is NodeKind.TRANSFER:
-            return self.transfer_s(self.graph.values_read(node.dst, node.keys), src, dst)
+            seconds = self.transfer_s(self.graph.values_read(node.dst, node.keys), src, dst)
+            return self.graph.by_name[node.dst].share_of(seconds)
         assert node.role is not None
         return self.reallocate_s(node.role, src, dst)
 
-    def call_memory(self, call: Call, placement: Placement) -> CallMemory:
-        """Bytes of the rank that needs most for the call."""
-        key = (call.name, placement.strategy)
+    def call_memory(self, call: Call, placement: Placement, stage: int | None = None) -> CallMemory:
+        """Bytes of a rank of a pipeline stage; None: of the rank that needs most for the call."""
+        key = (call.name, placement.strategy, stage)
         if key not in self._memory:
             self._memory[key] = (
                 CallMemory()
@@ -193,6 +191,7 @@ class CostModel:
                     self.experiment.workload,
                     call,
                     reallocates=self._reallocates(call.role),
+                    stage=stage,
                 )
             )
             if call.role is not None and self.graph.average(call.role) is not None:

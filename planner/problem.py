@@ -6,9 +6,10 @@ same augmented graph as `realloc.augmented.augment`, but as numbers; tests hold 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from math import inf
+from typing import TypeVar
 
 from planner.candidates import Candidate, CandidateSet
 from planner.costs import Costs, Memory, MoveCosts
@@ -33,6 +34,7 @@ from realloc.dataflow import CallKind, DataflowGraph
 from realloc.experiment import Experiment
 
 Choice = tuple[int, ...]
+Key = TypeVar("Key")
 _COPIED_AT_MOST = 4096
 
 
@@ -66,24 +68,22 @@ class Problem:
             for (src, dst), keys in graph.data_edges().items()
         ]
         # every (call, trainer) of a trained role, the trainer itself left out
-        self._users: list[tuple[int, int]] = []
-        for role in graph.roles:
-            if trainer := graph.maker(role):
-                at = self._index[trainer.name]
-                self._users += [
-                    (self._index[c.name], at)
-                    for c in graph.calls_of(role)
-                    if c.kind is not CallKind.TRAIN_STEP
-                ]
-        self.users = tuple(self._users)
+        self.users = tuple(
+            (self._index[call.name], self._index[trainer.name])
+            for role in graph.roles
+            if (trainer := graph.maker(role))
+            for call in graph.calls_of(role)
+            if call.kind is not CallKind.TRAIN_STEP
+        )
+        self._trainer_of = dict(self.users)
         self.data_edges = tuple((src, dst) for src, dst, _ in self._edges)
         self._layouts: dict[object, int] = {}
         self.rows: tuple[tuple[Row, ...], ...] = tuple(
             tuple(self.row(i, candidate) for candidate in candidates)
             for i, candidates in enumerate(self.candidates)
         )
-        self.cycles = version_cycles(len(graph.calls), self._edges, self._users)
-        self.call_order = call_order(len(graph.calls), self._edges, self._users)
+        self.cycles = version_cycles(len(graph.calls), self._edges, self.users)
+        self.call_order = call_order(len(graph.calls), self._edges, self.users)
         self._structures: dict[tuple[int, ...], Structure] = {}
         self._transfer_s: dict[tuple[int, int, int], float] = {}
         self._reallocate_s: dict[tuple[int, int, int], float] = {}
@@ -121,20 +121,12 @@ class Problem:
     @cached_property
     def with_layout(self) -> tuple[Mapping[int, Sequence[int]], ...]:
         """For each call: layout -> the candidates that have it, fastest first."""
-        found: list[dict[int, list[int]]] = [{} for _ in self.rows]
-        for layouts, rows in zip(found, self.rows, strict=True):
-            for index, row in enumerate(rows):
-                layouts.setdefault(row[4], []).append(index)
-        return tuple(found)
+        return tuple(_grouped(row[4] for row in rows) for rows in self.rows)
 
     @cached_property
     def on_mesh(self) -> tuple[Mapping[tuple[int, int], Sequence[int]], ...]:
         """For each call: (first GPU, GPU after the last) -> the candidates there, fastest first."""
-        found: list[dict[tuple[int, int], list[int]]] = [{} for _ in self.rows]
-        for meshes, rows in zip(found, self.rows, strict=True):
-            for index, row in enumerate(rows):
-                meshes.setdefault((row[1], row[2]), []).append(index)
-        return tuple(found)
+        return tuple(_grouped((row[1], row[2]) for row in rows) for rows in self.rows)
 
     def sharing(self, choice: Choice, call: int) -> list[int]:
         """The other calls of the call's role that use its layout in this choice."""
@@ -146,12 +138,10 @@ class Problem:
         ]
 
     def placements(self, choice: Choice) -> dict[str, Placement]:
-        return {call.name: self.candidates[i][choice[i]].placement for i, call in enumerate(self.graph.calls)}
+        return {name: self.candidates[i][choice[i]].placement for name, i in self._index.items()}
 
     def memory(self, choice: Choice) -> dict[str, Memory]:
-        return {
-            call.name: self.candidates[i][choice[i]].option.memory for i, call in enumerate(self.graph.calls)
-        }
+        return {name: self.candidates[i][choice[i]].option.memory for name, i in self._index.items()}
 
     def peak_bytes(self, choice: Choice) -> int:
         """Bytes of the GPU that needs most (see `planner.memory`)."""
@@ -167,10 +157,8 @@ class Problem:
         With offload only a lower bound: what is loaded for one call may meet what another needs.
         """
         rows = [table[c] for table, c in zip(self.rows, choice, strict=True)]
-        over = 0
-        for gpu in {row[1] for row in rows}:
-            over += max(0, load(rows, gpu)[0] - self.capacity_bytes)
-        return over
+        firsts = {row[1] for row in rows}
+        return sum(max(0, load(rows, gpu)[0] - self.capacity_bytes) for gpu in firsts)
 
     def evaluate(self, choice: Choice, limit_s: float = inf, *, hasty: bool = False) -> float:
         """Steady seconds per iteration of a choice; inf when it does not fit in memory.
@@ -236,7 +224,7 @@ class Problem:
         for src, dst, _ in self._edges:
             signature.append(1 if rows[src][5] < 0 or rows[src][5] != rows[dst][5] else 0)
         first: dict[tuple[int, int], int] = {}
-        for user, trainer in self._users:
+        for user, trainer in self.users:
             layout = rows[user][4]
             if layout == rows[trainer][4]:
                 signature.append(-1)
@@ -256,7 +244,7 @@ class Problem:
             slots += [count + e for e, (_, dst, _) in enumerate(self._edges) if dst == call and signature[e]]
             slots.append(call)
         base = count + len(self._edges)
-        slots += [base + user for (user, _), source in zip(self._users, moved, strict=True) if source == user]
+        slots += [base + user for (user, _), source in zip(self.users, moved, strict=True) if source == user]
         node = {slot: i for i, slot in enumerate(slots)}
         edges: list[tuple[int, int, int]] = []
         for e, (src, dst, _) in enumerate(self._edges):
@@ -264,9 +252,9 @@ class Problem:
                 edges += [(node[src], node[count + e], 0), (node[count + e], node[dst], 0)]
             else:
                 edges.append((node[src], node[dst], 0))
-        for trainer in {trainer: None for _, trainer in self._users}:
+        for trainer in {trainer: None for _, trainer in self.users}:
             edges.append((node[trainer], node[trainer], 1))
-        for (user, trainer), source in zip(self._users, moved, strict=True):
+        for (user, trainer), source in zip(self.users, moved, strict=True):
             if source < 0:
                 edges += [(node[user], node[trainer], 0), (node[trainer], node[user], 1)]
                 continue
@@ -333,9 +321,9 @@ class Problem:
                 key = (e, a[4], b[4])
                 spent = self._transfer_s.get(key)
                 if spent is None:
-                    spent = self._transfer_s[key] = self._moves.transfer_s(
-                        keys, self._placed(src, choice), self._placed(dst, choice)
-                    )
+                    ends = self._placed(src, choice), self._placed(dst, choice)
+                    whole = self._moves.transfer_s(keys, *ends)
+                    spent = self._transfer_s[key] = self.graph.calls[dst].share_of(whole)
                 seconds.append(spent)
                 masks.append(a[3] | b[3])
             elif slot >= base + count:
@@ -344,7 +332,7 @@ class Problem:
                 masks.append(rows[call][3])
             else:
                 user = slot - base
-                trainer = self._trainer_of(user)
+                trainer = self._trainer_of[user]
                 a, b = rows[trainer], rows[user]
                 key = (user, a[4], b[4])
                 spent = self._reallocate_s.get(key)
@@ -376,19 +364,13 @@ class Problem:
         for slot in structure.slots:
             if base <= slot < base + len(rows):
                 user = slot - base
-                key = (user, rows[self._trainer_of(user)][4], rows[user][4])
+                key = (user, rows[self._trainer_of[user]][4], rows[user][4])
                 if key not in self._reallocate_s:
                     return True
         return False
 
     def _placed(self, call: int, choice: Choice) -> Placement:
         return self.candidates[call][choice[call]].placement
-
-    def _trainer_of(self, user: int) -> int:
-        for other, trainer in self._users:
-            if other == user:
-                return trainer
-        raise AssertionError("only calls of trained roles are reallocated to")
 
     def _name(self, slot: int) -> str:
         calls = self.graph.calls
@@ -405,3 +387,11 @@ class Problem:
         if block == 1:
             return load_name(role, name)
         return offload_name(role, name, PARAMETERS if block == 3 else "")
+
+
+def _grouped(keys: Iterable[Key]) -> Mapping[Key, Sequence[int]]:
+    """Key -> the positions at which it stands, in order."""
+    found: dict[Key, list[int]] = {}
+    for index, key in enumerate(keys):
+        found.setdefault(key, []).append(index)
+    return found

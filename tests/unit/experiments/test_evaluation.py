@@ -113,7 +113,7 @@ def test_an_nth_of_its_seconds_is_counted() -> None:
     cluster = Cluster(1, 8, "h100-sxm")
     node_s = {}
     for every in (1, 10):
-        experiment = parse("ppo", {"every": every})
+        experiment = parse("ppo", {"every": every, "win_rate": True})
         graph = experiment.graph()
         costs = CostModel(experiment, graph, cluster, load_profile(cluster.device))
         half = [Placement(DeviceMesh(first, 4, 8), Strategy(2, 2, 1)) for first in (0, 4)]
@@ -125,13 +125,15 @@ def test_an_nth_of_its_seconds_is_counted() -> None:
         }
         augmented = augment(graph, placements)
         node_s[every] = {node.name: (node, costs.node_s(node, placements)) for node in augmented.nodes}
-    moved = 0
+    moved, lengths_alone = 0, 0
     for name, (node, seconds) in node_s[10].items():
         share = 10 if node.every else 1
         if node.kind is NodeKind.TRANSFER and node.every:
             moved += 1
+            lengths_alone += not graph.values_read(str(node.dst), node.keys) and seconds > 0
         assert seconds * share == pytest.approx(node_s[1][name][1], rel=1e-9), name
     assert moved > 2
+    assert lengths_alone
     actor_gen, eval_gen = node_s[1]["actor_gen"][1], node_s[1]["eval_actor_gen"][1]
     assert eval_gen == pytest.approx(actor_gen)
 

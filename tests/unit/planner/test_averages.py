@@ -13,7 +13,7 @@ from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.api import search_plan
 from planner.simulator import simulate
-from realloc.augmented import Placement, augment, reallocations
+from realloc.augmented import NodeKind, Placement, augment, reallocations
 from realloc.cluster import Cluster
 from realloc.dataflow import Average
 from realloc.errors import InputError, PlanError
@@ -33,8 +33,8 @@ CONTENT: Mapping[str, Any] = {
 MOVE = "reallocate:ref:ref_inf"
 
 
-def experiment(decay: float) -> Experiment:
-    content = {**CONTENT, "hyperparameters": {"ref_ema_decay": decay}}
+def experiment(decay: float, **more: Any) -> Experiment:
+    content = {**CONTENT, "hyperparameters": {"ref_ema_decay": decay}, **more}
     return parse_experiment(Reader(content, "experiment"), Path())
 
 
@@ -53,6 +53,17 @@ def test_search_prices_the_graph_that_runs(method: str) -> None:
     assert MOVE not in without.augmented.by_name
     assert without.predictions is not None
     assert without.predictions.iteration_s <= predictions.iteration_s * (1 + 1e-9)
+
+
+def test_search_and_plan_agree_on_evaluation() -> None:
+    """Both count the same share of its calls and of what moves between them, lengths alone too."""
+    of = experiment(0.9, evaluation={"every": 4, "win_rate": True})
+    assert of.cluster is not None
+    found = search_plan(of, of.cluster, method="greedy", time_limit_s=10.0)
+    predictions = found.plan.predictions
+    assert predictions is not None
+    assert any(node.every for node in found.plan.augmented.nodes if node.kind is NodeKind.TRANSFER)
+    assert found.iteration_s == pytest.approx(predictions.iteration_s, rel=1e-9)
 
 
 def test_mixing_costs_memory_and_time_even_where_nothing_moves() -> None:
