@@ -198,8 +198,9 @@ def _verdict(before: Sequence[float], after: Sequence[float]) -> Mapping[str, An
 def table(results: Mapping[str, Any]) -> str:
     """Markdown: held-out reward and gold score before and after, with the spread over the seeds."""
     rewards = next(iter(results.values()))["rewards"]
+    seeds = "1 seed" if len(rewards) == 1 else f"{len(rewards)} seeds"
     lines = [
-        f"{len(rewards)} seeds, {len(rewards[0])} iterations of {SEQUENCES} sequences, learning rate "
+        f"{seeds}, {len(rewards[0])} iterations of {SEQUENCES} sequences, learning rate "
         f"{LEARNING_RATE:g}, two CPU ranks.",
         "",
         "| algorithm | held-out reward before | after | spread | rule before | after | spread |",
