@@ -52,7 +52,8 @@ def search_plan(
 
 
 def _with_terms(result: SearchResult, costs: CostModel) -> SearchResult:
-    """The result with the plan's predictions as a run will be compared with: by term, on shared cores.
+    """The result with the plan's predictions as a run will be compared with: by term, on shared cores, and
+    with the memory of each GPU's own stages, where search adds up the stages of calls that need most.
 
     Where calls slow each other down, the plan takes longer than search has proven; its bound holds.
     """
@@ -65,6 +66,7 @@ def _with_terms(result: SearchResult, costs: CostModel) -> SearchResult:
         result,
         plan=replace(plan, predictions=predictions),
         simulation=assessment.simulation if slower else result.simulation,
+        memory=assessment.memory,
         proven=result.proven and not slower,
     )
 

@@ -6,14 +6,15 @@ nodes, so that a thousand GPUs are described by a handful of rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+from cost_models.memory import CallMemory
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from planner.contention import call_terms, simulate_shared
-from planner.memory import GpuMemory, worst_gpu
+from planner.memory import GpuMemory, gpu_memory
 from planner.simulator import Simulation, masks_of, period_s, precedence_of
 from planner.structure import Structure, steady_order
 from planner.words import span
@@ -74,7 +75,34 @@ class Assessment:
         self.call_memory = {
             call.name: costs.call_memory(call, plan.placements[call.name]) for call in graph.calls
         }
-        self.memory: GpuMemory = worst_gpu(graph, plan.placements, self.call_memory, self.order)
+        # where what runs on a GPU may be another stage or call than on the GPU before
+        self._edges = {
+            p.mesh.first + stage * p.strategy.dp * p.strategy.tp
+            for p in plan.placements.values()
+            for stage in range(p.strategy.pp + 1)
+        }
+        self.memory: GpuMemory = self.fullest(range(plan.cluster.num_gpus))
+
+    def memory_on(self, gpu: int) -> Mapping[str, CallMemory]:
+        """What each call needs on a GPU, by the stage that is there; elsewhere its stage that needs most."""
+        found = dict(self.call_memory)
+        for call in self.plan.graph.calls:
+            placement = self.plan.placements[call.name]
+            if gpu in placement.mesh:
+                width = placement.strategy.dp * placement.strategy.tp
+                stage = (gpu - placement.mesh.first) // width
+                found[call.name] = self.costs.call_memory(call, placement, stage)
+        return found
+
+    def fullest(self, gpus: Sequence[int]) -> GpuMemory:
+        """Of some GPUs the one that needs most."""
+        plan = self.plan
+        found = [
+            gpu_memory(plan.graph, plan.placements, self.memory_on(gpu), gpu, self.order)
+            for gpu in gpus
+            if gpu in self._edges or gpu == gpus[0]
+        ]
+        return max(found, key=lambda item: (item.total_bytes, -item.gpu))
 
     @property
     def iteration_s(self) -> float:

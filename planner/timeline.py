@@ -10,9 +10,8 @@ from collections.abc import Iterable, Mapping
 from textwrap import wrap
 from typing import Any
 
-from planner.assess import Assessment, SharedRanks
+from planner.assess import Assessment
 from planner.infeasible import describe_bytes
-from planner.memory import GpuMemory, gpu_memory
 from planner.options import gib
 from planner.report import WIDTH, table
 from planner.words import span
@@ -113,16 +112,11 @@ def _pace(assessment: Assessment) -> str:
 def _memory(assessment: Assessment) -> str:
     lines = [f"Peak memory of {gib(assessment.capacity_bytes)} a GPU:"]
     for shared in assessment.shared:
-        peak = _peak(assessment, shared)
+        peak = assessment.fullest(shared.ranks)
         text = f"GPU {shared.name}: {gib(peak.total_bytes)} while {peak.call} runs: "
         text += describe_bytes(peak.by_cause)
         lines += wrap(text, WIDTH, subsequent_indent="    ", initial_indent="  ")
     return "\n".join(lines)
-
-
-def _peak(assessment: Assessment, shared: SharedRanks) -> GpuMemory:
-    plan = assessment.plan
-    return gpu_memory(plan.graph, plan.placements, assessment.call_memory, shared.ranks[0], assessment.order)
 
 
 def timeline_content(assessment: Assessment) -> Mapping[str, Any]:
@@ -151,7 +145,7 @@ def timeline_content(assessment: Assessment) -> Mapping[str, Any]:
                 "by_cause_bytes": dict(peak.by_cause),
             }
             for shared in assessment.shared
-            for peak in [_peak(assessment, shared)]
+            for peak in [assessment.fullest(shared.ranks)]
         },
         "capacity_bytes": assessment.capacity_bytes,
     }

@@ -31,14 +31,15 @@ class Step:
 
 
 def steps(assessment: Assessment, shared: SharedRanks) -> tuple[Step, ...]:
-    """One iteration from the GPU's first start on. Idle time holds what is there after the node before,
-    without what that worked with."""
+    """One iteration of the fullest of the GPUs, from its first start on. Idle time holds what is there after
+    the node before, without what that worked with."""
     a = assessment
     graph, placements = a.plan.graph, a.plan.placements
-    gpu = shared.ranks[0]
+    gpu = a.fullest(shared.ranks).gpu
+    memory = a.memory_on(gpu)
 
     def held(node: str) -> Mapping[str, int]:
-        return held_at(graph, placements, a.call_memory, gpu, a.order, node)
+        return held_at(graph, placements, memory, gpu, a.order, node)
 
     nodes = [name for name in shared.nodes if a.occupies(name)]
     found: list[Step] = []
@@ -49,7 +50,7 @@ def steps(assessment: Assessment, shared: SharedRanks) -> tuple[Step, ...]:
         causes = held(name)
         found.append(Step(start - origin, end - origin, name, causes))
         if after > end + 1e-9 * a.iteration_s:
-            working = a.call_memory[name].working if name in a.call_memory else {}
+            working = memory[name].working if name in memory else {}
             rest = {cause: size - working.get(cause, 0) for cause, size in causes.items()}
             found.append(Step(end - origin, after - origin, "", rest))
     return tuple(found)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from torch.autograd.profiler import profile
 
-from cost_models.memory import CallMemory
 from cost_models.model import CostModel
 from cost_models.profile import load_profile
 from experiments import toy
-from planner.memory import worst_gpu
+from planner.assess import Assessment
+from planner.memory import gpu_memory
 from realloc.plan import ExecutionPlan, read_plan
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer
@@ -145,32 +145,32 @@ def _shared_bytes(roles: Any) -> int:
     return sum(shared.values())
 
 
-@dataclass(frozen=True)
-class Predicted:
-    """Bytes on the GPU that needs most: what stays, what each call needs, and the peak of the plan."""
-
-    resident: int
-    calls: Mapping[str, CallMemory]
-    peak: int
-
-
-def predict(plan: ExecutionPlan, device: str) -> Predicted:
-    costs = CostModel(plan.experiment, plan.graph, plan.cluster, load_profile(device))
-    calls = {call.name: costs.call_memory(call, plan.placements[call.name]) for call in plan.graph.calls}
-    worst = worst_gpu(plan.graph, plan.placements, calls)
-    resident = sum(worst.by_cause[cause] for cause in ("parameters", "gradients", "optimizer"))
-    return Predicted(resident, calls, worst.total_bytes)
+def predict(plan: ExecutionPlan, device: str) -> list[Watched]:
+    """What each rank is predicted to hold, by the stages that are on it."""
+    assessment = Assessment(plan, CostModel(plan.experiment, plan.graph, plan.cluster, load_profile(device)))
+    found = []
+    for rank in range(plan.cluster.num_gpus):
+        memory = assessment.memory_on(rank)
+        held = gpu_memory(plan.graph, plan.placements, memory, rank, assessment.order).by_cause
+        resident = sum(held[cause] for cause in ("parameters", "gradients", "optimizer"))
+        found.append(Watched(resident, {name: sum(m.working.values()) for name, m in memory.items()}))
+    assert max(map(_peak, found)) == assessment.memory.total_bytes
+    return found
 
 
-def differences(watched: Sequence[Watched], predicted: Predicted) -> Mapping[str, float]:
-    """Predicted over measured bytes, less one: of what stays, of each call's peak, of the plan's."""
-    resident = max(rank.resident for rank in watched)
-    found = {"resident": predicted.resident / resident - 1}
-    for name, memory in predicted.calls.items():
-        working = sum(memory.working.values())
-        peak = max(rank.resident + rank.working[name] for rank in watched)
-        found[name] = (predicted.resident + working) / peak - 1
-        needed = max(rank.working[name] for rank in watched)
-        found[f"{name} alone"] = working / needed - 1
-    everything = max(rank.resident + max(rank.working.values()) for rank in watched)
-    return found | {"plan": predicted.peak / everything - 1}
+def differences(watched: Sequence[Watched], predicted: Sequence[Watched]) -> Mapping[str, float]:
+    """Predicted over measured bytes, less one: of what stays, of each call's peak, of the plan's, each of
+    the rank that needs most."""
+
+    def over(of: Callable[[Watched], int]) -> float:
+        return max(map(of, predicted)) / max(map(of, watched)) - 1
+
+    found = {"resident": over(lambda rank: rank.resident), "plan": over(_peak)}
+    for name in predicted[0].working:
+        found[name] = over(lambda rank, name=name: rank.resident + rank.working[name])  # type: ignore[misc]
+        found[f"{name} alone"] = over(lambda rank, name=name: rank.working[name])  # type: ignore[misc]
+    return found
+
+
+def _peak(rank: Watched) -> int:
+    return rank.resident + max(rank.working.values())

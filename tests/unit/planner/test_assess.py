@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cost_models.memory import CallMemory
 from planner.api import search_plan
 from planner.assess import Assessment
 from planner.budget import Cause, budget, kinds_of, reasons
+from planner.memory import gpu_memory
 from planner.simulator import simulate
 from planner.words import span
 from realloc.cluster import Cluster
@@ -97,3 +100,27 @@ def test_reasons_name_what_grew(plan: ExecutionPlan) -> None:
 
 def test_span() -> None:
     assert span([0, 1, 2, 7, 9, 10]) == "0-2 and 7 and 9-10"
+
+
+def test_memory_is_of_the_stages_that_are_on_a_gpu(plan: ExecutionPlan) -> None:
+    """The fullest of all GPUs, each with its own stages: less than the fullest stages of calls together."""
+    whole = replace(plan.placements["actor_gen"].mesh, size=8)
+    strategies = {"actor_gen": "d1t2p4m1", "critic_train": "d1t4p2m8z0+full", "rew_inf": "d8t1p1m8"}
+    placements = dict(plan.placements)
+    for name, text in strategies.items():
+        placements[name] = replace(placements[name], mesh=whole, strategy=parse_strategy(text, "test"))
+    found = Assessment(replace(plan, placements=placements, order=None))
+
+    def peak(gpu: int, memory: Mapping[str, CallMemory]) -> int:
+        return gpu_memory(plan.graph, placements, memory, gpu, found.order).total_bytes
+
+    every = [peak(gpu, found.memory_on(gpu)) for gpu in range(8)]
+    assert len(set(every)) > 2
+    assert found.memory.total_bytes == max(every)
+    assert found.memory.gpu == every.index(max(every))
+    assert found.fullest(range(4, 8)).total_bytes == max(every[4:])
+    together = [peak(gpu, found.call_memory) for gpu in range(8)]
+    assert max(every) < max(together)
+    generated = [found.memory_on(gpu)["actor_gen"] for gpu in range(8)]
+    assert [memory == generated[gpu // 2 * 2] for gpu, memory in enumerate(generated)] == [True] * 8
+    assert generated[0] != generated[2] != generated[6]  # embedding, layers alone, head
