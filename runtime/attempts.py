@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -222,6 +223,8 @@ def _failure(ended: Ended, run: Run) -> Failure | None:
     Raises KeyboardInterrupt or RunError when this launcher was ended.
     """
     if ended.sent is signal.SIGINT:
+        if run.team.is_first and run.continuation:
+            print(f"realloc: {run.continuation.strip()}", file=sys.stderr)
         raise KeyboardInterrupt
     if ended.sent is not None:
         raise RunError(
