@@ -131,8 +131,12 @@ def _call(
     mine = plan.placements[name]
     memory = assessment.call_memory[name]
     clauses = Clauses(plan.experiment.constraints, plan.graph, plan.cluster)
-    if gain is not None and gain.peak_bytes <= assessment.capacity_bytes:
-        gain = None  # nothing that memory forbids
+    if gain is not None:  # search adds up stages that need not be on one GPU
+        moved = replace(plan, placements={**plan.placements, name: gain.placement}, order=gain.order)
+        gain = replace(gain, peak_bytes=Assessment(moved, assessment.costs).memory.total_bytes)
+        if gain.peak_bytes <= assessment.capacity_bytes:  # nothing that memory forbids
+            overlooked = min((gain, overlooked or gain), key=lambda item: item.iteration_s)
+            gain = None
     if gain is not None and overlooked is not None and overlooked.iteration_s <= gain.iteration_s:
         gain = None
     return CallExplanation(
