@@ -6,7 +6,6 @@ their own that only `runtime` loads, so that planning never imports torch.
 
 from __future__ import annotations
 
-import importlib
 import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, Protocol
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
 from realloc.files import Reader, nearest
+from realloc.named_code import import_named
 
 if TYPE_CHECKING:
     from realloc.experiment import Experiment
@@ -60,10 +60,7 @@ def resolve(name: str, where: str) -> Algorithm:
             f"{where}: algorithm '{name}' is not known (or write your own as module:Class)."
             f"{nearest(name, BUILT_IN)}"
         )
-    try:
-        module = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        raise InputError(f"{where}: cannot import '{module_name}': {error}.") from None
+    module = import_named(module_name, where)
     if not hasattr(module, attribute):
         raise InputError(f"{where}: module '{module_name}' has no '{attribute}'.")
     found = getattr(module, attribute)

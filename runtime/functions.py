@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
 from realloc.functions import LossFunction, PrepareFunction, ReportFunction
+from realloc.named_code import import_named
 
 
 @dataclass(frozen=True)
@@ -42,10 +42,7 @@ class FunctionTable:
         module_name, colon, attribute = name.rpartition(":")
         if not colon:
             module_name = self.module
-        try:
-            module = importlib.import_module(module_name)
-        except ModuleNotFoundError as error:
-            raise InputError(f"function '{name}': cannot import '{module_name}': {error}.") from None
+        module = import_named(module_name, f"function '{name}'")
         function = getattr(module, attribute, None)
         if not callable(function):
             raise InputError(f"function '{name}': module '{module_name}' has no such function.")
