@@ -146,6 +146,8 @@ def _json_file(path: Path) -> Mapping[str, Any]:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read: {error.strerror}.") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON: {error}.") from None
     if not isinstance(value, Mapping):

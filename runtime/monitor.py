@@ -248,7 +248,9 @@ def headline(graph: DataflowGraph, metrics: Mapping[str, float]) -> str:
 
 
 def _earlier(path: Path) -> list[Mapping[str, float]]:
-    """The metrics of the iterations before a run goes on."""
+    """The metrics of the iterations before a run goes on, where the file is still there."""
+    if not path.exists():
+        return []
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 

@@ -87,7 +87,11 @@ def _write(path: Path, rows: NDArray[np.int64], counts: Counts) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as stream:
-            np.savez(stream, rows=rows, counts=np.array(json.dumps(asdict(counts))))
+            try:
+                np.savez(stream, rows=rows, counts=np.array(json.dumps(asdict(counts))))
+            except OSError:
+                Path(stream.name).unlink(missing_ok=True)
+                raise
         Path(stream.name).replace(path)
         kept = sorted(path.parent.glob("rows-*.npz"), key=lambda old: old.stat().st_mtime_ns)
         for old in kept[:-MOST_KEPT]:
