@@ -12,6 +12,7 @@ import socket
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -51,7 +52,7 @@ def open_writers(
     one that cannot be opened, OSError when TensorBoard's file cannot be written.
     """
     opened: list[Writer] = []
-    if importlib.util.find_spec("tensorboard") is not None:
+    with suppress(ImportError):  # it is not installed, or what it needs is not
         opened.append(_TensorBoard(out / "tensorboard", first))
     kinds: Mapping[str, Callable[[Path, Mapping[str, Any]], Writer]] = {"wandb": _Wandb, "mlflow": _MLflow}
     for name in dict.fromkeys(names):
