@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.common import critic_free_graph, passes
+from experiments.common import critic_free_graph, given_hyperparameters, passes
 from realloc.dataflow import DataflowGraph, Per
+from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -49,4 +50,11 @@ class GRPO:
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
         """Three calls, four with a reference model. Raises InputError for less than two samples a prompt."""
+        buffer = given_hyperparameters(self, experiment)["overlong_buffer"]
+        longest = experiment.workload.response.maximum
+        if buffer > longest:
+            raise InputError(
+                f"experiment: hyperparameters.overlong_buffer: {buffer} is more than the {longest} tokens of "
+                f"the longest response, so that even empty ones would be punished; lower it."
+            )
         return critic_free_graph(self, "GRPO", experiment, Per.SEQUENCE, least_samples=2)

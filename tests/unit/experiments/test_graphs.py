@@ -29,6 +29,11 @@ DPO: Mapping[str, Any] = {
     "models": {"actor": "llama-7b", "ref": "llama-7b"},
     "workload": {**PPO["workload"], "samples_per_prompt": 2},
 }
+GRPO: Mapping[str, Any] = {
+    "algorithm": "grpo",
+    "models": {"actor": "llama-7b", "ref": "llama-7b", "reward": "llama-7b"},
+    "workload": DPO["workload"],
+}
 NO_REWARD_MODEL = {role: name for role, name in PPO["models"].items() if role != "reward"}
 
 
@@ -106,6 +111,7 @@ def test_hyperparameters_reach_the_calls_and_survive_a_round_trip() -> None:
         (SFT, {"kl_coef": 0.1}, "unknown key 'kl_coef'"),
         (PPO, {"kl_coef": 0, "kl_target": 6}, "hyperparameters.kl_coef: 0 stays 0"),
         (PPO, {"kl_target": 6, "kl_horizon": 1.6}, "1.6 is too short: each of the 8 sequences"),
+        (GRPO, {"overlong_buffer": 17}, "17 is more than the 16 tokens of the longest response"),
         (DPO, {"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: does nothing with the loss 'ipo'"),
     ],
 )
