@@ -104,9 +104,17 @@ class Presence:
         if attempt not in self._troubles and self._store.check([_alarm(attempt)]):
             self._troubles[attempt] = Trouble(**json.loads(self._store.get(_alarm(attempt))))
         for node, silence in self._silent.items():
-            key = _beat(node)
-            if self._store.check([key]) and silence.look(int(self._store.get(key))) > self._lost_s:
-                self._lost.add(node)  # a node that has not come yet is waited for elsewhere
+            if not self._store.check([hello_key(node)]):
+                continue  # a node that has not come yet is waited for elsewhere
+            # it may be cut off after it has come and before its first beat
+            beats = int(self._store.get(_beat(node))) if self._store.check([_beat(node)]) else -1
+            if silence.look(beats) > self._lost_s:
+                self._lost.add(node)
+
+
+def hello_key(node: int) -> str:
+    """Where a node's launcher says that it has come."""
+    return f"hello/{node}"
 
 
 def _beat(node: int) -> str:

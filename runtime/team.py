@@ -36,7 +36,7 @@ from realloc.errors import InputError, ReallocError, RunError
 from realloc.files import write_text
 from runtime.hosts import Host, this_host
 from runtime.place import Place, commands
-from runtime.presence import Presence, Trouble, raise_alarm
+from runtime.presence import Presence, Trouble, hello_key, raise_alarm
 from runtime.stores import LOOPBACK, connect, listen, wait_for
 
 _T = TypeVar("_T")
@@ -117,7 +117,7 @@ class Team:
     def _hello(self, plan_hash: str) -> None:
         mine = {"nnodes": self.nnodes, "versions": _versions(), "plan": plan_hash}
         text = json.dumps({"host": asdict(self.me), "mark": secrets.token_hex(8), **mine})
-        found = self._ask(lambda: self._store.compare_set(f"hello/{self.node}", "", text)).decode()
+        found = self._ask(lambda: self._store.compare_set(hello_key(self.node), "", text)).decode()
         if found != text:
             other = Host(**json.loads(found)["host"])
             message = (
@@ -149,10 +149,10 @@ class Team:
     def _await_hello(self, node: int) -> Mapping[str, Any]:
         deadline = time.monotonic() + self._place.join_timeout_s
         waits = False
-        while not self._store.check([f"hello/{node}"]):
+        while not self._store.check([hello_key(node)]):
             self._check_all_well(InputError)
             if time.monotonic() > deadline:
-                missing = [n for n in self._others() if not self._store.check([f"hello/{n}"])]
+                missing = [n for n in self._others() if not self._store.check([hello_key(n)])]
                 raise InputError(
                     f"node{'s' if len(missing) > 1 else ''} {', '.join(map(str, missing))} of {self.nnodes} "
                     f"did not come to {self.where} within {self._place.join_timeout_s:.0f} s; "
@@ -163,7 +163,7 @@ class Team:
                 print(f"node 0 waits at {self.where}{alone} for the other nodes", flush=True)
                 waits = True
             time.sleep(POLL_S)
-        content: Mapping[str, Any] = json.loads(self._store.get(f"hello/{node}"))
+        content: Mapping[str, Any] = json.loads(self._store.get(hello_key(node)))
         return content
 
     @property
@@ -346,7 +346,7 @@ class Team:
             return
         deadline = time.monotonic() + _FAREWELL_S
         lost = frozenset[int]() if self._presence is None else self._presence.lost
-        came = [node for node in self._others() if self._store.check([f"hello/{node}"])]
+        came = [node for node in self._others() if self._store.check([hello_key(node)])]
         waited_for = [f"bye/{node}" for node in came if node not in lost]
         while not all(self._store.check([key]) for key in waited_for) and time.monotonic() < deadline:
             time.sleep(POLL_S)
