@@ -100,7 +100,7 @@ class _TensorBoard:
 
         self._events, self._summaries = event_pb2, summary_pb2
         folder.mkdir(parents=True, exist_ok=True)
-        name = f"events.out.tfevents.{time.time():.3f}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{time.time_ns()}.{socket.gethostname()}.{os.getpid()}"
         self._file = RecordWriter((folder / name).open("wb"))
         self._put(file_version="brain.Event:2")
         # what an earlier attempt has told of these iterations no longer counts
