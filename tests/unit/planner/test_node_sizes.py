@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from planner.search import methods
@@ -32,7 +34,7 @@ def test_alike_nodes_are_priced_once():
     """Moves between meshes that differ by whole nodes alone, and calls on meshes of one size."""
     problem = make_problem(short_graph(), Cluster(4, 2, "x"), 3)
     asked: list[object] = []
-    costs = problem.costs
+    costs: Any = problem.costs
     real = type(costs).reallocate_s
 
     class Counting(type(costs)):  # type: ignore[misc]
