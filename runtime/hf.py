@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from realloc.errors import InputError, RunError
 from realloc.layout import Box
 from realloc.model_shape import ModelShape
 from realloc.params import HEAD, ParamSpec, parameters
-from runtime.hf_names import FAMILIES, source
+from runtime.hf_names import FAMILIES, SCORE, source
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -118,18 +117,18 @@ def load_boxes(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    head_seed: int = 0,
+    new_head: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The boxes of a model's parameters from a Hugging Face folder; reads only those.
 
-    A scalar head that the folder lacks (a causal LM used as a critic) is drawn from `head_seed`,
-    the same under every plan. Raises InputError for a missing or misshapen tensor, for a damaged
-    file, and for weights that are not safetensors.
+    A scalar head that the folder lacks (a causal LM that becomes a critic or a reward model) is new, if
+    `new_head` allows it: zeros, as `_new_scalar_head` says. Raises InputError for a missing or misshapen
+    tensor, for a damaged file, and for weights that are not safetensors.
     """
     specs = {spec.name: spec for spec in parameters(shape)}
     with Checkpoint(folder) as checkpoint:
         return {
-            name: _load(checkpoint, shape, specs[name], box, head_seed).to(
+            name: _load(checkpoint, shape, specs[name], box, new_head).to(
                 device=device, dtype=dtype, copy=True
             )
             for name, box in boxes.items()
@@ -137,13 +136,13 @@ def load_boxes(
 
 
 def _load(
-    checkpoint: Checkpoint, shape: ModelShape, spec: ParamSpec, box: Box, head_seed: int
+    checkpoint: Checkpoint, shape: ModelShape, spec: ParamSpec, box: Box, new_head: bool
 ) -> torch.Tensor:
     where = source(FAMILIES[shape.family], spec)
     name = next((name for name in where.names if name in checkpoint), None)
     if name is None:
         if spec.name == HEAD and shape.head == "scalar":
-            return new_scalar_head(shape, head_seed)[box.slices]
+            return _new_scalar_head(checkpoint, box, new_head)
         raise InputError(
             f"{checkpoint.folder}: lacks the tensor '{where.names[0]}', which config.json asks for."
         )
@@ -166,10 +165,21 @@ def _load(
     return piece
 
 
-def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:
-    """[1, hidden] normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et al. 2020)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, shape.hidden, generator=generator) / sqrt(shape.hidden + 1)
+def _new_scalar_head(checkpoint: Checkpoint, box: Box, allowed: bool) -> torch.Tensor:
+    """Zeros: every score begins as 0, whatever the size of the hidden states.
+
+    So a reward model's first loss is ln 2 and a critic's first values are 0, as in the code of Ziegler et
+    al. 2019 (arXiv 1909.08593). A normal draw with deviation 1 / sqrt(hidden + 1), which is theirs for reward
+    models, gives scores of deviation 1 only where hidden states have a mean square of 1; a final norm with
+    large weights makes them noise that training has to unlearn. Zeros learn: the head has a gradient at once,
+    the layers below from the second step on.
+    """
+    if not allowed:
+        raise InputError(
+            f"{checkpoint.folder}: lacks the tensor '{SCORE}', a scalar head, and is not trained, so all its "
+            f"scores would be 0; take a trained reward model (algorithm: reward makes one)."
+        )
+    return torch.zeros(box.shape)
 
 
 def save_hf(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ ALGORITHMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "iterative_dpo": (("actor", "ref", "reward"), {}),
     "dpo": (("actor", "ref"), {"mini_batches": 2, "epochs": 2}),
     "reward": (("reward",), {"mini_batches": 2, "centre_coef": 0.1}),
+    "reward with a new head": (("reward",), {}),
 }
 SEVERAL: Sequence[Mapping[str, Any]] = (
     {"model": "reward_a", "weight": 0.3},
@@ -69,7 +71,7 @@ def content(folder: Path, algorithm: str) -> dict[str, Any]:
     models = models_for(folder, algorithm)
     result = ppo_content(folder, {role: models[role] for role in roles})
     result["workload"]["samples_per_prompt"] = 4
-    if algorithm in ("dpo", "reward"):
+    if algorithm.split()[0] in ("dpo", "reward"):
         result["workload"]["samples_per_prompt"] = 2
         result["data"] = write_pairs(folder)
         result["models"] = {role: {"path": models[role], "optimizer": OPTIMIZER} for role in roles}
@@ -81,6 +83,8 @@ def models_for(folder: Path, algorithm: str) -> dict[str, str]:
     if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
         write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
         toy.write_tokenizer(folder / "ref")
+    if "new head" in algorithm:
+        models["reward"] = models["actor"]
     return models
 
 
@@ -100,8 +104,10 @@ def write_pairs(folder: Path) -> Mapping[str, str]:
 def test_plans_change_nothing(tmp_path: Path, algorithm: str) -> None:
     experiment = content(tmp_path, algorithm)
     expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
-    trained = "reward_train" if algorithm == "reward" else "actor_train"
+    trained = "reward_train" if algorithm.startswith("reward") else "actor_train"
     losses = [metrics[f"{trained}/loss"] for metrics in expected.metrics]
+    if "new head" in algorithm:
+        assert losses[0] == pytest.approx(log(2), rel=1e-6)
     assert len(set(losses)) == len(losses), "every iteration has a loss of its own"
     for name, (gpus, placements) in PLANS.items():
         plan = make_plan(tmp_path, experiment, gpus, placements)

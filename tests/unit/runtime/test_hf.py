@@ -58,7 +58,8 @@ def test_round_trip(name: str, shard_bytes: int, tmp_path: Path) -> None:
 def test_a_critic_made_from_a_causal_lm_is_saved_as_a_classifier(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "a", name)
     decoder = decoder_of(folder, head="scalar")
-    assert 0.05 < decoder.params["head.weight"].std() * decoder.shape.hidden**0.5 < 2.0
+    assert not decoder.params["head.weight"].any(), "a new head scores 0 until it is trained"
+    torch.nn.init.normal_(decoder.params["head.weight"], generator=torch.Generator().manual_seed(1))
     save_hf(tmp_path / "b", decoder.shape, read_config(folder), decoder.params)
     tokens = random_tokens(decoder.shape)
     with torch.no_grad():
@@ -77,6 +78,13 @@ def test_bfloat16_is_recorded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     stored = load_file(tmp_path / "b" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_a_model_that_is_not_trained_gets_no_new_head(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama")
+    shape = replace(resolve_shape(str(folder), "test"), head="scalar")
+    with pytest.raises(InputError, match="lacks the tensor 'score.weight'.*not trained"):
+        load_boxes(folder, shape, shard_boxes(shape, 1, 1, 0, 0), torch.float32, CPU, new_head=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
