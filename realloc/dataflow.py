@@ -79,6 +79,10 @@ class Call:
     `greedy` generate call takes the most likely token, whatever the experiment's sampling. The loss
     compares each `together` neighbours (a pair, the samples of a prompt): they share a micro-batch.
 
+    An inference or train_step call with a `select` function works only on the sequences that it picks:
+    `selected` of them, or fewer where too few can be; a train_step's neighbours are those among them. What
+    an inference writes of the others is 0.
+
     A compute call has one `function`, or several with weights in `rewards`, or adds up other calls'
     scores: `weights` are of keys that it reads, or makes a `report` of all that it reads.
 
@@ -100,10 +104,16 @@ class Call:
     epochs: int = 1
     greedy: bool = False
     together: int = 1
+    select: str | None = None
+    selected: int = 0
     rewards: tuple[RewardSource, ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
     report: str | None = None
     every: int = 0
+
+    def num_sequences(self, batch: int) -> int:
+        """Sequences that the call works on, of a batch of so many."""
+        return min(batch, self.selected) if self.selected else batch
 
     def share_of(self, seconds: float) -> float:
         """What something that takes so long when the call runs takes an iteration, on average."""
@@ -189,11 +199,11 @@ class DataflowGraph:
     def values_read(self, call: str, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `keys` of which a call needs the values; of the others it knows the lengths.
 
-        A call without loss works on its `sequence` alone, or on the scores that it adds up. What else
-        it reads says by which lengths those who read its results split their batch.
+        A call without loss works on its `sequence` alone, or on the scores that it adds up, unless it
+        selects. What else it reads says by which lengths those who read its results split their batch.
         """
         reader = self.by_name[call]
-        if reader.kind is CallKind.TRAIN_STEP or reader.report is not None:
+        if reader.kind is CallKind.TRAIN_STEP or reader.report is not None or reader.select is not None:
             return keys
         used = {reader.sequence, *(key for key, _ in reader.weights)}
         return tuple(key for key in keys if key in used)
@@ -291,5 +301,11 @@ def _check_call(call: Call) -> None:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
     if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:
         raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch, epoch and neighbour.")
+    selects = call.kind in (CallKind.INFERENCE, CallKind.TRAIN_STEP) and call.selected > 0
+    if call.select is not None and not (selects and call.selected % call.together == 0):
+        raise InputError(
+            f"dataflow graph: {call.name} selects {call.selected} sequences: only inference and train_step "
+            f"select, at least one, and whole groups of its {call.together} neighbours."
+        )
     if call.kind is not CallKind.TRAIN_STEP and not (call.writes or call.report):
         raise InputError(f"dataflow graph: {call.name} writes nothing.")

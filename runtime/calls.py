@@ -30,6 +30,7 @@ from runtime.metrics import Metrics
 from runtime.parallel import ParallelContext
 from runtime.pipeline import MicroBatch, run_forward
 from runtime.scoring import Scorer, may_skip, text_samples, unscored, weighted_sum
+from runtime.selection import settle
 from runtime.stopwatch import Stopwatch
 from runtime.training import Trainer
 from runtime.transfer import assignment_of
@@ -58,8 +59,12 @@ class CallExecutor:
 
         Every call reports `tokens`: prompt and response tokens of the batch, each counted once.
         """
-        assignment = self._assignment(data)
+        assignment, reported = self._assignment(data), dict[str, float]()
+        if self.call.select is not None:
+            assignment, reported = self._select(data, assignment, self.call.select)
         metrics = self._run(data, assignment, iteration)
+        for name, value in reported.items():
+            metrics.add(name, value, 1.0)
         written = self.call.writes[0] if self.call.kind is CallKind.GENERATE else self._sequence
         if self.call.weights:  # it works on scores
             written = next(key for key in self.call.reads if data.keys[key].per is Per.TOKEN)
@@ -98,6 +103,19 @@ class CallExecutor:
             per = data.keys[written].per
             if per in (Per.RESPONSE_TOKEN, Per.TOKEN):
                 data.lengths[written] = responses if per is Per.RESPONSE_TOKEN else totals
+
+    def _select(
+        self, data: IterationData, before: Assignment, function: str
+    ) -> tuple[Assignment, dict[str, float]]:
+        """What the call works on, and what the algorithm reports of that."""
+        chosen: list[int] = []
+        reported: dict[str, float] = {}
+        if self.context.is_last:
+            batch = self._unmarked(data, before, self._marked(data, before))
+            flags = self.functions.select(function)(batch, self.experiment.hyperparameters or {}).tolist()
+            chosen = [p for p, flag in zip(batch.positions, flags, strict=True) if flag]
+            reported = batch.reported
+        return settle(self.call, self.context, data, before, chosen), reported
 
     # generate -------------------------------------------------------------------------------
 
@@ -152,6 +170,10 @@ class CallExecutor:
         share = assignment.of(self.context.at.dp)
         metrics = Metrics()
         (written,) = self.call.writes
+        if self.call.select is not None and self.context.is_last:
+            whole = self._assignment(data).of(self.context.at.dp)
+            lengths = data.key_lengths(written)
+            data.put(written, whole, torch.zeros(sum(lengths[p] for p in whole)))
 
         def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
             output = self._output(hidden, batch, data).float().cpu()
@@ -260,15 +282,19 @@ class CallExecutor:
         """Runs the algorithm's `prepare` where its inputs are: on the last stage."""
         if self.call.prepare is None or not self.context.is_last:
             return
-        share = [p for p in assignment.of(self.context.at.dp) if p not in marked]
-        everyone = [p for p in range(data.num_sequences) if p not in marked]
-        batch = self._view(data, share, len(everyone), self._num_elements(data, everyone))
+        batch = self._unmarked(data, assignment, marked)
         function = self.functions.prepare(self.call.prepare)
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
-            data.put(key, share, prepared[key].detach().cpu())
+            data.put(key, batch.positions, prepared[key].detach().cpu())
         for name, value in batch.reported.items():
             metrics.add(name, value, 1.0)
+
+    def _unmarked(self, data: IterationData, assignment: Assignment, marked: Set[int]) -> PackedBatch:
+        """This replica's sequences but those that are marked, of all that are assigned."""
+        share = [p for p in assignment.of(self.context.at.dp) if p not in marked]
+        everyone = [p for p in assignment.positions if p not in marked]
+        return self._view(data, share, len(everyone), self._num_elements(data, everyone))
 
     def _view(
         self, data: IterationData, positions: Sequence[int], sequences: int, elements: int

@@ -8,7 +8,7 @@ from typing import Any
 
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
-from realloc.functions import LossFunction, PrepareFunction, ReportFunction
+from realloc.functions import LossFunction, PrepareFunction, ReportFunction, SelectFunction
 from realloc.named_code import import_named
 
 
@@ -26,6 +26,10 @@ class FunctionTable:
         function: PrepareFunction = self._load(name)
         return function
 
+    def select(self, name: str) -> SelectFunction:
+        function: SelectFunction = self._load(name)
+        return function
+
     def report(self, name: str) -> ReportFunction:
         function: ReportFunction = self._load(name)
         return function
@@ -34,7 +38,8 @@ class FunctionTable:
         """Loads every function the graph names. Raises InputError for one that is not there."""
         for call in graph.calls:
             rewards = (source.function for source in call.functions)
-            for name in (call.prepare, call.loss, call.report, *rewards):
+            mixed = None if call.mixture is None else call.mixture.loss
+            for name in (call.select, call.prepare, call.loss, mixed, call.report, *rewards):
                 if name is not None:
                     self._load(name)
 
