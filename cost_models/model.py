@@ -90,7 +90,8 @@ class CostModel:
         strategy = placement.strategy
         # fresh, so that it has been asked for this call alone
         costs = compute_costs(self.profile, self._shapes[call.role], self.experiment.dtype, strategy.tp)
-        CallPricer(self.profile, costs, placement.mesh, strategy, self.experiment.workload).terms(call)
+        work, mixed = self.experiment.workload, self.experiment.mixed
+        CallPricer(self.profile, costs, placement.mesh, strategy, work, mixed=mixed).terms(call)
         return describe_sources(costs)
 
     def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
@@ -190,6 +191,7 @@ class CostModel:
                     placement.strategy,
                     self.experiment.workload,
                     call,
+                    self.experiment.mixed,
                     reallocates=self._reallocates(call.role),
                     stage=stage,
                 )
@@ -218,7 +220,8 @@ class CostModel:
             if form not in self._communications:
                 self._communications[form] = Communication(self.profile, mesh)
             workload = self.experiment.workload
-            pricer = CallPricer(self.profile, costs, mesh, strategy, workload, self._communications[form])
+            links, mixed = self._communications[form], self.experiment.mixed
+            pricer = CallPricer(self.profile, costs, mesh, strategy, workload, links, mixed)
             terms = pricer.terms(call)
             if self.profile.calibration is not None:
                 terms = self.profile.calibration.terms(call.kind, terms)

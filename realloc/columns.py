@@ -30,11 +30,12 @@ class NoColumns(InputError):
 
 
 class Want(Enum):
-    """What an algorithm takes from the data set, for each prompt."""
+    """What an algorithm takes from the data set, for each prompt. Of TEXTS the first token stands for it."""
 
     PROMPTS = "prompts"
     RESPONSES = "prompts with a response"
     PAIRS = "preferences"
+    TEXTS = "whole texts"
 
 
 def wanted(graph: DataflowGraph) -> Want:
@@ -97,29 +98,33 @@ def find_columns(data: DataSpec, want: Want, names: Collection[str], where: str)
             return Columns(messages=messages)
         if has_pair:
             return Columns(None, pair)
-    if want is Want.RESPONSES:
+    if want in (Want.RESPONSES, Want.TEXTS):
         if data.text or data.messages:
             return Columns(text=data.text) if data.text else Columns(messages=data.messages)
+        if want is Want.TEXTS and text and not (data.prompt or data.response):
+            return Columns(text=text)
         if prompt and response:
             return Columns(prompt, (response,))
         if messages or text:
             return Columns(messages=messages) if messages else Columns(text=text)
-    raise NoColumns(f"{where}: {_missing(want, names)}")
+    raise NoColumns(f"{where}: {_missing(want, names, data.section)}")
 
 
-def _missing(want: Want, names: Collection[str]) -> str:
+def _missing(want: Want, names: Collection[str], section: str) -> str:
+    responses = (
+        "'prompt' and 'completion', 'messages', or 'text'",
+        "{0}.prompt and {0}.response, {0}.messages, or {0}.text",
+    )
     known, keys = {
-        Want.PROMPTS: ("'prompt', 'messages', or 'chosen' and 'rejected'", "data.prompt or data.messages"),
-        Want.RESPONSES: (
-            "'prompt' and 'completion', 'messages', or 'text'",
-            "data.prompt and data.response, data.messages, or data.text",
-        ),
-        Want.PAIRS: ("'chosen' and 'rejected'", "data.chosen and data.rejected"),
+        Want.PROMPTS: ("'prompt', 'messages', or 'chosen' and 'rejected'", "{0}.prompt or {0}.messages"),
+        Want.RESPONSES: responses,
+        Want.PAIRS: ("'chosen' and 'rejected'", "{0}.chosen and {0}.rejected"),
+        Want.TEXTS: responses,
     }[want]
     found = ", ".join(f"'{name}'" for name in names) or "none"
     return (
         f"the algorithm takes {want.value}, from the columns {known}; found {found}. Name the columns "
-        f"with {keys}."
+        f"with {keys.format(section)}."
     )
 
 
@@ -133,6 +138,11 @@ class TextReader:
     chat: bool
     template: ChatTemplate | None
     tokenizer_of: str
+    section: str = "data"
+
+    @property
+    def _learns_all(self) -> bool:
+        return self.want is Want.TEXTS or (self.want is Want.RESPONSES and self.loss_on == "all")
 
     def read(self, row: Row, where: str) -> Texts:
         """The texts of a row. Raises BadRow; InputError when a conversation meets no chat template."""
@@ -157,7 +167,7 @@ class TextReader:
 
     def _learned(self, texts: Texts) -> Texts:
         """All but the first token is the response where supervised training learns all."""
-        if self.want is Want.RESPONSES and self.loss_on == "all":
+        if self._learns_all:
             return Texts(None, texts.wholes, texts.is_chat)
         return texts
 
@@ -194,7 +204,7 @@ class TextReader:
         if not turns:
             raise BadRow(where, f"{column}: has no message of the assistant.", "no message of the assistant")
         whole = self._render(row, messages[: turns[-1] + 1], where).rstrip()
-        if self.loss_on == "all":
+        if self._learns_all:
             return Texts(None, (whole,), True)
         learned = turns if self.loss_on == "assistant" else turns[-1:]
         said = [self._said(row, messages, turn, whole, where) for turn in learned]
@@ -220,7 +230,7 @@ class TextReader:
         if self.template is None:
             raise InputError(
                 f"{where}: is a conversation, but {self.tokenizer_of} has no chat template; give one with "
-                f"data.chat_template: FILE.jinja, or use a chat model's tokenizer."
+                f"{self.section}.chat_template: FILE.jinja, or use a chat model's tokenizer."
             )
         tools = row.get("tools")
         try:

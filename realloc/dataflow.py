@@ -67,6 +67,19 @@ class DataKey:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """What a train_step learns beside its batch: sequences of a data set of their own, a part in each step.
+
+    `sequence` is the key of their tokens, which no call reads or writes. `loss` is a function as that of the
+    call, of the same output; both losses' gradients add up. Each optimizer step of the iteration, in each
+    pass, has a part of the sequences, so that they are learned once.
+    """
+
+    sequence: str
+    loss: str
+
+
+@dataclass(frozen=True)
 class Call:
     """One use of one role in an iteration.
 
@@ -85,6 +98,8 @@ class Call:
 
     A compute call has one `function`, or several with weights in `rewards`, or adds up other calls'
     scores: `weights` are of keys that it reads, or makes a `report` of all that it reads.
+
+    A train_step may learn a `mixture` besides.
 
     `every`: a call of evaluation, which runs in each so many-th iteration, on held-out data; 0: of training.
     """
@@ -110,6 +125,7 @@ class Call:
     weights: tuple[tuple[str, float], ...] = ()
     report: str | None = None
     every: int = 0
+    mixture: Mixture | None = None
 
     def num_sequences(self, batch: int) -> int:
         """Sequences that the call works on, of a batch of so many."""
@@ -183,6 +199,11 @@ class DataflowGraph:
         average = self.average(role)
         return self.trainer(role if average is None else average.of)
 
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What train_steps mix in."""
+        return tuple(call.mixture for call in self.calls if call.mixture is not None)
+
     def calls_of(self, role: str) -> tuple[Call, ...]:
         return tuple(call for call in self.calls if call.role == role)
 
@@ -247,6 +268,8 @@ class DataflowGraph:
                 if key not in writers:
                     raise InputError(f"dataflow graph: {call.name} reads '{key}', which nobody writes.")
             _check_call(call)
+        for mixture in self.mixtures:
+            self._check_mixture(mixture, writers)
         for role in self.roles:
             trainers = [c.name for c in self.calls_of(role) if c.kind is CallKind.TRAIN_STEP]
             if len(trainers) > 1:
@@ -258,6 +281,14 @@ class DataflowGraph:
                     f"must be trained and {average.role} must not."
                 )
         self._check_acyclic()
+
+    def _check_mixture(self, mixture: Mixture, writers: Mapping[str, str]) -> None:
+        key = self.key.get(mixture.sequence)
+        if key is None or key.per is not Per.TOKEN or key.name in writers:
+            raise InputError(
+                f"dataflow graph: '{mixture.sequence}' is mixed in: it must be declared, with elements per "
+                f"token, and neither written by a call nor a source key."
+            )
 
     def _check_acyclic(self) -> None:
         within: nx.DiGraph[str] = nx.DiGraph()
@@ -307,5 +338,7 @@ def _check_call(call: Call) -> None:
             f"dataflow graph: {call.name} selects {call.selected} sequences: only inference and train_step "
             f"select, at least one, and whole groups of its {call.together} neighbours."
         )
+    if call.mixture is not None and call.kind is not CallKind.TRAIN_STEP:
+        raise InputError(f"dataflow graph: {call.name} is no train_step and mixes in nothing.")
     if call.kind is not CallKind.TRAIN_STEP and not (call.writes or call.report):
         raise InputError(f"dataflow graph: {call.name} writes nothing.")

@@ -19,6 +19,7 @@ from realloc.files import Reader, nearest, read_file, resolve_path
 from realloc.lengths import Lengths, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
+from realloc.pretrain import SECTION, PretrainData, check_mixtures, parse_pretrain, pretrain_content
 from realloc.rewards import RewardSource, parse_rewards, rewards_content
 from realloc.text_lengths import TextLengths
 from realloc.trust import check_algorithm
@@ -103,6 +104,7 @@ class Experiment:
     workload: Workload
     iterations: int = 1
     data: DataSpec | None = None
+    pretrain: PretrainData | None = None
     reward: str | None = None
     rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSpec | None = None
@@ -118,6 +120,13 @@ class Experiment:
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
+    @property
+    def mixed(self) -> Workload | None:
+        """What an iteration mixes in (`Call.mixture`): the first token of a text stands for its prompt."""
+        if self.pretrain is None:
+            return None
+        return Workload(self.pretrain.sequences, Lengths(1.0, 1), self.pretrain.tokens.less(1))
+
     def resolve_algorithm(self) -> Algorithm:
         return resolve(self.algorithm, "experiment: algorithm")
 
@@ -125,6 +134,8 @@ class Experiment:
         """The checked dataflow graph, every role of which has a model. Raises InputError."""
         graph = self.resolve_algorithm().graph(self)
         graph.check()
+        contexts = {role: spec.shape.max_positions for role, spec in self.models.items()}
+        check_mixtures(graph, self.pretrain, contexts)
         if self.evaluation is not None:
             graph = with_evaluation(graph, self.evaluation)
             graph.check()
@@ -178,8 +189,10 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     check_algorithm(algorithm, reader.at("algorithm"), trust=trust)
     models_reader = reader.child("models")
     models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
+    tokenizer = next((spec.model for spec in models.values() if spec.has_weights), None)
     data_reader = reader.optional_child("data")
     data = None if data_reader is None else parse_data(data_reader, folder)
+    pretrain_reader = reader.optional_child(SECTION)
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
     evaluation_reader = reader.optional_child("evaluation")
@@ -187,9 +200,10 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     experiment = Experiment(
         algorithm=algorithm,
         models=models,
-        workload=_parse_workload(reader.child("workload"), data, models),
+        workload=_parse_workload(reader.child("workload"), data, tokenizer),
         iterations=reader.integer("iterations", 1, minimum=1),
         data=data,
+        pretrain=None if pretrain_reader is None else parse_pretrain(pretrain_reader, folder, tokenizer),
         reward=reader.get("reward", str, None),
         rewards=parse_rewards(reader.raw("rewards", None), reader.at("rewards")),
         evaluation=None if evaluation_reader is None else parse_evaluation(evaluation_reader),
@@ -259,9 +273,8 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
     return spec
 
 
-def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, ModelSpec]) -> Workload:
-    """`measured` lengths are those of the data, by the tokenizer of the first model that is a folder."""
-    folder = next((spec.model for spec in models.values() if spec.has_weights), None)
+def _parse_workload(reader: Reader, data: DataSpec | None, folder: str | None) -> Workload:
+    """`measured` lengths are those of the data, by the tokenizer in `folder`."""
     texts = TextLengths(reader.where, folder, data)
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
@@ -352,6 +365,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     content["iterations"] = experiment.iterations
     if experiment.data is not None:
         content["data"] = data_content(experiment.data)
+    if experiment.pretrain is not None:
+        content[SECTION] = pretrain_content(experiment.pretrain)
     if experiment.reward is not None:
         content["reward"] = experiment.reward
     if experiment.rewards:

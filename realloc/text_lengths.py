@@ -23,7 +23,7 @@ MOST_ROWS = 10_000
 class TextLengths:
     """What there is to measure: a model's folder and the data section, where they are given.
 
-    `where` is the workload that asks, for messages. Both methods raise InputError, naming what is
+    `where` is the section that asks, for messages. All methods raise InputError, naming what is
     missing or the line that is wrong.
     """
 
@@ -57,6 +57,14 @@ class TextLengths:
         except NoColumns:
             raise InputError(missing) from None
         return Counter(len(response) for example in examples for response in example.responses)
+
+    def texts(self, longest: int | None) -> Mapping[int, int]:
+        """Tokens -> how many texts have so many, with the token that ends one; longer ones are cut."""
+        if self.data is None or self.folder is None:
+            raise InputError(f"{self.where}.tokens: measuring takes a model's folder with its tokenizer.")
+        limits = Limits(1, None if longest is None else max(1, longest - 1))
+        examples = _examples(self.data, (Want.TEXTS, Want.TEXTS), self.folder, limits)
+        return Counter(1 + len(response) for example in examples for response in example.responses)
 
 
 def _examples(data: DataSpec, wants: tuple[Want, Want], folder: str, limits: Limits) -> Sequence[Example]:

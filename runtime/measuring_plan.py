@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from realloc.dataflow import CallKind
-from realloc.experiment import Experiment, Sampling
+from realloc.dataflow import Call, CallKind
+from realloc.experiment import Experiment, Sampling, Workload
 from realloc.model_shape import ModelShape
 from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy, forbidden
@@ -124,7 +124,26 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
             work.prompt.maximum,
         )
         result.append((experiment.role_shape(graph, role), sizes))
+        result += [
+            (experiment.role_shape(graph, role), _mixed_sizes(experiment.mixed, call))
+            for call in calls
+            if call.mixture is not None and experiment.mixed is not None
+        ]
     return result
+
+
+def _mixed_sizes(mixed: Workload, call: Call) -> Sizes:
+    """What a train_step's mixture asks of its model."""
+    response = mixed.response
+    step = -(-mixed.sequences // (call.mini_batches * call.epochs))
+    return Sizes(
+        step,
+        mixed.prompt.maximum,
+        max(1, round(response.mean)),
+        not response.is_fixed,
+        generates=False,
+        longest=mixed.prompt.maximum + response.maximum,
+    )
 
 
 def tp_degrees(shape: ModelShape, most: int) -> Iterator[int]:
