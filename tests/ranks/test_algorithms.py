@@ -71,7 +71,7 @@ def content(folder: Path, algorithm: str) -> dict[str, Any]:
     models = models_for(folder, algorithm)
     result = ppo_content(folder, {role: models[role] for role in roles})
     result["workload"]["samples_per_prompt"] = 4
-    if algorithm.split()[0] in ("dpo", "reward"):
+    if algorithm.split(maxsplit=1)[0] in ("dpo", "reward"):
         result["workload"]["samples_per_prompt"] = 2
         result["data"] = write_pairs(folder)
         result["models"] = {role: {"path": models[role], "optimizer": OPTIMIZER} for role in roles}
@@ -144,15 +144,24 @@ EVALUATED: Mapping[str, tuple[str, tuple[str, ...], Mapping[str, Any], Sequence[
     "ppo": (
         "ppo",
         ("actor", "critic", "ref", "reward"),
-        {"win_rate": True, "sampled": True},
-        ("length", "kl", "reward", "reference_reward", "win_rate"),
+        {"win_rate": True, "sampled": True, "gold": "experiments.rewards:sentiment"},
+        (
+            "length",
+            "kl",
+            "reward",
+            "reference_reward",
+            "win_rate",
+            "gold",
+            "best_of_2",
+            "gold_best_of_2",
+        ),
     ),
     "raft": ("raft", ("actor", "reward"), {}, ("length", "reward")),
     "reward": (
         "reward",
         ("reward",),
         {"gold": "experiments.rewards:sentiment"},
-        ("accuracy", "margin", "loss", "calibration", "spearman", "kendall", "best_of"),
+        ("accuracy", "margin", "loss", "calibration", "spearman", "kendall", "best_of_2"),
     ),
 }
 
