@@ -16,7 +16,6 @@ from realloc.augmented import Placement
 from realloc.dataflow import Call, CallKind, Output, Per
 from realloc.errors import RunError
 from realloc.experiment import Experiment
-from realloc.functions import LossFunction
 from runtime.batch import PackedBatch
 from runtime.batching import Assignment, num_passes
 from runtime.call_metrics import add_distribution, add_responses
@@ -26,9 +25,17 @@ from runtime.decoder import Decoder
 from runtime.deepspeed_backend import DeepSpeedTrainer
 from runtime.functions import FunctionTable
 from runtime.generation import generate
-from runtime.metrics import Metrics
+from runtime.metrics import Metrics, StepReport
 from runtime.parallel import ParallelContext
-from runtime.passes import MixedStep, compute_output, empty_pass, mixed_steps, num_elements, pack, zero_loss
+from runtime.passes import (
+    MixedStep,
+    compute_output,
+    empty_pass,
+    mixed_steps,
+    num_elements,
+    pack,
+    zero_loss,
+)
 from runtime.pipeline import MicroBatch, run_forward
 from runtime.scoring import Scorer, may_skip, text_samples, unscored, weighted_sum
 from runtime.selection import settle
@@ -246,13 +253,11 @@ class CallExecutor:
         positions = [p for share in counted for p in share]
         elements = self._num_elements(data, positions)
         function = self.functions.loss(self.call.loss)
-        reporting = [bool(share) for share in counted]
-        if mixed is not None:
-            reporting = [own or bool(share) for own, share in zip(reporting, mixed.shares, strict=True)]
+        report = StepReport(metrics, counted, () if mixed is None else mixed.shares)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             if batch.is_mixed and mixed is not None:
-                return self._mixed_loss(hidden, batch, mixed, metrics)
+                return self._mixed_loss(hidden, batch, mixed, report)
             kept = [p for p in batch.positions if p not in marked]
             if not kept:
                 return zero_loss(self.call.output, self._model, hidden, batch)
@@ -260,7 +265,7 @@ class CallExecutor:
             if len(kept) < len(batch.positions):
                 output = output[self._counted_rows(data, batch, marked)]
             view = self._view(data, kept, len(positions), elements)
-            return self._contribution(function, output, view, metrics)
+            return report.loss(*function(output, view, self.experiment.hyperparameters or {}))
 
         with self.watch.timed("optimizer"):
             self.trainer.zero_gradients()
@@ -273,31 +278,23 @@ class CallExecutor:
         self.trainer.run(batches, loss)
         with self.watch.timed("optimizer"):
             step = self.trainer.step()
-        if reporting[self.context.at.dp]:  # a replica without sequences has no loss to report
-            for name, value in step.items():
-                metrics.add_contribution(name, value / sum(reporting))
-            metrics.end_step(1.0 / sum(reporting))
+        report.close(self.context.at.dp, step)
 
     def _mixed_loss(
-        self, hidden: torch.Tensor, batch: MicroBatch, mixed: MixedStep, metrics: Metrics
+        self,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        mixed: MixedStep,
+        report: StepReport,
     ) -> torch.Tensor:
         """The mixture's loss of a micro-batch; log-probabilities are the model's own, whatever is sampled."""
         key, everyone, kind = mixed.mixture.sequence, mixed.positions, self.call.output
         output = compute_output(kind, self._model, hidden, batch, mixed.data, key, 1.0)
         elements = num_elements(kind, mixed.data, key, everyone)
         view = self._view(mixed.data, batch.positions, len(everyone), elements)
-        return self._contribution(self.functions.loss(mixed.mixture.loss), output, view, metrics)
-
-    def _contribution(
-        self, function: LossFunction, output: torch.Tensor, view: PackedBatch, metrics: Metrics
-    ) -> torch.Tensor:
-        """A micro-batch's part of the step's loss; it and its metrics are reported."""
+        function = self.functions.loss(mixed.mixture.loss)
         value, extra = function(output, view, self.experiment.hyperparameters or {})
-        metrics.add_contribution("loss", value.detach().double().item())
-        for name, contribution in extra.items():
-            metrics.add_contribution(name, float(contribution))
-        result: torch.Tensor = value
-        return result
+        return report.loss(value, extra, is_mixed=True)
 
     def _counted_rows(self, data: IterationData, batch: MicroBatch, marked: Set[int]) -> torch.Tensor:
         """Which elements of the model's output are of sequences that are not marked; bool [elements]."""
