@@ -56,12 +56,18 @@ class CollectiveCost:
 class Link:
     """One kind of link. `latency_s` and `bytes_per_s` are of one point-to-point message.
 
-    `bytes_per_s` is one device's share when all devices of the node use the link.
+    `bytes_per_s` is one device's share when all devices of the node use the link. `estimate`: in a profile
+    that was measured, where the numbers of a link come from that was not.
     """
 
     latency_s: float
     bytes_per_s: float
     collectives: tuple[tuple[str, tuple[CollectiveCost, ...]], ...] = ()
+    estimate: str = ""
+
+    def measured_ranks(self, collective: str) -> tuple[int, ...]:
+        """The group sizes that the collective has numbers for."""
+        return tuple(row.ranks for name, rows in self.collectives if name == collective for row in rows)
 
     def message_s(self, size_bytes: float, messages: float = 1.0) -> float:
         return messages * self.latency_s + size_bytes / self.bytes_per_s
@@ -121,6 +127,7 @@ def read_link(reader: Reader) -> Link:
         latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
         bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
         collectives=tuple(collectives),
+        estimate=reader.get("estimate", str, ""),
     )
     reader.done()
     return link
@@ -162,7 +169,9 @@ def _row_content(row: CollectiveCost) -> Mapping[str, Any]:
 
 def link_content(link: Link) -> Mapping[str, Any]:
     """The link as the mapping that a profile file holds."""
+    estimate = {"estimate": link.estimate} if link.estimate else {}
     return {
+        **estimate,
         "latency_s": link.latency_s,
         "bytes_per_s": link.bytes_per_s,
         "collectives": {name: [_row_content(row) for row in rows] for name, rows in link.collectives},
