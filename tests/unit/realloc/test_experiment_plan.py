@@ -147,6 +147,7 @@ def put(key: str, value: Any) -> Callable[[dict[str, Any]], None]:
         ("models.actr", "llama-7b", "has no role 'actr'. Did you mean 'actor'?"),
         ("models.critic", ..., "needs a model for the role 'critic'"),
         ("models.actor", "llama-7c", "models.actor: 'llama-7c' is neither a folder nor a named"),
+        ("models.actor", "./llama-7c", "a named model shape. Put a Hugging Face model there."),
         ("models.actor", "a\0b", "models.actor.path: 'a\\x00b' has characters"),
         ("models.actor", "~nobody-of-this-name/x", "is not a usable path"),
         ("models.actor", "x" * 5000, "is not a usable path"),
