@@ -15,7 +15,7 @@ from cost_models.compute import ComputeCosts
 from cost_models.measured import compute_costs
 from cost_models.memory import CallMemory, call_memory
 from cost_models.move_bounds import least_reallocate_s
-from cost_models.moves import reallocate_s, transfer_s
+from cost_models.moves import reallocate_s, selection_s, transfer_s
 from cost_models.profile import HardwareProfile
 from cost_models.sources import Found, describe, message_sources, move_sources, neighbour_sources
 from realloc.augmented import Node, NodeKind, Placement, copied_causes
@@ -110,14 +110,15 @@ class CostModel:
         """Seconds to bring data keys from where `src` wrote them to where `dst` reads them, each time."""
         cache_key = (keys, src, dst)
         if cache_key not in self._moves:
-            per_sequence = sum(
-                self.experiment.mean_elements(self.graph.key[key].per) * self.graph.key[key].bytes_per_element
-                for key in keys
-            )
-            sequences = self.experiment.workload.sequences
-            seconds = transfer_s(self.profile, sequences, per_sequence, len(keys), src, dst)
+            sequences, size = self.experiment.workload.sequences, self._sequence_bytes(keys)
+            seconds = transfer_s(self.profile, sequences, size, len(keys), src, dst)
             self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
+
+    def _sequence_bytes(self, keys: tuple[str, ...]) -> float:
+        """Bytes that a sequence of mean length has of these keys."""
+        found = [self.graph.key[key] for key in keys]
+        return sum(self.experiment.mean_elements(key.per) * key.bytes_per_element for key in found)
 
     def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
         """Seconds to bring a role's parameters from the layout of `src` to that of `dst`."""
@@ -234,9 +235,14 @@ class CostModel:
             workload = self.experiment.workload
             links, mixed = self._communications[form], self.experiment.mixed
             pricer = CallPricer(self.profile, costs, mesh, strategy, workload, links, mixed)
-            terms = pricer.terms(call)
+            terms = dict(pricer.terms(call))
+            if call.select is not None:
+                size = self._sequence_bytes(call.reads)
+                terms["dp_communication"] += selection_s(
+                    links, self.profile, call, workload.sequences, size, placement
+                )
             if self.profile.calibration is not None:
-                terms = self.profile.calibration.terms(call.kind, terms)
+                terms = dict(self.profile.calibration.terms(call.kind, terms))
             terms = {term: call.share_of(seconds) for term, seconds in terms.items()}
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]

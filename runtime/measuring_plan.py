@@ -117,7 +117,11 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
             work.prompts,
             experiment.sampling,
             max(
-                (-(-work.sequences // c.mini_batches) for c in calls if c.kind is CallKind.TRAIN_STEP),
+                (
+                    -(-c.num_sequences(work.sequences) // c.mini_batches)
+                    for c in calls
+                    if c.kind is CallKind.TRAIN_STEP
+                ),
                 default=0,
             ),
             work.prompt.maximum + work.response.maximum,
