@@ -10,13 +10,14 @@ from typing import Any
 from realloc.algorithm import Algorithm, resolve
 from realloc.backend import OWN, TRAINING_BACKENDS
 from realloc.cluster import Cluster, cluster_content, parse_cluster
+from realloc.columns import wanted
 from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content, parse_constraints
 from realloc.data_spec import DataSpec, data_content, parse_data
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.evaluation import EvaluationSpec, evaluation_content, parse_evaluation, with_evaluation
 from realloc.files import Reader, nearest, read_file, resolve_path
-from realloc.lengths import Lengths, lengths_content, parse_lengths
+from realloc.lengths import MOST, Lengths, Measure, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 from realloc.pretrain import SECTION, PretrainData, check_mixtures, parse_pretrain, pretrain_content
@@ -197,10 +198,11 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     cluster_reader = reader.optional_child("cluster")
     evaluation_reader = reader.optional_child("evaluation")
     constraints_reader = reader.optional_child("constraints")
+    workload_reader = reader.child("workload")
     experiment = Experiment(
         algorithm=algorithm,
         models=models,
-        workload=_parse_workload(reader.child("workload"), data, tokenizer),
+        workload=_parse_workload(workload_reader, _not_yet, _not_yet),
         iterations=reader.integer("iterations", 1, minimum=1),
         data=data,
         pretrain=None if pretrain_reader is None else parse_pretrain(pretrain_reader, folder, tokenizer),
@@ -221,6 +223,9 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     hyperparameters = algorithm_object.hyperparameters(hyper_reader)
     hyper_reader.done()
     experiment = replace(experiment, hyperparameters=hyperparameters)
+    texts = TextLengths(workload_reader.where, tokenizer, data, wanted(experiment.graph()))
+    workload = _parse_workload(workload_reader, texts.prompts, texts.responses)
+    experiment = replace(experiment, workload=workload)
     graph = experiment.graph()
     for role in graph.roles:
         experiment.role_shape(graph, role)
@@ -273,13 +278,17 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
     return spec
 
 
-def _parse_workload(reader: Reader, data: DataSpec | None, folder: str | None) -> Workload:
-    """`measured` lengths are those of the data, by the tokenizer in `folder`."""
-    texts = TextLengths(reader.where, folder, data)
+def _not_yet(longest: int | None) -> Mapping[int, int]:
+    """Stands for lengths that can be measured once the graph says what is taken from the data."""
+    return {MOST if longest is None else longest: 1}
+
+
+def _parse_workload(reader: Reader, prompts: Measure, responses: Measure) -> Workload:
+    """Lengths that are `measured` are what `prompts` and `responses` find."""
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
-        prompt=parse_lengths(reader, "prompt_tokens", texts.prompts),
-        response=parse_lengths(reader, "response_tokens", texts.responses),
+        prompt=parse_lengths(reader, "prompt_tokens", prompts),
+        response=parse_lengths(reader, "response_tokens", responses),
         samples_per_prompt=reader.integer("samples_per_prompt", 1, minimum=1, maximum=100_000_000),
     )
     reader.done()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from realloc.columns import Want
 from realloc.data_spec import DataSpec, data_content, parse_data
 from realloc.dataflow import DataflowGraph
 from realloc.errors import InputError
@@ -47,7 +48,7 @@ def parse_pretrain(reader: Reader, folder: Path, tokenizer: str | None) -> Pretr
     sequences = reader.integer("sequences", minimum=1, maximum=100_000_000)
     lengths = reader.raw("tokens")  # read below: measuring takes the rest of the section
     data = parse_data(reader, folder, SECTION)
-    texts = TextLengths(reader.where, tokenizer, data).texts
+    texts = TextLengths(reader.where, tokenizer, data, Want.TEXTS).texts
     tokens = parse_lengths(Reader({"tokens": lengths}, reader.where), "tokens", texts)
     if tokens.maximum < 2:
         raise InputError(f"{reader.at('tokens')}: texts of one token teach nothing; allow at least 2.")

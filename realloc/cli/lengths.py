@@ -53,9 +53,10 @@ def _of_data(path: Path) -> int:
 
     experiment = read_experiment(path)
     folder = next((spec.model for spec in experiment.models.values() if spec.has_weights), None)
-    texts = TextLengths(f"{path}: workload", folder, experiment.data)
+    want = wanted(experiment.graph())
+    texts = TextLengths(f"{path}: workload", folder, experiment.data, want)
     _print("prompt_tokens", lengths_of(texts.prompts(None)))
-    if wanted(experiment.graph()) is not Want.PROMPTS:
+    if want is not Want.PROMPTS:
         _print("response_tokens", lengths_of(texts.responses(None)))
     return 0
 
