@@ -7,6 +7,7 @@ section does not name are those that TRL's data sets have: `prompt`, `completion
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from realloc.files import nearest
 from realloc.row_sources import BadRow, Row
 
 CONVERSATIONS = ("messages", "conversations")
+_KNOWN = frozenset((*CONVERSATIONS, "prompt", "completion", "chosen", "rejected", "text"))
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT's conversations call the roles."""
 
@@ -232,19 +234,28 @@ class TextReader:
                 f"{where}: is a conversation, but {self.tokenizer_of} has no chat template; give one with "
                 f"{self.section}.chat_template: FILE.jinja, or use a chat model's tokenizer."
             )
-        tools = row.get("tools")
         try:
-            text = self.template.render(
-                messages, add_generation_prompt=begin, tools=tools if isinstance(tools, list) else None
-            )
+            text = self.template.render(messages, add_generation_prompt=begin, tools=_tools(row, where))
         except TemplateError as error:
             raise BadRow(where, str(error), "refused by the chat template") from None
         return _encodable(text, "the conversation", where)
 
 
+def _tools(row: Row, where: str) -> list[Any] | None:
+    """The functions that a conversation may call: a list, or one as JSON, as Arrow has it."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(where, f"tools: not valid JSON: {error}.", "bad tools") from None
+    return tools if isinstance(tools, list) else None
+
+
 def _value(row: Row, column: str, where: str) -> Any:
     if column not in row:
-        raise BadRow(where, f"has no column '{column}'.{nearest(column, row)}", f"no column '{column}'")
+        others = row.keys() - _KNOWN  # a column that has its own meaning is no misspelling of this one
+        raise BadRow(where, f"has no column '{column}'.{nearest(column, others)}", f"no column '{column}'")
     value = row[column]
     if not isinstance(value, (str, list, tuple)):
         reason = f"{column} is null" if value is None else f"{column} is not text"
@@ -284,13 +295,26 @@ def _messages(value: Any, column: str, where: str, role: str) -> list[Message]:
         if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
             problem = f"{column}: message {number} is no mapping with role and content."
             raise BadRow(where, problem, "bad message")
-        if item.get("content") is None and not item.get("tool_calls"):
+        content = _content(item.get("content"), f"{column}: message {number}", where)
+        if content is None and not item.get("tool_calls"):
             raise BadRow(where, f"{column}: message {number} has no content.", "bad message")
         # Arrow gives every message all keys that any has
-        messages.append({key: value for key, value in item.items() if value is not None})
+        given = {key: value for key, value in item.items() if value is not None}
+        messages.append(given if content is None else given | {"content": content})
     if not messages:
         raise BadRow(where, f"{column}: has no messages.", f"{column} is empty")
     return messages
+
+
+def _content(content: Any, what: str, where: str) -> str | None:
+    """What a message says: text, or a list of parts that are texts."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
+    raise BadRow(where, f"{what} has content that is not text.", "content is not text")
 
 
 def shared_start(texts: Sequence[str]) -> str:
