@@ -67,6 +67,8 @@ def _what(call: Call) -> str:
         text += f", {call.mini_batches} mini-batches"
     if call.epochs > 1:
         text += f", {call.epochs} epochs"
+    if call.select is not None:
+        text += f", on {call.selected} selected sequences"
     if call.mixture is not None:
         text += f", with {call.mixture.sequence}"
     return text

@@ -121,6 +121,8 @@ class _Copier:
         )
 
     def _add(self, call: Call, names: Mapping[str, str], also: tuple[str, ...] = ()) -> None:
+        if call.select is not None:  # all samples are judged
+            call = replace(call, select=None, selected=0, reads=(str(call.sequence),))
         for key in (*call.reads, *call.writes):
             self.keys[names[key]] = replace(self._graph.key[key], name=names[key])
         copy = replace(

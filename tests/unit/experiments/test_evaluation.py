@@ -84,6 +84,14 @@ def test_responses_are_judged_by_copies_of_what_judges_in_training(algorithm: st
     assert again.evaluation == experiment.evaluation
 
 
+def test_all_samples_are_judged_where_training_selects() -> None:
+    work = {"sequences": 8, "samples_per_prompt": 4, "prompt_tokens": 16, "response_tokens": 16}
+    graph = parse("iterative_dpo", {"every": 5}, workload=work).graph()
+    trained, judged = graph.by_name["ref_inf"], graph.by_name["eval_ref_inf"]
+    assert (trained.reads, trained.num_sequences(8)) == (("tokens", "scores"), 4)
+    assert (judged.reads, judged.select, judged.num_sequences(8)) == (("eval_tokens",), None, 8)
+
+
 def test_models_on_held_out_rows() -> None:
     gold = parse("reward", {"every": 2, "gold": "m:f"}).graph()
     assert [call.name for call in gold.calls if call.every] == ["eval_reward_inf", "eval_gold", "evaluation"]
