@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from math import ceil
 
 from cost_models.activations import Phase, StagePass, forward_phases, training_phases
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts
@@ -158,8 +157,8 @@ def _both_kinds(own: StagePass, call: Call, mixed: Workload, stage: int) -> list
         head_rows=size * mixed.response.mean,
         micro_batches=count,
     )
-    kinds, total = (own, other), own.micro_batches + count
-    held = most_in_flight(strategy, stage, total)
+    kinds = (own, other)
+    held = most_in_flight(strategy, stage, int(own.micro_batches) + count)
     rows = sum(kind.micro_batches * kind.head_rows for kind in kinds)
     found = []
     for kind in kinds:
@@ -168,8 +167,7 @@ def _both_kinds(own: StagePass, call: Call, mixed: Workload, stage: int) -> list
         for one in beside:
             taken = min(left, one.micro_batches - (one is kind))
             tokens, left = tokens + taken * one.tokens, left - taken
-        alike = max(2, ceil(rows / kind.head_rows))  # so many micro-batches of this kind have as many rows
-        found.append(replace(kind, kept=tokens / kind.tokens, micro_batches=alike))
+        found.append(replace(kind, kept=tokens / kind.tokens, micro_batches=rows / kind.head_rows))
     return found
 
 

@@ -258,6 +258,8 @@ class Examples:
         )
         if problem is None and example.masks and not any(map(any, example.masks)):
             problem = BadRow(where, "", "nothing to learn within the limits")
+        if problem is None and self.reader.want is Want.TEXTS and not any(example.responses):
+            problem = BadRow(where, "", "text of one token")  # of a tokenizer that ends no text
         return Fit(example, length, cut_prompt, len(long), problem)
 
     def _cut_prompt(self, ids: Ids, most: int) -> Ids:
