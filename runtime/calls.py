@@ -125,7 +125,8 @@ class CallExecutor:
             flags = self.functions.select(function)(batch, self.experiment.hyperparameters or {}).tolist()
             chosen = [p for p, flag in zip(batch.positions, flags, strict=True) if flag]
             reported = batch.reported
-        return settle(self.call, self.context, data, before, chosen), reported
+        with self.watch.timed("dp_communication"):
+            return settle(self.call, self.context, data, before, chosen), reported
 
     # generate -------------------------------------------------------------------------------
 
@@ -234,8 +235,8 @@ class CallExecutor:
         marked = frozenset(marks.nonzero()[:, 0].tolist())
         if len(marked) == data.num_sequences:
             raise RunError(
-                f"{self.call.name}: none of the {len(marked)} samples of this iteration has a score; every "
-                f"reward of one failed, and 'on_failure: skip' (rewards) left nothing to learn from."
+                f"{self.call.name}: none of the {len(marked)} samples of this iteration has a score: rewards "
+                f"failed on each, as the logs say, and 'on_failure: skip' left nothing to learn from."
             )
         return marked
 
@@ -309,7 +310,7 @@ class CallExecutor:
         if self.call.prepare is None or not self.context.is_last:
             return
         batch = self._unmarked(data, assignment, marked)
-        function = self.functions.prepare(self.call.prepare)
+        function = self.functions.prepare(self.call.prepare, self.call.prepared)
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
             data.put(key, batch.positions, prepared[key].detach().cpu())
