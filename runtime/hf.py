@@ -20,12 +20,14 @@ from safetensors.torch import save_file
 from realloc.errors import InputError, RunError
 from realloc.layout import Box
 from realloc.model_shape import ModelShape
-from realloc.params import HEAD, ParamSpec, parameters
+from realloc.params import FINAL_NORM, HEAD, ParamSpec, parameters
 from runtime.hf_names import FAMILIES, SCORE, source
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+NEW_SCORES = 0.2
+"""Standard deviation of the scores, or values, that a new scalar head gives."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -122,8 +124,8 @@ def load_boxes(
     """The boxes of a model's parameters from a Hugging Face folder; reads only those.
 
     A scalar head that the folder lacks (a causal LM that becomes a critic or a reward model) is new, if
-    `new_head` allows it: zeros, as `_new_scalar_head` says. Raises InputError for a missing or misshapen
-    tensor, for a damaged file, and for weights that are not safetensors.
+    `new_head` allows it: a small one, as `_new_scalar_head` says. Raises InputError for a missing or
+    misshapen tensor, for a damaged file, and for weights that are not safetensors.
     """
     specs = {spec.name: spec for spec in parameters(shape)}
     with Checkpoint(folder) as checkpoint:
@@ -142,7 +144,7 @@ def _load(
     name = next((name for name in where.names if name in checkpoint), None)
     if name is None:
         if spec.name == HEAD and shape.head == "scalar":
-            return _new_scalar_head(checkpoint, box, new_head)
+            return _new_scalar_head(checkpoint, shape, box, new_head)
         raise InputError(
             f"{checkpoint.folder}: lacks the tensor '{where.names[0]}', which config.json asks for."
         )
@@ -165,21 +167,24 @@ def _load(
     return piece
 
 
-def _new_scalar_head(checkpoint: Checkpoint, box: Box, allowed: bool) -> torch.Tensor:
-    """Zeros: every score begins as 0, whatever the size of the hidden states.
+def _new_scalar_head(checkpoint: Checkpoint, shape: ModelShape, box: Box, allowed: bool) -> torch.Tensor:
+    """A normal draw, the same under every plan, that gives scores of deviation NEW_SCORES.
 
-    So a reward model's first loss is ln 2 and a critic's first values are 0, as in the code of Ziegler et
-    al. 2019 (arXiv 1909.08593). A normal draw with deviation 1 / sqrt(hidden + 1), which is theirs for reward
-    models, gives scores of deviation 1 only where hidden states have a mean square of 1; a final norm with
-    large weights makes them noise that training has to unlearn. Zeros learn: the head has a gradient at once,
-    the layers below from the second step on.
+    The final norm's weights say how large hidden states are, so that a reward model's first loss is close to
+    ln 2 and a critic's first values are close to 0 whatever the model. Drawn for hidden states of mean square
+    1 and scores of deviation 1, as by Stiennon et al. 2020 (arXiv 2009.01325), scores are noise that training
+    first has to unlearn. Zeros are no better: the layers below learn through the head, and wait for it.
     """
     if not allowed:
         raise InputError(
-            f"{checkpoint.folder}: lacks the tensor '{SCORE}', a scalar head, and is not trained, so all its "
-            f"scores would be 0; take a trained reward model (algorithm: reward makes one)."
+            f"{checkpoint.folder}: lacks the tensor '{SCORE}', a scalar head, and is not trained, so its "
+            f"scores would be noise; take a trained reward model (algorithm: reward makes one)."
         )
-    return torch.zeros(box.shape)
+    norm = next(spec for spec in parameters(shape) if spec.name == f"{FINAL_NORM}.weight")
+    weights: torch.Tensor = checkpoint.slice(source(FAMILIES[shape.family], norm).names[0])[:]
+    size = float(weights.float().norm()) or 1.0
+    head = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
+    return (head * (NEW_SCORES / size))[box.slices]
 
 
 def save_hf(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experiments import toy
 from tests.ranks.engine import ITERATIONS, assert_same, make_plan, ppo_content, run, write_models
@@ -83,8 +84,11 @@ def models_for(folder: Path, algorithm: str) -> dict[str, str]:
     if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
         write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
         toy.write_tokenizer(folder / "ref")
-    if "new head" in algorithm:
+    if "new head" in algorithm:  # on large hidden states
         models["reward"] = models["actor"]
+        weights = load_file(folder / "actor" / "model.safetensors")
+        weights["model.norm.weight"] *= 10.0
+        save_file(weights, folder / "actor" / "model.safetensors", {"format": "pt"})
     return models
 
 
@@ -107,7 +111,7 @@ def test_plans_change_nothing(tmp_path: Path, algorithm: str) -> None:
     trained = "reward_train" if algorithm.startswith("reward") else "actor_train"
     losses = [metrics[f"{trained}/loss"] for metrics in expected.metrics]
     if "new head" in algorithm:
-        assert losses[0] == pytest.approx(log(2), rel=1e-6)
+        assert losses[0] == pytest.approx(log(2), abs=0.05)
     assert len(set(losses)) == len(losses), "every iteration has a loss of its own"
     for name, (gpus, placements) in PLANS.items():
         plan = make_plan(tmp_path, experiment, gpus, placements)
