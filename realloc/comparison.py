@@ -238,7 +238,7 @@ def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
     assert line.measured_s is not None
     slower = line.measured_s > line.predicted_s
     machine = trace.machine
-    if slower and machine is not None and machine.cores < trace.world_size and _is_on_host(machine.device):
+    if slower and machine is not None and machine.cores < trace.world_size and is_host(machine.device):
         yield f"ranks share cores: {trace.world_size} ranks on {machine.cores} cores"
     if slower and line.term in ("", COMPUTE) and (busy := crowded(trace, line.node)):
         yield busy
@@ -264,12 +264,12 @@ def core_share(trace: Trace, node: str = "") -> float | None:
 def crowded(trace: Trace, node: str = "") -> str:
     """That something else used the host on which ranks computed, in words; empty where nothing did."""
     share = core_share(trace, node)
-    if trace.machine is None or not _is_on_host(trace.machine.device) or share is None or share >= _CROWDED:
+    if trace.machine is None or not is_host(trace.machine.device) or share is None or share >= _CROWDED:
         return ""
     return f"something else used the machine: ranks had a core for {share:.0%} of their computing time"
 
 
-def _is_on_host(device: str) -> bool:
+def is_host(device: str) -> bool:
     """Whether the ranks compute on the host's cores: profiles name such a device a host."""
     return " host " in f" {device} "
 
