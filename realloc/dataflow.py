@@ -332,11 +332,12 @@ def _check_call(call: Call) -> None:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
     if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:
         raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch, epoch and neighbour.")
-    selects = call.kind in (CallKind.INFERENCE, CallKind.TRAIN_STEP) and call.selected > 0
-    if call.select is not None and not (selects and call.selected % call.together == 0):
+    may_select = call.select is not None and call.kind in (CallKind.INFERENCE, CallKind.TRAIN_STEP)
+    number = call.selected if may_select else 0
+    if (call.select is not None or call.selected) and (number < 1 or number % call.together):
         raise InputError(
             f"dataflow graph: {call.name} selects {call.selected} sequences: only inference and train_step "
-            f"select, at least one, and whole groups of its {call.together} neighbours."
+            f"select, by a function 'select', at least one, and whole groups of {call.together} neighbours."
         )
     if call.mixture is not None and call.kind is not CallKind.TRAIN_STEP:
         raise InputError(f"dataflow graph: {call.name} is no train_step and mixes in nothing.")
