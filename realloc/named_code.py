@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import traceback
+from pathlib import Path
 from types import ModuleType
 
 from realloc.errors import InputError
@@ -34,10 +35,17 @@ def described(error: BaseException, caller: str = "") -> str:
     """
     text = " ".join(f"{type(error).__name__}: {error}".rstrip(": ").splitlines())
     text = text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
-    if isinstance(error, SyntaxError):  # which says itself where it is
-        return text
-    frames = traceback.extract_tb(error.__traceback__)
-    place = next((f for f in reversed(frames) if not f.filename.startswith("<frozen")), None)
-    if place is None or place.filename == caller:
-        return text
-    return f"{text} ({place.filename}, line {place.lineno})"
+    return text + place_of(error, caller)
+
+
+def place_of(error: BaseException, caller: str = "") -> str:
+    """` (FILE, line N)` of the last line that ran before the error, outside of installed packages if any did.
+
+    Empty where there is none, and where it is in `caller` or known to the error itself.
+    """
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<frozen")]
+    own = [frame for frame in frames if "site-packages" not in Path(frame.filename).parts]
+    if isinstance(error, SyntaxError) or not frames:
+        return ""
+    frame = (own or frames)[-1]
+    return "" if frame.filename == caller else f" ({frame.filename}, line {frame.lineno})"
