@@ -85,7 +85,7 @@ class Call:
 
     `sequence` names the key that holds the token ids the call works on: the prompts for
     `generate`, prompt + response for the other kinds. `output` is what the model computes.
-    `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
+    `select`, `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
     algorithm's functions module, or `module:function`; `runtime` loads them, nothing else does
     (contracts: `realloc.functions`). `prepared` are the keys that `prepare` adds for the loss.
     `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes. A

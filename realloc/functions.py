@@ -88,7 +88,7 @@ class Batch(Protocol):
         """
 
     def report(self, name: str, value: float) -> None:
-        """A metric of the iteration, from `prepare`; the same number on every rank."""
+        """A metric of the iteration, from `select` or `prepare`; the same number on every rank."""
 
     def finished(self, key: str) -> Any:
         """bool tensor [num_sequences]: whether the response in the sequence `key` ended by itself.

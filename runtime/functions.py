@@ -57,8 +57,16 @@ class FunctionTable:
         return checked
 
     def select(self, name: str) -> SelectFunction:
+        """Raises RunError where the function does not return one element for each sequence."""
         function: SelectFunction = self._load(name)
-        return function
+
+        def checked(batch: Batch, hyperparameters: Mapping[str, Any]) -> Any:
+            answer = function(batch, hyperparameters)
+            if not (isinstance(answer, torch.Tensor) and answer.shape == (batch.num_sequences,)):
+                raise self._broken(name, f"{_kind(answer)} for a batch of {batch.num_sequences} sequences")
+            return answer
+
+        return checked
 
     def report(self, name: str) -> ReportFunction:
         function: ReportFunction = self._load(name)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
@@ -24,6 +25,10 @@ def returned(value: Any, batch: Any, hyperparameters: Mapping[str, Any]) -> Any:
 
 def prepared(batch: Any, hyperparameters: Mapping[str, Any]) -> Any:
     return batch
+
+
+def picked(batch: Any, hyperparameters: Mapping[str, Any]) -> Any:
+    return batch.value
 
 
 @pytest.mark.parametrize(
@@ -58,6 +63,18 @@ def test_a_loss_that_is_right_passes() -> None:
 def test_what_is_prepared_is_there(value: Any, message: str) -> None:
     with pytest.raises(RunError, match=message):
         TABLE.prepare("prepared", ("returns",))(value, {})
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [([True, False], "list for a batch of 2"), (torch.ones(3), r"a tensor of shape \[3\] for a batch of 2")],
+)
+def test_a_selection_has_an_element_for_each_sequence(value: Any, message: str) -> None:
+    batch = SimpleNamespace(value=value, num_sequences=2)
+    with pytest.raises(RunError, match=message):
+        TABLE.select("picked")(cast(Any, batch), {})
+    batch.value = torch.tensor([True, False])
+    assert TABLE.select("picked")(cast(Any, batch), {}) is batch.value
 
 
 def test_values_are_as_many_as_their_sequences_take() -> None:
