@@ -254,7 +254,8 @@ def _tools(row: Row, where: str) -> list[Any] | None:
 
 def _value(row: Row, column: str, where: str) -> Any:
     if column not in row:
-        others = row.keys() - _KNOWN  # a column that has its own meaning is no misspelling of this one
+        # of two columns that have meanings of their own, one is no misspelling of the other
+        others = row.keys() - _KNOWN if column in _KNOWN else row
         raise BadRow(where, f"has no column '{column}'.{nearest(column, others)}", f"no column '{column}'")
     value = row[column]
     if not isinstance(value, (str, list, tuple)):

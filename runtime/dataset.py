@@ -216,6 +216,11 @@ def read_dataset(
     examples = open_examples(data, want, tokenizer, limits)
     rows, counts = used_rows(examples, kept_in)
     used, held_rows = split(rows, data.holdout, seed)
+    if data.holdout and not (len(used) and len(held_rows)):
+        raise InputError(
+            f"{data.path}: data.holdout: {data.holdout:g} of {len(rows)} rows keeps {len(held_rows)} and "
+            f"leaves {len(used)} to train on; both need at least one."
+        )
     groups = groups_of(used, examples.source.parts) if data.weights else (used,)
     if not all(map(len, groups)):
         raise InputError(f"{data.path}: a path with a weight has no row that can be used.")
