@@ -49,6 +49,7 @@ def _of_data(path: Path) -> int:
     from realloc.columns import Want, wanted
     from realloc.experiment import read_experiment
     from realloc.lengths import lengths_of
+    from realloc.pretrain import SECTION
     from realloc.text_lengths import TextLengths
 
     experiment = read_experiment(path)
@@ -58,6 +59,9 @@ def _of_data(path: Path) -> int:
     _print("prompt_tokens", lengths_of(texts.prompts(None)))
     if want is not Want.PROMPTS:
         _print("response_tokens", lengths_of(texts.responses(None)))
+    if experiment.pretrain is not None:
+        mixed = TextLengths(f"{path}: {SECTION}", folder, experiment.pretrain.data, Want.TEXTS)
+        _print(f"{SECTION}: tokens", lengths_of(mixed.texts(None)))
     return 0
 
 
