@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from experiments import toy
 from realloc.files import Reader
 from realloc.plan import ExecutionPlan, plan_text, read_plan
+from runtime.checkpoint_files import checkpoints_folder, list_checkpoints
 from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
@@ -190,3 +191,8 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-4) -> 
         for name, want_tensor in tensors.items():
             difference = np.linalg.norm(actual.weights[role][name] - want_tensor)
             assert difference <= tolerance * np.linalg.norm(want_tensor), (role, name, difference)
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """Those of a run's folder, oldest first."""
+    return [path.name for path in list_checkpoints(checkpoints_folder(out))]
