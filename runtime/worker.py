@@ -119,7 +119,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> 
     )
     dist.barrier()
     samples = SampleReporter(plan, rank, spec.samples, dataset.decode)
-    recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
+    recorder, pace = Recorder(rank, _shared_epoch(rank), device), RunPace(plan, device)
 
     def entering(iteration: int, index: int) -> None:
         heartbeat.at(iteration, index)
