@@ -91,16 +91,16 @@ def held_out_spec(data: DataSpec) -> DataSpec | None:
 def local_files(data: DataSpec) -> list[Path]:
     """The files and folders on this machine that the section names, globs expanded. Raises InputError."""
     paths = (*data.paths, *data.holdout_paths)
-    return [path for text in paths if not text.startswith(HUB) for path in _matches(text)]
+    return [path for text in paths if not text.startswith(HUB) for path in _matches(text, data)]
 
 
-def _matches(text: str) -> list[Path]:
+def _matches(text: str, data: DataSpec) -> list[Path]:
     path = Path(text)
     if path.exists() or not glob.has_magic(text):
         return [path]
     found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not found:
-        raise InputError(f"{text}: no file has such a name (the experiment's data.path).")
+        raise InputError(f"{text}: no file has such a name (the experiment's {data.section}.path).")
     return found
 
 
@@ -109,13 +109,13 @@ def _open_path(text: str, data: DataSpec) -> Rows:
         from realloc.table_sources import open_hub
 
         return open_hub(text.removeprefix(HUB), data.config, data.split)
-    opened = [_open_file(path, data) for path in _matches(text)]
+    opened = [_open_file(path, data) for path in _matches(text, data)]
     return opened[0] if len(opened) == 1 else _Chain(tuple(opened))
 
 
 def _open_file(path: Path, data: DataSpec) -> Rows:
     if not path.exists():
-        raise InputError(f"{path}: no such file (the experiment's data.path).")
+        raise InputError(f"{path}: no such file (the experiment's {data.section}.path).")
     kind = data.format or _kind(path)
     if kind == "datasets":
         from realloc.table_sources import open_folder

@@ -31,9 +31,9 @@ from runtime.passes import (
     MixedStep,
     compute_output,
     empty_pass,
+    make_micro_batches,
     mixed_steps,
     num_elements,
-    pack,
     zero_loss,
 )
 from runtime.pipeline import MicroBatch, run_forward
@@ -377,7 +377,7 @@ class CallExecutor:
         return self.decoder
 
     def _micro_batches(self, data: IterationData, share: Sequence[int]) -> list[MicroBatch]:
-        return pack(self.context, data, self._sequence, share, self.call.together)
+        return make_micro_batches(self.context, data, self._sequence, share, self.call.together)
 
     def _num_elements(self, data: IterationData, positions: Sequence[int]) -> int:
         """Elements of the model's output for these sequences."""

@@ -40,7 +40,7 @@ class MixedStep:
     def micro_batches(self, context: ParallelContext) -> list[MicroBatch]:
         """This rank's, as many again as the strategy splits a share of the batch into."""
         share = self.shares[context.at.dp]
-        return pack(context, self.data, self.mixture.sequence, share, is_mixed=True)
+        return make_micro_batches(context, self.data, self.mixture.sequence, share, is_mixed=True)
 
     def num_passes(self, context: ParallelContext) -> int:
         """The largest number of micro-batches that any rank has."""
@@ -55,7 +55,7 @@ def mixed_steps(call: Call, context: ParallelContext, data: IterationData) -> li
     return [MixedStep(call.mixture, data, shares) for shares in parts.shares]
 
 
-def pack(
+def make_micro_batches(
     context: ParallelContext,
     data: IterationData,
     key: str,

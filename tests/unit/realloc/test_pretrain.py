@@ -122,7 +122,7 @@ def test_a_critic_may_have_a_shorter_context_than_the_texts(folder: Path) -> Non
         ([{"text": "a fox ."}, {"text": "  "}], {}, r"bad\.jsonl, line 2: text: is empty"),
         ([{"story": "a fox ."}], {}, r"takes whole texts, .* found 'story'\. .* pretrain_data\.text"),
         ([{"text": "a fox ."}], {"text": "txt"}, r"line 1: has no column 'txt'\. Did you mean 'text'"),
-        ([{"text": "a fox ."}], {"path": "none.jsonl"}, "none.jsonl: no such file"),
+        ([{"text": "a fox ."}], {"path": "none.jsonl"}, r"none\.jsonl: no such file .*pretrain_data\.path"),
         ([{"messages": [{"role": "assistant", "content": "hi"}]}], {}, r"pretrain_data\.chat_template"),
         (
             [{"text": "a fox met a dog in the garden ."}],
