@@ -11,10 +11,9 @@ from planner.page.svg import Drawing
 PITCH, HEIGHT, CHART = 450.0, 300.0, 380.0
 LEFT, TOP, FOOT = 56.0, 40.0, 250.0
 _STYLE = (
-    "text{font-family:system-ui,sans-serif;fill:#1b1f24}.grid{stroke:#d5d9de}.seed{fill:none;stroke:#8ab8d8;"
-    "stroke-width:1}.mean{fill:none;stroke:#0072B2;stroke-width:2.5}.faint{fill:#5b6470}"
+    "text{fill:#1b1f24}.grid{stroke:#d5d9de}.seed{fill:none;stroke:#8ab8d8;"
+    "stroke-width:1}.mean{fill:none;stroke:#0072B2;stroke-width:2.5}"
     ".other-seed{fill:none;stroke:#f0b27f;stroke-width:1}.other-mean{fill:none;stroke:#D55E00;stroke-width:2.5}"
-    ".strong{font-weight:600}rect.paper{fill:#fff}"
 )
 _CLASSES = ("", "other-")
 Curves = Sequence[Sequence[float]]
@@ -37,15 +36,13 @@ def _page(
 ) -> str:
     width = places * PITCH
     drawing = Drawing(HEIGHT, title, width)
-    drawing.rect(0, 0, width, HEIGHT, css="paper")
     for index, (name, curves) in enumerate(charts):
         _chart(drawing, index * PITCH, f"{title}: {name}", curves)
     for index, (side, css) in enumerate(zip(sides, _CLASSES, strict=False)):
         x, y = LEFT + 90.0 * index, FOOT + 34
         drawing.line(x, y - 4, x + 22, y - 4, f"{css}mean")
         drawing.text(x + 28, y, side, size=12)
-    head, _, rest = drawing.markup().partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'
+    return drawing.file(_STYLE)
 
 
 def _chart(drawing: Drawing, left: float, title: str, sides: Sequence[Curves]) -> None:
