@@ -36,12 +36,14 @@ class CollectiveCost:
 
     With a `knee`, (bytes, seconds) that were measured between: a straight line up to it, and
     `bytes_per_s` from there on. Small tensors go another way than large ones, through other caches.
+    `spread`: the distance of the samples' quartiles as a share of their median, where it was measured.
     """
 
     ranks: int
     latency_s: float
     bytes_per_s: float
     knee: tuple[float, float] | None = None
+    spread: float = 0.0
 
     def seconds(self, size_bytes: float) -> float:
         if self.knee is None:
@@ -57,13 +59,14 @@ class Link:
     """One kind of link. `latency_s` and `bytes_per_s` are of one point-to-point message.
 
     `bytes_per_s` is one device's share when all devices of the node use the link. `estimate`: in a profile
-    that was measured, where the numbers of a link come from that was not.
+    that was measured, where the numbers of a link come from that was not. `spread`: of messages, as above.
     """
 
     latency_s: float
     bytes_per_s: float
     collectives: tuple[tuple[str, tuple[CollectiveCost, ...]], ...] = ()
     estimate: str = ""
+    spread: float = 0.0
 
     def measured_ranks(self, collective: str) -> tuple[int, ...]:
         """The group sizes that the collective has numbers for."""
@@ -128,6 +131,7 @@ def read_link(reader: Reader) -> Link:
         bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
         collectives=tuple(collectives),
         estimate=reader.get("estimate", str, ""),
+        spread=reader.number("spread", 0.0, minimum=0.0),
     )
     reader.done()
     return link
@@ -142,6 +146,7 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
             bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
             knee=_read_knee(reader),
+            spread=reader.number("spread", 0.0, minimum=0.0),
         )
         reader.done()
         if rows and row.ranks <= rows[-1].ranks:
@@ -163,15 +168,15 @@ def _read_knee(reader: Reader) -> tuple[float, float] | None:
 
 
 def _row_content(row: CollectiveCost) -> Mapping[str, Any]:
-    content = {key: value for key, value in vars(row).items() if key != "knee"}
+    content = {key: value for key, value in vars(row).items() if key != "knee" and (value or key != "spread")}
     return content if row.knee is None else {**content, "knee": list(row.knee)}
 
 
 def link_content(link: Link) -> Mapping[str, Any]:
     """The link as the mapping that a profile file holds."""
-    estimate = {"estimate": link.estimate} if link.estimate else {}
+    told = {"estimate": link.estimate, "spread": link.spread}
     return {
-        **estimate,
+        **{key: value for key, value in told.items() if value},
         "latency_s": link.latency_s,
         "bytes_per_s": link.bytes_per_s,
         "collectives": {name: [_row_content(row) for row in rows] for name, rows in link.collectives},

@@ -185,7 +185,9 @@ def _tables(spec: TableSpec, progress: Progress) -> Mapping[str, Any] | None:
         try:
             failure = progress.follow(process)
             if process.wait():
-                raise RunError(f"realloc profile: {failure or last_line(folder / 'log')}")
+                if failure is not None:
+                    raise InputError(failure)
+                raise RunError(f"realloc profile: {last_line(folder / 'log')}")
         finally:
             if process.poll() is None:
                 process.kill()

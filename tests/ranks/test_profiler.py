@@ -52,6 +52,9 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
     tables = dict(profile.intra_node.collectives)
     assert set(tables) == {"all_reduce", "all_gather", "reduce_scatter"}
     assert [row.ranks for row in tables["all_reduce"]] == [2]
+    # every number of a link says how far its samples lay apart
+    assert profile.intra_node.spread > 0
+    assert all(row.spread > 0 for rows in tables.values() for row in rows)
     if profile.attention.per_sequence:  # a CPU
         assert profile.concurrency is not None
         assert [x for x, _ in profile.concurrency.points] == [1, 2]
