@@ -22,6 +22,7 @@ from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 from realloc.pretrain import SECTION, PretrainData, check_mixtures, parse_pretrain, pretrain_content
 from realloc.rewards import RewardSource, parse_rewards, rewards_content
+from realloc.sampling import AS_IT_IS, Sampling, parse_sampling, sampling_content
 from realloc.text_lengths import TextLengths
 from realloc.trust import check_algorithm
 
@@ -77,28 +78,6 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How `generate` picks tokens, and what ends a response besides its maximum length.
-
-    `temperature` 0 is greedy. Otherwise tokens come from the `top_k` most likely ones (0: all), of
-    these from the fewest that have a share of `top_p`. `min_new_tokens`: before so many tokens no
-    end-of-sequence token is drawn, and no stop string counts. `stop`: a response ends with the
-    token after which its text contains one of these strings. `ignore_eos`: end-of-sequence tokens
-    end nothing.
-
-    Log-probabilities are those of the whole distribution at `temperature` (at 1 when greedy),
-    before anything is left out, in `generate` as in `inference` and `train_step`.
-    """
-
-    temperature: float = 1.0
-    ignore_eos: bool = False
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Experiment:
     algorithm: str
     models: Mapping[str, ModelSpec]
@@ -110,7 +89,7 @@ class Experiment:
     rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSpec | None = None
     hyperparameters: Mapping[str, Any] | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = AS_IT_IS
     dtype: str = "float32"
     seed: int = 0
     cluster: Cluster | None = None
@@ -209,7 +188,7 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
         reward=reader.get("reward", str, None),
         rewards=parse_rewards(reader.raw("rewards", None), reader.at("rewards")),
         evaluation=None if evaluation_reader is None else parse_evaluation(evaluation_reader),
-        sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
+        sampling=AS_IT_IS if sampling_reader is None else parse_sampling(sampling_reader),
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
         cluster=None if cluster_reader is None else parse_cluster(cluster_reader, folder),
@@ -231,6 +210,13 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
         experiment.role_shape(graph, role)
     experiment.constraints.check(graph, reader.at("constraints"))
     _check_lengths(experiment, reader.where)
+    _check_together(experiment, reader)
+    return experiment
+
+
+def _check_together(experiment: Experiment, reader: Reader) -> None:
+    """What one section asks of another."""
+    data = experiment.data
     if experiment.evaluation is not None and data is not None and not data.holds_out:
         raise InputError(
             f"{reader.at('evaluation')}: takes rows that are not trained on; keep some with data.holdout, "
@@ -241,7 +227,6 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
             f"{reader.where}: training_backend: {experiment.training_backend} trains in float32, not "
             f"{experiment.dtype}; change dtype, or use training_backend: own."
         )
-    return experiment
 
 
 def _parse_model(models: Reader, role: str, folder: Path) -> ModelSpec:
@@ -300,30 +285,6 @@ def _parse_workload(reader: Reader, prompts: Measure, responses: Measure) -> Wor
     return workload
 
 
-def _parse_sampling(reader: Reader) -> Sampling:
-    sampling = Sampling(
-        temperature=reader.number("temperature", 1.0, minimum=0.0, maximum=100.0),
-        ignore_eos=reader.get("ignore_eos", bool, False),
-        top_k=reader.integer("top_k", 0, minimum=0, maximum=100_000_000),
-        top_p=reader.number("top_p", 1.0, minimum=0.0, maximum=1.0),
-        min_new_tokens=reader.integer("min_new_tokens", 0, minimum=0, maximum=100_000_000),
-        stop=_parse_stop(reader),
-    )
-    reader.done()
-    return sampling
-
-
-def _parse_stop(reader: Reader) -> tuple[str, ...]:
-    """One string or a list of them, none of them empty."""
-    value = reader.raw("stop", [])
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
-        raise InputError(
-            f"{reader.at('stop')}: expected a list of strings that are not empty, got {value!r}."
-        )
-    return tuple(strings)
-
-
 def _check_lengths(experiment: Experiment, where: str) -> None:
     total = experiment.workload.prompt.maximum + experiment.workload.response.maximum
     least, most = experiment.sampling.min_new_tokens, experiment.workload.response.maximum
@@ -339,17 +300,6 @@ def _check_lengths(experiment: Experiment, where: str) -> None:
                 f"plus responses of up to {experiment.workload.response.maximum} make {total}, but "
                 f"{spec.role}'s model has a context of {spec.shape.max_positions}; shorten one."
             )
-
-
-def _sampling_content(sampling: Sampling) -> Mapping[str, Any]:
-    """Temperature and ignore_eos, and whatever else is not its default."""
-    default = Sampling()
-    always = ("temperature", "ignore_eos")
-    return {
-        name: list(value) if name == "stop" else value
-        for name, value in vars(sampling).items()
-        if name in always or value != getattr(default, name)
-    }
 
 
 def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
@@ -383,7 +333,7 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     if experiment.evaluation is not None:
         content["evaluation"] = evaluation_content(experiment.evaluation)
     content["hyperparameters"] = dict(experiment.hyperparameters or {})
-    content["sampling"] = _sampling_content(experiment.sampling)
+    content["sampling"] = sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype
     content["seed"] = experiment.seed
     if experiment.training_backend != OWN:

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from realloc.dataflow import Call, CallKind
-from realloc.experiment import Experiment, Sampling, Workload
+from realloc.experiment import Experiment, Workload
 from realloc.model_shape import ModelShape
+from realloc.sampling import Sampling
 from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy, forbidden
 

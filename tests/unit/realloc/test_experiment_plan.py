@@ -14,9 +14,10 @@ from realloc.algorithm import resolve
 from realloc.cluster import Cluster, cluster_content, read_cluster
 from realloc.dataflow import CallKind, Per
 from realloc.errors import InputError, PlanError, ReallocError
-from realloc.experiment import Experiment, Sampling, experiment_content, read_experiment
+from realloc.experiment import Experiment, experiment_content, read_experiment
 from realloc.files import dump_yaml, write_text
 from realloc.plan import ExecutionPlan, read_plan, write_plan
+from realloc.sampling import Sampling
 from realloc.strategy import Strategy
 from realloc.trace import TraceRecord, median, read_trace, trace_lines
 from tests.tiny import write_tiny_llama
