@@ -76,6 +76,8 @@ def training(run: Path) -> dict[str, Any]:
         "pairs": len(metrics) * experiment["workload"]["sequences"] // 2,
         "tokens": sum(m["reward_train/tokens"] for m in metrics),
         "seconds": sum(m["seconds"] for m in metrics),
+        "workload": experiment["workload"],
+        "optimizer": experiment["models"]["reward"]["optimizer"],
         "first_loss": metrics[0]["reward_train/loss"],
         "loss": [_mean([m["reward_train/loss"] for m in quarter]) for quarter in quarters],
         "accuracy": [_mean([m["reward_train/accuracy"] for m in quarter]) for quarter in quarters],
