@@ -31,14 +31,17 @@ PLANS: Mapping[str, tuple[int, str]] = {
 
 
 def experiment(folder: Path, **changes: Any) -> dict[str, Any]:
-    """An iteration has an epoch and a quarter of texts; what is sampled is not the model's distribution."""
+    """Ten texts for four steps, of four different ones: two epochs and a half of them.
+
+    What is sampled is not the model's own distribution, which the texts are learned by.
+    """
     models = write_models(folder, **GROUPED)
     rows = [json.loads(line) for line in (folder / "train.jsonl").read_text().splitlines()]
     texts = [" ".join(row["story"].split()[: 4 + 3 * i]) for i, row in enumerate(rows[:4])]
     (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     content = ppo_content(folder, models, sampling={"temperature": 0.7})
-    content["hyperparameters"] = {"mini_batches": 2, "ptx_coef": 0.7}
-    content["pretrain_data"] = {"path": str(folder / "texts.jsonl"), "sequences": 5, "tokens": LONGEST}
+    content["hyperparameters"] = {"mini_batches": 2, "epochs": 2, "ptx_coef": 0.7}
+    content["pretrain_data"] = {"path": str(folder / "texts.jsonl"), "sequences": 10, "tokens": LONGEST}
     return content | changes
 
 
