@@ -56,7 +56,8 @@ LEARNING_RATE = 1e-4
 class Pipeline:
     """Runs of realloc in one folder, on two ranks unless told."""
 
-    def __init__(self, folder: Path, data: Path, iterations: int, ranks: int = 2) -> None:
+    def __init__(self, folder: Path, data: Path, iterations: int = 30, *, ranks: int = 2) -> None:
+        """`iterations`: of each algorithm that is to `learn`."""
         self._folder, self._data, self._iterations, self._ranks = folder, data, iterations, ranks
         self._profile = folder / "profile.yaml"
         realloc_command(folder, "profile", "--quick", "--ranks", str(ranks), "-o", str(self._profile))

@@ -31,7 +31,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -61,6 +61,7 @@ class Setup:
 
     algorithm: str
     kl_coef: float
+    iterations: int
     samples: int = 1
     sequences: int = 64
     mini_batches: int = 2
@@ -78,8 +79,8 @@ class Setup:
 
 
 SETUPS = {
-    "ppo": Setup("ppo", kl_coef=0.1),
-    "grpo": Setup("grpo", kl_coef=0.04, samples=8, learning_rate=1e-4),
+    "ppo": Setup("ppo", kl_coef=0.1, iterations=20),
+    "grpo": Setup("grpo", kl_coef=0.04, iterations=30, samples=8, learning_rate=1e-4),
 }
 
 
@@ -115,8 +116,8 @@ class ShortStories(Pipeline):
             content["models"] |= {"critic": trained["critic"], "reward": str(self.reward)}
         else:
             content["reward"] = REWARD
-        name = f"{setup.algorithm}-{seed}-{self._iterations}{'-slow' if slow else ''}"
-        return read_turn(self._run(name, content, self._iterations, seed))
+        name = f"{setup.algorithm}-{seed}-{setup.iterations}{'-slow' if slow else ''}"
+        return read_turn(self._run(name, content, setup.iterations, seed))
 
     def theirs(self, setup: Setup, seed: int, python: Path) -> tuple[Turn, Mapping[str, str]]:
         """TRL's turn, and the versions of its packages."""
@@ -129,10 +130,9 @@ class ShortStories(Pipeline):
             "reward": REWARD,
             "code": str(ROOT),
             "threads": 1,
-            "iterations": self._iterations,
             "seed": seed,
         }
-        name = f"trl-{setup.algorithm}-{seed}-{self._iterations}"
+        name = f"trl-{setup.algorithm}-{seed}-{setup.iterations}"
         source, result = self._folder / f"{name}.json", self._folder / f"{name}-result.json"
         if not result.exists():
             write_text(source, json.dumps(settings))
@@ -255,7 +255,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     default = Path.home() / ".cache" / "realloc-benchmarks" / "trl"
     parser.add_argument("--peer-venv", type=Path, default=default, help=f"TRL's (default: {default})")
     options = parser.parse_args(argv)
-    seeds, iterations = (2, 8) if options.quick else (options.seeds, 30)
+    seeds = 2 if options.quick else options.seeds
     python, problem = ensure_peer(options.peer_venv)
     if python is None:
         raise SystemExit(f"TRL could not be installed, so there is nothing to compare with. {problem}")
@@ -264,10 +264,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     with tempfile.TemporaryDirectory(prefix="realloc-peer-curves-") as temporary:
         folder = (options.work or Path(temporary)).resolve()
         folder.mkdir(parents=True, exist_ok=True)
-        stories = ShortStories(folder, data, iterations, ranks=1)
+        stories = ShortStories(folder, data, ranks=1)
         for name in options.algorithms:
-            row = found[name] = measure(stories, SETUPS[name], seeds, python, options.control)
-            write_text(options.out / f"{name}_trl.svg", picture(SETUPS[name], row["curves"]))
+            setup = replace(SETUPS[name], iterations=8) if options.quick else SETUPS[name]
+            row = found[name] = measure(stories, setup, seeds, python, options.control)
+            write_text(options.out / f"{name}_trl.svg", picture(setup, row["curves"]))
             if not options.json:
                 print(_line(name, row), flush=True)
     same = [row["same"] for row in found.values()]
@@ -275,7 +276,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "benchmark": "peer_curves",
         "same": None if None in same else all(same),
         "seeds": seeds,
-        "iterations": iterations,
         "reward_model_accuracy": stories.accuracy,
         "algorithms": found,
         "provenance": provenance(("torch", "realloc")),

@@ -55,6 +55,7 @@ def main(settings_path: str, result_path: str) -> None:
             max_completion_length=settings["max_response"],
             max_steps=settings["iterations"] * steps,
             beta=settings["kl_coef"],
+            use_bias_correction_kl=False,  # its default multiplies the divergence by the ratio
             epsilon=0.2,
             loss_type="grpo",
             scale_rewards="group",
