@@ -27,6 +27,9 @@ class GRPO:
         """Validated hyperparameters with every default filled in. Raises InputError.
 
         `kl_coef`: weight of the divergence from the reference model in the loss; 0 needs no such model.
+        `kl_unbiased`: that divergence times the token's probability ratio (DeepSeek-AI 2025, arXiv
+        2512.02556): its gradient is that of the divergence, and a token that has become very unlikely since
+        generation cannot make it huge.
         `clip_range`, `clip_range_high`: how far a token's probability ratio counts below and above 1 (the
         second is the first unless given; DAPO: 0.28).
         `scale`: advantages are divided by the standard deviation of their `group` (GRPO), of the `batch`,
@@ -41,6 +44,7 @@ class GRPO:
         clip = reader.number("clip_range", 0.2, minimum=1e-6)
         return {
             "kl_coef": reader.number("kl_coef", 0.04, minimum=0.0),
+            "kl_unbiased": reader.get("kl_unbiased", bool, False),
             "clip_range": clip,
             "clip_range_high": reader.number("clip_range_high", clip, minimum=1e-6),
             "scale": reader.choice("scale", ("group", "batch", "none"), "group"),

@@ -61,6 +61,8 @@ def actor_loss(
     metrics = {}
     if hyperparameters["kl_coef"] > 0:
         divergence = inverse_ratio_kl(output, batch["ref_logprobs"])
+        if hyperparameters["kl_unbiased"]:
+            divergence = divergence * ratio
         losses = losses + hyperparameters["kl_coef"] * divergence
         metrics["ref_kl"] = divergence.detach().sum() / tokens
     with torch.no_grad():

@@ -22,6 +22,7 @@ from tests.unit.experiments.fake_batch import (
 
 H: Mapping[str, Any] = {
     "kl_coef": 0.1,
+    "kl_unbiased": False,
     "clip_range": 0.2,
     "clip_range_high": 0.3,
     "scale": "group",
@@ -130,7 +131,7 @@ def slow_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> float:
         for new, old, ref in zip(s["output"], s["logprobs"], s["ref_logprobs"], strict=True):
             ratio, a = math.exp(new - old), s["advantages"]
             bounded = max(1 - h["clip_range"], min(1 + h["clip_range_high"], ratio))
-            divergence = math.exp(ref - new) - 1 - (ref - new)
+            divergence = (math.exp(ref - new) - 1 - (ref - new)) * (ratio if h["kl_unbiased"] else 1.0)
             losses.append(-min(ratio * a, bounded * a) + h["kl_coef"] * divergence)
         means.append(statistics.mean(losses))
         every += losses
@@ -157,6 +158,33 @@ def test_the_loss_equals_the_formula_and_micro_batches_add_up(aggregation: str, 
         piece = FakeBatch(part, batch.global_sequences, batch.global_elements, max_response_tokens=LIMIT)
         total += grpo.actor_loss(piece["output"], piece, h)[0].item()
     assert total == pytest.approx(value.item(), rel=1e-5)
+
+
+def test_the_divergence_times_the_ratio_has_the_gradient_of_the_divergence() -> None:
+    # over all tokens of a vocabulary, as often as they are drawn: a batch of one sequence a token
+    torch.manual_seed(0)
+    behaviour, reference = (torch.randn(8, dtype=torch.float64).log_softmax(0) for _ in range(2))
+    logits = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    rows = [
+        {"logprobs": [float(b)], "ref_logprobs": [float(r)], "advantages": 0.0}
+        for b, r in zip(behaviour, reference, strict=True)
+    ]
+    h = {**H, "kl_coef": 1.0, "kl_unbiased": True}
+    total = torch.zeros((), dtype=torch.float64)
+    for token, row in enumerate(rows):
+        batch = FakeBatch([row], 1, 1, max_response_tokens=LIMIT)
+        loss, _ = grpo.actor_loss(logits.log_softmax(0)[token : token + 1], batch, h)
+        total = total + behaviour[token].exp() * loss
+    (found,) = torch.autograd.grad(total, logits)
+    policy = logits.log_softmax(0)
+    (expected,) = torch.autograd.grad((policy.exp() * (policy - reference)).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+    # of one token, it is the formula
+    sequences = groups(seed=2)
+    for unbiased in (True, False):
+        given = {**H, "kl_unbiased": unbiased}
+        value = grpo.actor_loss(batch_of(sequences)["output"], batch_of(sequences), given)[0]
+        assert value.item() == pytest.approx(slow_loss(sequences, given), rel=1e-5)
 
 
 def test_a_sequence_without_response_counts_as_a_sequence_without_loss() -> None:
