@@ -66,8 +66,8 @@ class CostModel:
 
     @property
     def memory_bytes(self) -> int:
-        """Memory of one device that may be used: the cluster's figure, else the profile's."""
-        return self.cluster.memory_bytes or self.profile.memory_bytes
+        """Memory of one device that may be used: the cluster's figure, else what the profile leaves."""
+        return self.cluster.memory_bytes or self.profile.memory_bytes - self.profile.reserved_bytes
 
     def shape(self, role: str) -> ModelShape:
         """The shape of a role with the head that its calls need."""

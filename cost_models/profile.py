@@ -68,6 +68,7 @@ class Transfer:
 class HardwareProfile:
     """Costs of one device and of its links.
 
+    `reserved_bytes`: of its memory, what tensors cannot have (the driver's, NCCL's, fragments).
     `matmul`: dtype -> curve of achieved flops/s over the flops of one product, launch excluded.
     `memory`: bytes/s over the bytes that a loop touches again and again: one point for a GPU, more
     where caches matter. `launch_s`: overhead of one operator or kernel. `optimizer_bytes_per_s`:
@@ -99,6 +100,7 @@ class HardwareProfile:
     calibration: Calibration | None = None
     pace: Pace | None = None
     transfer: Transfer = Transfer()
+    reserved_bytes: int = 0
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -191,8 +193,14 @@ def read_profile(path: str | Path) -> HardwareProfile:
         calibration=read_calibration(reader.optional_child("calibration")),
         pace=read_pace(reader.optional_child("pace")),
         transfer=_read_transfer(reader.optional_child("transfer")),
+        reserved_bytes=reader.integer("reserved_bytes", 0, minimum=0),
     )
     reader.done()
+    if profile.reserved_bytes >= profile.memory_bytes:
+        raise InputError(
+            f"{path}: reserved_bytes is {profile.reserved_bytes}, which leaves nothing of the "
+            f"{profile.memory_bytes} bytes of memory."
+        )
     return profile
 
 
@@ -227,6 +235,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         "intra_node": link_content(profile.intra_node),
         "inter_node": link_content(profile.inter_node),
     }
+    if profile.reserved_bytes:
+        content["reserved_bytes"] = profile.reserved_bytes
     if profile.concurrency is not None:
         content["concurrency"] = curve_content(profile.concurrency)
     if profile.tables:

@@ -110,11 +110,16 @@ def _pace(assessment: Assessment) -> str:
 
 
 def _memory(assessment: Assessment) -> str:
-    lines = [f"Peak memory of {gib(assessment.capacity_bytes)} a GPU:"]
+    profile = assessment.costs.profile
+    beside = profile.reserved_bytes if assessment.plan.cluster.memory_bytes is None else 0
+    left = f", beside {gib(beside)} for the driver, NCCL and the allocator's fragments" if beside else ""
+    lines = [f"Peak memory of {gib(assessment.capacity_bytes)} a GPU{left}:"]
     for shared in assessment.shared:
         peak = assessment.fullest(shared.ranks)
         text = f"GPU {shared.name}: {gib(peak.total_bytes)} while {peak.call} runs: "
         text += describe_bytes(peak.by_cause)
+        if peak.total_bytes > assessment.capacity_bytes:
+            text += "; this does not fit"
         lines += wrap(text, WIDTH, subsequent_indent="    ", initial_indent="  ")
     return "\n".join(lines)
 

@@ -67,6 +67,9 @@ def profile_content(
         "intra_node": intra,
         "inter_node": inter,
     }
+    if reserved := measured.get("reserved_bytes"):
+        content["reserved_bytes"] = reserved
+        notes.append("reserved_bytes: what driver and libraries had, and 3% for fragments, an estimate")
     if is_cpu and "concurrency" in measured:
         content["concurrency"] = measured["concurrency"]
     if tables is not None:

@@ -34,6 +34,8 @@ from runtime.stores import connect
 from runtime.transfer_benchmarks import transfer_costs
 
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_FRAGMENTS = 0.03
+"""Of a GPU's memory, an estimate: what lies in gaps between tensors."""
 _WAIT = timedelta(hours=4)
 """How long ranks wait for the first one, which measures alone."""
 
@@ -111,6 +113,7 @@ def _alone(clock: bench.Clock, budget: bench.Effort, device: torch.device, ranks
         "device": device_name(device),
         "device_type": device.type,
         "memory_bytes": _memory_bytes(device, ranks),
+        "reserved_bytes": _reserved_bytes(device),
         "samples": budget.repeats,
         "versions": _versions(),
         "notes": [] if gpus is None else [gpus.topology],
@@ -136,6 +139,15 @@ def _memory_bytes(device: torch.device, ranks: int) -> int:
         total: int = torch.cuda.get_device_properties(device).total_memory
         return total
     return psutil.virtual_memory().total // ranks
+
+
+def _reserved_bytes(device: torch.device) -> int:
+    """Of a GPU's memory, what its driver and libraries have, and what fragments of the allocator may cost."""
+    if device.type != "cuda":
+        return 0
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return int(total - free - torch.cuda.memory_reserved(device) + _FRAGMENTS * total)
 
 
 def hosts_of(marks: Sequence[int]) -> Sequence[Sequence[int]]:

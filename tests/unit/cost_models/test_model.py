@@ -157,7 +157,8 @@ def test_a_dtype_that_the_profile_lacks_is_refused():
 def test_provenance_and_memory_come_from_the_profile():
     model = cost_model(experiment(), load_profile("h100-sxm"))
     assert model.provenance == "analytic (h100-sxm)"
-    assert model.memory_bytes == 81559 * 2**20
+    # the driver, NCCL and fragments have their part, unless the user says what may be used
+    assert 0.94 * 81559 * 2**20 < model.memory_bytes < 0.97 * 81559 * 2**20
 
 
 def test_prices_are_quick():

@@ -68,6 +68,18 @@ def test_json_has_what_the_text_shows(plan: ExecutionPlan):
     assert set(content["memory"]) == {"0-3", "4-7"}
 
 
+def test_memory_that_tensors_cannot_have_is_told_and_a_plan_that_needs_it_does_not_fit(plan: ExecutionPlan):
+    text = timeline_text(assess(plan))
+    assert "Peak memory of 75.8 GiB a GPU, beside 3.9 GiB for the driver" in text
+    assert "does not fit" not in text
+    # what the user says may be used is all for tensors
+    peak = assess(plan).memory.total_bytes
+    small = replace(plan, cluster=replace(plan.cluster, memory_bytes=peak - 1))
+    text = timeline_text(assess(small))
+    assert "beside" not in text
+    assert text.count("this does not fit") >= 1
+
+
 def test_predictions_go_through_a_plans_file(plan: ExecutionPlan, tmp_path: Path):
     predicted = predict(plan)
     write_plan(predicted, tmp_path / "plan.yaml")
