@@ -60,7 +60,7 @@ def _with_terms(result: SearchResult, costs: CostModel) -> SearchResult:
     plan = result.plan
     assert plan.predictions is not None
     assessment = Assessment(plan, costs)
-    predictions = replace(predictions_of(plan, assessment), lower_bound_s=plan.predictions.lower_bound_s)
+    predictions = replace(predictions_of(assessment), lower_bound_s=plan.predictions.lower_bound_s)
     slower = assessment.iteration_s > result.iteration_s * (1 + 1e-6)
     return replace(
         result,

@@ -88,7 +88,7 @@ def calibrate(
 def _predicted(plan: ExecutionPlan, profile: HardwareProfile) -> ExecutionPlan:
     costs = CostModel(plan.experiment, plan.graph, plan.cluster, profile)
     assessment = Assessment(replace(plan, order=plan.node_order), costs)
-    return replace(plan, predictions=predictions_of(plan, assessment))
+    return replace(plan, predictions=predictions_of(assessment))
 
 
 def with_lengths(experiment: Experiment, trace: Trace) -> Experiment:

@@ -24,10 +24,10 @@ def assess(plan: ExecutionPlan, device: str | None = None) -> Assessment:
 def predict(plan: ExecutionPlan, device: str | None = None) -> ExecutionPlan:
     """The plan with new predictions. Raises InputError for an unknown device."""
     assessment = assess(plan, device)
-    return replace(plan, cluster=assessment.plan.cluster, predictions=predictions_of(plan, assessment))
+    return replace(plan, cluster=assessment.plan.cluster, predictions=predictions_of(assessment))
 
 
-def predictions_of(plan: ExecutionPlan, assessment: Assessment) -> Predictions:
+def predictions_of(assessment: Assessment) -> Predictions:
     """An assessment of the plan as what a plan's file keeps of it."""
     return Predictions(
         iteration_s=assessment.iteration_s,

@@ -156,7 +156,7 @@ def _rank(request: DoctorRequest, rank: int, local: int) -> None:
             timeout=wait,
         )
         let_ranks_go_first()
-        measured = _measure(request, rank, local, device)
+        measured = _measure(request, rank, device)
         if local == 0:
             store.set(f"doctor/links/{request.node}", json.dumps(measured))
         dist.barrier()
@@ -169,7 +169,7 @@ def _rank(request: DoctorRequest, rank: int, local: int) -> None:
         store.set("doctor/links/done", "1")
 
 
-def _measure(request: DoctorRequest, rank: int, local: int, device: torch.device) -> Mapping[str, Any]:
+def _measure(request: DoctorRequest, rank: int, device: torch.device) -> Mapping[str, Any]:
     """Numbers of this node's links, as this rank sees them. All ranks call it."""
     budget = bench.effort(device, quick=True)
     clock = bench.Clock(device, budget)

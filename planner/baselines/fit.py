@@ -70,7 +70,6 @@ def variants(
 
 def first_fit(
     name: str,
-    experiment: Experiment,
     cluster: Cluster,
     costs: CostModel,
     ladder: Iterable[MakeStep],

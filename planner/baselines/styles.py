@@ -88,7 +88,7 @@ def _megatron(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Map
             for pp in divisors(cluster.num_nodes):
                 yield partial(steps.step, partial(steps.megatron, tp=cluster.gpus_per_node, pp=pp), offload)
 
-    return first_fit("megatron", experiment, cluster, costs, ladder())
+    return first_fit("megatron", cluster, costs, ladder())
 
 
 def _deepspeed_chat(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
@@ -99,7 +99,7 @@ def _deepspeed_chat(experiment: Experiment, cluster: Cluster, costs: CostModel) 
             for waves, tp in product((False, True), divisors(cluster.gpus_per_node)):
                 yield partial(steps.step, partial(steps.data_parallel, tp=tp), offload, waves=waves)
 
-    return first_fit("deepspeed-chat", experiment, cluster, costs, ladder())
+    return first_fit("deepspeed-chat", cluster, costs, ladder())
 
 
 def _openrlhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
@@ -118,7 +118,7 @@ def _openrlhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Map
                     rule = partial(steps.data_parallel, tp=tp)
                     yield partial(steps.step, rule, offload, meshes, waves=waves)
 
-    return first_fit("openrlhf", experiment, cluster, costs, ladder())
+    return first_fit("openrlhf", cluster, costs, ladder())
 
 
 def _verl(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
@@ -136,7 +136,7 @@ def _verl(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping
                     rule = partial(strategy, tp=tp, pp=pp, generate_tp=small)
                     yield partial(steps.step, rule, offload, waves=waves)
 
-    return first_fit("verl", experiment, cluster, costs, ladder())
+    return first_fit("verl", cluster, costs, ladder())
 
 
 def _realhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mapping[str, Placement]:
@@ -147,7 +147,7 @@ def _realhf(experiment: Experiment, cluster: Cluster, costs: CostModel) -> Mappi
         for offload in (1, 2):
             yield partial(steps.step, rule, offload, recompute=(Recompute.FULL,))
 
-    return first_fit("realhf-heuristic", experiment, cluster, costs, ladder())
+    return first_fit("realhf-heuristic", cluster, costs, ladder())
 
 
 def savings(placements: Mapping[str, Placement]) -> tuple[str, ...]:
