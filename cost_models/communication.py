@@ -65,11 +65,13 @@ class Communication:
         if group.nodes == 1:
             return self._contention(group), self._intra.ways(collective, group.per_node)
         latency = self._across_s(collective, group, 0.0)
-        knees = [way.knee for way in self._inter.ways(collective, group.nodes) if way.knee is not None]
-        at = knees[0][0] * group.per_node if knees else 1.0
-        knee_s = self._across_s(collective, group, at)
+        sizes = {
+            at * group.per_node for way in self._inter.ways(collective, group.nodes) for at, _ in way.knees
+        }
+        knees = tuple((at, self._across_s(collective, group, at)) for at in sorted(sizes or {1.0}))
+        at, knee_s = knees[-1]
         per_byte = (self._across_s(collective, group, 1e12) - knee_s) / (1e12 - at)
-        return 1.0, (CollectiveCost(group.size, latency, 1 / per_byte, (at, knee_s)),)
+        return 1.0, (CollectiveCost(group.size, latency, 1 / per_byte, knees),)
 
     def _across_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
         part = size_bytes / group.per_node

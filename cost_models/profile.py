@@ -23,6 +23,9 @@ from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
 from realloc.model_shape import DTYPE_BYTES
 from realloc.pace import Pace, pace_content, read_pace
 
+_CROWDED = 1.02
+"""Ranks that slow each other down by less do so evenly, whatever was measured between one and all."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -130,6 +133,15 @@ class HardwareProfile:
         if ranks > last_x:  # the cores are shared out already: time grows with the ranks
             return max(1.0, last_y * ranks / last_x) if last_y > 1.05 else last_y
         return self.concurrency.at(ranks)
+
+    def crowding(self, ranks: float) -> float:
+        """Where `ranks` at once lie between one (0) and as many as were measured together (1)."""
+        if self.concurrency is None or ranks <= 1:
+            return 0.0
+        most, slowest = self.concurrency.points[-1]
+        if slowest < _CROWDED:
+            return min(1.0, (ranks - 1) / max(1.0, most - 1))
+        return min(1.0, (self.slowdown(ranks) - 1) / (slowest - 1))
 
     def __str__(self) -> str:
         name = Path(self.name).name

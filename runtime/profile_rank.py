@@ -79,7 +79,8 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
             shared = bench.concurrency(clock, device, rank, len(local))
             result |= {"concurrency": shared.points, "pace": shared.pace}
         link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
-        link["collectives"] = collective_rows(links, rank, [local])
+        in_memory = device.type == "cpu"
+        link["collectives"] = collective_rows(links, rank, [local], in_memory=in_memory)
         result["link"] = link
     if len(hosts) > 1:
         result["inter_link"] = _between(links, rank, hosts)
