@@ -85,6 +85,10 @@ class Communication:
     def all_reduce_s(self, group: GroupShape, size_bytes: float) -> float:
         return self.collective_s("all_reduce", group, size_bytes)
 
+    def copy_s(self, moved: float) -> float:
+        """Bytes read and written on every rank of the mesh."""
+        return self._profile.copy_s(moved, self._per_node)
+
     def stage_message_s(self, size_bytes: float) -> float:
         """A message to the next pipeline stage, over the slowest boundary of the mesh."""
         link = self._inter if self._across else self._intra

@@ -64,8 +64,7 @@ class MeasuredCosts(ComputeCosts):
     ) -> None:
         super().__init__(profile, shape, dtype, tp)
         self._crowding = profile.crowding(busy)
-        most = busy if profile.concurrency is None else profile.concurrency.points[-1][0]
-        self._usual = profile.slowdown(min(busy, most))
+        self._usual = profile.slowdown(busy) / profile.beyond(busy)
         self._dtype = dtype
         self._layer_name, self._ends_name = layer_signature(shape, tp), ends_signature(shape, tp)
         self._tables = profile.tables_of(dtype)

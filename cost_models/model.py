@@ -127,7 +127,7 @@ class CostModel:
             return 0.0
         held = self.call_memory(self.graph.calls_of(role)[0], dst).parameters / 2
         ranks = min(dst.mesh.size, dst.mesh.gpus_per_node)
-        return 5 * held / self.profile.memory.at(held) * self.profile.slowdown(ranks)
+        return self.profile.copy_s(5 * held, ranks)
 
     def least_reallocate_s(self, role: str, src: Placement, dst: Placement, *, anywhere: bool) -> float:
         """At most `reallocate_s`; `anywhere`: wherever meshes of these sizes lie."""

@@ -68,6 +68,16 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Bytes/s that a copy reads and writes, over the bytes that it touches: of one rank of a host, and of
+    every rank while all are copying.
+    """
+
+    alone: Curve
+    together: Curve
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """Costs of one device and of its links.
 
@@ -80,7 +90,7 @@ class HardwareProfile:
     `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
     runtime's own code took, of the models that were measured. `calibration`: factors on all that follows
     from the rest, found by `realloc calibrate`. `pace`: how fast the machine was meanwhile (hosts).
-    `transfer`: nothing where it was not measured.
+    `transfer`: nothing where it was not measured. `copies`: of ranks of one host.
     """
 
     name: str
@@ -102,6 +112,7 @@ class HardwareProfile:
     calibration: Calibration | None = None
     pace: Pace | None = None
     transfer: Transfer = Transfer()
+    copies: Copies | None = None
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -133,6 +144,19 @@ class HardwareProfile:
         if ranks > last_x:  # the cores are shared out already: time grows with the ranks
             return max(1.0, last_y * ranks / last_x) if last_y > 1.05 else last_y
         return self.concurrency.at(ranks)
+
+    def copy_s(self, moved: float, ranks: int) -> float:
+        """Seconds to read and write so many bytes while `ranks` ranks of the node do."""
+        if self.copies is None:
+            return moved / self.memory.at(moved) * self.slowdown(ranks)
+        alone_s = moved / self.copies.alone.at(moved)
+        more_s = moved / self.copies.together.at(moved) - alone_s
+        return (alone_s + self.crowding(ranks) * more_s) * self.beyond(ranks)
+
+    def beyond(self, ranks: float) -> float:
+        """How many times longer than the most ranks that were measured together."""
+        most = ranks if self.concurrency is None else self.concurrency.points[-1][0]
+        return self.slowdown(ranks) / self.slowdown(min(ranks, most))
 
     def crowding(self, ranks: float) -> float:
         """Where `ranks` at once lie between one (0) and as many as were measured together (1)."""
@@ -203,6 +227,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         calibration=read_calibration(reader.optional_child("calibration")),
         pace=read_pace(reader.optional_child("pace")),
         transfer=_read_transfer(reader.optional_child("transfer")),
+        copies=_read_copies(reader.optional_child("copies")),
     )
     reader.done()
     return profile
@@ -249,6 +274,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         content["pace"] = pace_content(profile.pace)
     if profile.transfer != Transfer():
         content["transfer"] = dict(vars(profile.transfer))
+    if profile.copies is not None:
+        content["copies"] = {name: curve_content(curve) for name, curve in vars(profile.copies).items()}
     return content
 
 
@@ -259,6 +286,14 @@ def _read_transfer(reader: Reader | None) -> Transfer:
     transfer = Transfer(*(reader.number(key, minimum=0.0, maximum=60.0) for key in keys))
     reader.done()
     return transfer
+
+
+def _read_copies(reader: Reader | None) -> Copies | None:
+    if reader is None:
+        return None
+    copies = Copies(read_curve(reader, "alone"), read_curve(reader, "together"))
+    reader.done()
+    return copies
 
 
 def _read_provenance(reader: Reader) -> Provenance:
