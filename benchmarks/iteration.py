@@ -89,6 +89,8 @@ class Peer:
             "models": {role: str(folder / ("actor" if role == "ref" else role)) for role in shape.roles},
             "prompts": str(folder / "prompts.jsonl"),
             "max_prompt": MAX_PROMPT,
+            "reward": "bench_reward:score",
+            "code": str(folder),
             "threads": threads,
             "iterations": iterations,
             "seed": seed,
@@ -103,7 +105,7 @@ class Peer:
         checked([*command, str(PEERS[shape.algorithm]), str(source), str(result)], folder, environment)
         found = json.loads(result.read_text(encoding="utf-8"))
         self.versions = found["versions"]
-        return Turn(tuple(found["seconds"]), tuple(found["scores"]), tuple(found["kls"]))
+        return Turn(*(tuple(found[name]) for name in ("seconds", "scores", "kls", "lengths")))
 
 
 def ensure_peer(folder: Path) -> tuple[Path | None, str]:

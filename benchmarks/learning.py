@@ -54,12 +54,13 @@ LEARNING_RATE = 1e-4
 
 
 class Pipeline:
-    """Runs of realloc in one folder, on two ranks."""
+    """Runs of realloc in one folder, on two ranks unless told."""
 
-    def __init__(self, folder: Path, data: Path, iterations: int) -> None:
-        self._folder, self._data, self._iterations = folder, data, iterations
+    def __init__(self, folder: Path, data: Path, iterations: int = 30, *, ranks: int = 2) -> None:
+        """`iterations`: of each algorithm that is to `learn`."""
+        self._folder, self._data, self._iterations, self._ranks = folder, data, iterations, ranks
         self._profile = folder / "profile.yaml"
-        realloc_command(folder, "profile", "--quick", "--ranks", "2", "-o", str(self._profile))
+        realloc_command(folder, "profile", "--quick", "--ranks", str(ranks), "-o", str(self._profile))
         self.sft = self._sft()
         self.reward, self.accuracy = self._reward_model()
 
@@ -127,7 +128,7 @@ class Pipeline:
         self, name: str, content: Mapping[str, Any], iterations: int, seed: int, samples: int = 2
     ) -> Path:
         """Searches a plan and runs it; the run's folder."""
-        cluster = {"gpus_per_node": 2, "device": "cpu"}
+        cluster = {"gpus_per_node": self._ranks, "device": "cpu"}
         whole = {**content, "iterations": iterations, "seed": seed, "cluster": cluster}
         write_text(self._folder / f"{name}.yaml", dump_yaml("experiment", whole))
         plan, out = f"{name}-plan.yaml", self._folder / name

@@ -1,8 +1,8 @@
 """What TRL's trainers share as peers of realloc: settings in, measurements out; in an environment of its own.
 
-Imported by `peer_trl_ppo` and `peer_trl_grpo`, which `benchmarks/iteration.py` starts, alone or under
-torchrun. Imports nothing of this project. Import it before anything of TRL: it makes the process quiet and
-keeps it on CPUs.
+Imported by `peer_trl_ppo` and `peer_trl_grpo`, which `benchmarks/iteration.py` and
+`benchmarks/peer_curves.py` start, alone or under torchrun. Imports nothing of this project. Import it before
+anything of TRL: it makes the process quiet and keeps it on CPUs.
 """
 
 from __future__ import annotations
@@ -59,10 +59,11 @@ def local_sequences(settings: Mapping[str, Any]) -> int:
 
 
 def tokenizer_of(folder: str, kind: type[PreTrainedTokenizerFast] = PreTrainedTokenizerFast) -> Any:
+    named = json.loads((Path(folder) / "tokenizer_config.json").read_text(encoding="utf-8"))
     return kind(
         tokenizer_file=str(Path(folder) / "tokenizer.json"),
-        eos_token="<eos>",
-        pad_token="<pad>",
+        eos_token=named["eos_token"],
+        pad_token=named["pad_token"],
         padding_side="left",
     )
 
@@ -99,15 +100,28 @@ def common_arguments(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_result(path: str, clock: Clock, log: Sequence[Mapping[str, Any]], score: str, kl: str) -> None:
-    """Each iteration's seconds, and the scores and divergences that the trainer has logged by these names."""
+def write_result(
+    path: str,
+    clock: Clock,
+    scores: Sequence[float],
+    kls: Sequence[float],
+    lengths: Sequence[float],
+    *,
+    steps: int = 1,
+) -> None:
+    """Each iteration's seconds, score, divergence and mean length of responses.
+
+    An iteration has so many `steps` of the trainer's, of which the seconds are the sum, the divergences the
+    mean.
+    """
     if int(os.environ.get("RANK", "0")):
         return
-    logged = [entry for entry in log if score in entry]
+    starts = range(0, len(clock.seconds), steps)
     result = {
-        "seconds": clock.seconds,
-        "scores": [entry[score] for entry in logged],
-        "kls": [entry[kl] for entry in logged],
+        "seconds": [sum(clock.seconds[i : i + steps]) for i in starts],
+        "scores": scores,
+        "kls": [sum(kls[i : i + steps]) / steps for i in starts],
+        "lengths": lengths,
         "versions": {module.__name__: module.__version__ for module in (trl, torch, transformers)},
     }
     Path(path).write_text(json.dumps(result), encoding="utf-8")

@@ -16,6 +16,7 @@ from peer_trl import (
 )
 
 import torch  # isort: skip
+from trl.experimental.ppo import ppo_trainer  # isort: skip
 from datasets import Dataset  # isort: skip
 from transformers import (  # isort: skip
     LlamaForCausalLM,
@@ -66,9 +67,31 @@ def main(settings_path: str, result_path: str) -> None:
             eval_strategy="no",
         ),
     )
+    lengths = _record_lengths()
     clock.begin()
     trainer.train()
-    write_result(result_path, clock, trainer.state.log_history, score="objective/scores", kl="objective/kl")
+    log = trainer.state.log_history
+    scores, kls = (
+        [entry[name] for entry in log if name in entry] for name in ("objective/scores", "objective/kl")
+    )
+    write_result(result_path, clock, scores, kls, lengths or [settings["max_response"]] * len(scores))
+
+
+def _record_lengths() -> list[float]:
+    """Mean tokens of each iteration's responses, as training adds them; none where nothing ends responses.
+
+    The trainer does not log them: they are counted where it cuts a batch at its ends. One batch an iteration.
+    """
+    found: list[float] = []
+    cut = ppo_trainer.truncate_response
+
+    def counting(stop: int, pad: int, responses: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = cut(stop, pad, responses)
+        found.append(float((result != pad).sum(1).double().mean()))
+        return result
+
+    ppo_trainer.truncate_response = counting
+    return found
 
 
 def _classifier(folder: str) -> Any:

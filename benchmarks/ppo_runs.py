@@ -127,7 +127,9 @@ class Turn:
     seconds: tuple[float, ...]
     scores: tuple[float, ...]
     kls: tuple[float, ...]
-    """Nats a response, from the reference model."""
+    """From the reference model: of PPO nats a response, of GRPO nats a token."""
+    lengths: tuple[float, ...] = ()
+    """Mean tokens of a response."""
 
     @property
     def steady(self) -> tuple[float, ...]:
@@ -224,13 +226,7 @@ class Ours:
         out = self._folder / "out"
         options = ("--out", str(out), "--overwrite", *(() if saves else ("--save-every", "0")))
         realloc_command(self._folder, "run", str(plan), "--trust", *options)
-        ends: dict[int, float] = {}
-        for record in read_trace(self.trace).records:
-            ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
-        seconds = [b - a for a, b in pairwise([0.0, *(ends[i] for i in sorted(ends))])]
-        lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        metrics = [json.loads(line) for line in lines]
-        return Turn(tuple(seconds), tuple(map(_score, metrics)), tuple(map(_kl, metrics)))
+        return read_turn(out)
 
     def _experiment(self) -> None:
         shape = self._shape
@@ -270,6 +266,18 @@ class Ours:
             (self._folder / "bench_reward.py").write_text(REWARD, encoding="utf-8")
         text = dump_yaml("experiment", content)
         (self._folder / "experiment.yaml").write_text(text, encoding="utf-8")
+
+
+def read_turn(out: Path) -> Turn:
+    """What the trace and the metrics of a run's folder say."""
+    ends: dict[int, float] = {}
+    for record in read_trace(out / "trace.jsonl").records:
+        ends[record.iteration] = max(ends.get(record.iteration, 0.0), record.end_s)
+    seconds = [b - a for a, b in pairwise([0.0, *(ends[i] for i in sorted(ends))])]
+    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    metrics = [json.loads(line) for line in lines]
+    lengths = tuple(float(m["actor_gen/response_tokens"]) for m in metrics)
+    return Turn(tuple(seconds), tuple(map(_score, metrics)), tuple(map(_kl, metrics)), lengths)
 
 
 def _score(metrics: Mapping[str, Any]) -> float:

@@ -151,7 +151,17 @@ _KNOWN = (
     "recomputation",
     "eager",
     "bf16",
+    "1f1b",
+    "interleaved",
 )
+_NOT_MODELLED: Mapping[str, str] = {
+    "compile": "operators that a compiler fuses are not modelled",
+    "compiled": "operators that a compiler fuses are not modelled",
+    "hs": "hybrid sharding (HSDP) is not modelled",
+    "cp": "context parallelism is not modelled",
+    "float8": "float8 has other rates than bf16, and the profile has none",
+    "fp8": "float8 has other rates than bf16, and the profile has none",
+}
 
 
 class Titan:
@@ -193,9 +203,10 @@ def titan_strategy(row: Row) -> tuple[Strategy, bool]:
         word for word in re.split(r"[^a-z0-9]+", f"{rest} {row.fields.get('precision', '')}".lower()) if word
     ]
     for word in words:
-        if word not in _KNOWN:
-            what = "float8 has other rates than bf16, and the profile has none" if "8" in word else "unknown"
-            raise Unsupported(f"strategy '{text}': '{word}': {what}")
+        if word not in _KNOWN and word != "torch":
+            name = word if word in _NOT_MODELLED else word.rstrip("0123456789")
+            reason = _NOT_MODELLED.get(name, f"'{word}' is unknown")
+            raise Unsupported(f"strategy '{text}': {reason}")
     gpus = row.count("gpus")
     degrees: dict[str, int | None] = {}
     for name, number in _DEGREE.findall(text):
@@ -220,4 +231,6 @@ def titan_strategy(row: Row) -> tuple[Strategy, bool]:
     elif not {"full", "selective"} & set(words) and {"recompute", "recomputation"} & set(words):
         kind = Recompute.FULL
     strategy = Strategy(dp, tp, pp, zero=stage, sequence_parallel=tp > 1, recompute=kind)
+    if "interleaved" in words and pp > 1:
+        strategy = replace(strategy, schedule=Schedule.INTERLEAVED, virtual_stages=2)
     return strategy, "async" in words

@@ -6,7 +6,7 @@ by half as well, and what simpler judges reach on the same pairs: a TF-IDF pairw
 with the data), and `longer_wins`, which is counted here.
 
     python benchmarks/reward_hh.py --model SMOLLM2 --data HH_RLHF [--iterations N] [--quick] --json
-    python benchmarks/reward_hh.py --trained OUT/models/reward --data HH_RLHF --json      # only the judging
+    python benchmarks/reward_hh.py --run OUT/run --data HH_RLHF --json      # a run of before: judging alone
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +45,8 @@ TFIDF = 0.554
 PACK_TOKENS = 2048
 
 
-def train(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
-    """Plans and runs the recipe; returns what it took. The model is in OUT/run/models/reward."""
+def train(arguments: argparse.Namespace, out: Path) -> Path:
+    """Plans and runs the recipe; returns the folder of the run."""
     content = read_yaml(RECIPE)
     content["models"]["reward"]["path"] = str(arguments.model.resolve())
     for key, name in (("path", "train.jsonl"), ("holdout_path", "test.jsonl")):
@@ -57,28 +57,39 @@ def train(arguments: argparse.Namespace, out: Path) -> dict[str, Any]:
     (out / "experiment.yaml").write_text(yaml.safe_dump(content))
     commands = (
         ["search", str(out / "experiment.yaml"), "-o", str(out / "plan.yaml")],
-        ["run", str(out / "plan.yaml"), "--out", str(out / "run")],
+        # a checkpoint is three times the model
+        ["run", str(out / "plan.yaml"), "--out", str(out / "run"), "--save-every", "10"],
     )
-    start = time.perf_counter()
     for command in commands:
         subprocess.run([sys.executable, "-m", "realloc", *command], check=True, cwd=ROOT, stdout=sys.stderr)
-    metrics = [json.loads(line) for line in (out / "run" / "metrics.jsonl").read_text().splitlines()]
-    quarter = metrics[-max(1, len(metrics) // 4) :]
+    return out / "run"
+
+
+def training(run: Path) -> dict[str, Any]:
+    """What the run took and learned; of losses and accuracies those of each quarter."""
+    metrics = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    experiment = read_yaml(run / "plan.yaml")["experiment"]
+    edges = [len(metrics) * quarter // 4 for quarter in range(5)]
+    quarters = [metrics[start:stop] for start, stop in pairwise(edges) if stop > start]
     return {
         "iterations": len(metrics),
-        "pairs": len(metrics) * content["workload"]["sequences"] // 2,
-        "seconds": time.perf_counter() - start,
-        "seconds_an_iteration": sum(m["seconds"] for m in metrics) / len(metrics),
-        "train_accuracy_last_quarter": sum(m["reward_train/accuracy"] for m in quarter) / len(quarter),
+        "pairs": len(metrics) * experiment["workload"]["sequences"] // 2,
+        "tokens": sum(m["reward_train/tokens"] for m in metrics),
+        "seconds": sum(m["seconds"] for m in metrics),
+        "workload": experiment["workload"],
+        "optimizer": experiment["models"]["reward"]["optimizer"],
+        "first_loss": metrics[0]["reward_train/loss"],
+        "loss": [_mean([m["reward_train/loss"] for m in quarter]) for quarter in quarters],
+        "accuracy": [_mean([m["reward_train/accuracy"] for m in quarter]) for quarter in quarters],
     }
 
 
-def judge(folder: Path, data: Path, most: int | None) -> dict[str, Any]:
-    """How often the model scores the chosen response higher, on the pairs of test.jsonl."""
-    workload = read_yaml(RECIPE)["workload"]
-    section = read_yaml(RECIPE)["data"]
-    spec = DataSpec((str(data / "test.jsonl"),), long_prompts=section.get("long_prompts", "drop"))
-    limits = Limits(*(workload[key]["max"] for key in ("prompt_tokens", "response_tokens")))
+def judge(run: Path, data: Path, most: int | None) -> dict[str, Any]:
+    """How often the run's model scores the chosen response higher, on the pairs of test.jsonl."""
+    folder = run / "models" / "reward"
+    experiment = read_yaml(run / "plan.yaml")["experiment"]
+    spec = DataSpec((str(data / "test.jsonl"),), long_prompts=experiment["data"]["long_prompts"])
+    limits = Limits(*(experiment["workload"][key]["max"] for key in ("prompt_tokens", "response_tokens")))
     found = open_examples(spec, Want.PAIRS, read_tokenizer(folder), limits)
     examples = found.read(found.scan()[0][:most])
     scores = score(folder, [e.prompt + r for e in examples for r in e.responses])
@@ -91,15 +102,16 @@ def judge(folder: Path, data: Path, most: int | None) -> dict[str, Any]:
         "accuracy": accuracy,
         "standard_error": (accuracy * (1 - accuracy) / len(right)) ** 0.5,
         "by_half": {
-            name: _share([r for r, h in zip(right, half, strict=True) if h == name]) for name in set(half)
+            name: _mean([r for r, h in zip(right, half, strict=True) if h == name])
+            for name in sorted(set(half))
         },
-        "longer_wins": _share(longer),
+        "longer_wins": _mean(longer),
         "tfidf": TFIDF,
     }
 
 
-def _share(flags: Sequence[bool]) -> float:
-    return sum(flags) / len(flags)
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def score(folder: Path, sequences: Sequence[Sequence[int]]) -> list[float]:
@@ -126,7 +138,7 @@ def score(folder: Path, sequences: Sequence[Sequence[int]]) -> list[float]:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, help="the pretrained model's folder")
-    parser.add_argument("--trained", type=Path, help="a trained reward model's folder: judge it alone")
+    parser.add_argument("--run", type=Path, help="the folder of a run of before: judge its model alone")
     parser.add_argument("--data", type=Path, required=True, help="the folder with train.jsonl and test.jsonl")
     parser.add_argument("--iterations", type=int)
     parser.add_argument("--ranks", type=int, default=2)
@@ -134,19 +146,21 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="2 iterations, 8 pairs: whether it works at all")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
-    if (arguments.model is None) == (arguments.trained is None):
-        parser.error("give --model to train, or --trained to judge")
+    if (arguments.model is None) == (arguments.run is None):
+        parser.error("give --model to train, or --run to judge")
     if arguments.quick:
         arguments.iterations = 2
     torch.set_num_threads(arguments.ranks)
-    result: dict[str, Any] = {"provenance": provenance()}
     with tempfile.TemporaryDirectory() as temporary:
         out = arguments.out or Path(temporary)
         out.mkdir(parents=True, exist_ok=True)
-        if arguments.trained is None:
-            result["training"] = train(arguments, out)
-        trained = arguments.trained or out / "run" / "models" / "reward"
-        result |= judge(trained, arguments.data, 8 if arguments.quick else None)
+        run = arguments.run or train(arguments, out)
+        result = {
+            "benchmark": "reward_hh",
+            "training": training(run),
+            **judge(run, arguments.data, 8 if arguments.quick else None),
+            "provenance": provenance(),
+        }
     if not arguments.json:
         print(f"right in {result['accuracy']:.1%} of {result['pairs']} pairs (TF-IDF {TFIDF:.1%})")
     print(json.dumps(result))

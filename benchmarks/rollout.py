@@ -47,9 +47,9 @@ import torch  # noqa: E402
 from benchmarks.provenance import provenance  # noqa: E402
 from benchmarks.rollout_bounds import shares, steps_continuous, steps_in_batches  # noqa: E402
 from benchmarks.rollout_peers import Peer, PeerProblem  # noqa: E402
-from realloc.experiment import Sampling  # noqa: E402
 from realloc.layout import compute_boxes  # noqa: E402
 from realloc.model_shape import ModelShape, resolve_shape  # noqa: E402
+from realloc.sampling import Sampling  # noqa: E402
 from runtime.decoder import Decoder  # noqa: E402
 from runtime.generation import generate  # noqa: E402
 from runtime.hf import load_boxes  # noqa: E402

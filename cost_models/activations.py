@@ -34,7 +34,7 @@ class StagePass:
     `tokens` are those of the micro-batch, `head_rows` those that get log-probabilities. `units` are
     the elements of the embedding, each layer, and final norm with head that the stage holds;
     `kept` is how many micro-batches' activations it keeps at once, `micro_batches` how many there
-    are in all.
+    are in all; where others are larger or smaller, how many of this one are as much.
     """
 
     costs: ComputeCosts
@@ -46,7 +46,7 @@ class StagePass:
     is_last: bool
     units: tuple[int, ...] = ()
     kept: float = 1.0
-    micro_batches: int = 1
+    micro_batches: float = 1
 
     @property
     def hidden(self) -> float:

@@ -5,7 +5,9 @@ A factor belongs to a quantity: a term of a kind of call (`generate.compute`,
 Terms are those that a run can tell apart (`realloc.comparison`). A factor is the seconds measured over
 the seconds predicted, both summed over the run's nodes that have the quantity, where a node's measured
 seconds are its median over the steady iterations: one slow iteration moves nothing, and long nodes
-weigh more than short ones.
+weigh more than short ones. Measured seconds are those at the pace of the profiled machine
+(`realloc.pace`), where the run tells its own: how fast a machine was one day is no property of the
+device, and the profile's `pace`, to which later runs are compared, stays what it was.
 """
 
 from __future__ import annotations
@@ -36,13 +38,18 @@ MOST = 50.0
 
 @dataclass(frozen=True)
 class Calibration:
-    """`base`: the profile that was corrected. `samples`: steady iterations of `run`."""
+    """`base`: the profile that was corrected. `samples`: steady iterations of `run`.
+
+    `pace`: how many times slower the machine was during `run` than when it was profiled, which the
+    factors are without; None where that is not known and they have it in them.
+    """
 
     base: str
     run: str
     date: str
     samples: int
     factors: tuple[tuple[str, float], ...]
+    pace: float | None = None
 
     @cached_property
     def _by_quantity(self) -> Mapping[str, float]:
@@ -56,15 +63,18 @@ class Calibration:
         return {name: s * self._by_quantity.get(f"{kind}.{timed_as(name)}", 1.0) for name, s in terms.items()}
 
 
-def factors_of(plan: ExecutionPlan, trace: Trace, known: Calibration | None) -> Mapping[str, float]:
+def factors_of(
+    plan: ExecutionPlan, trace: Trace, known: Calibration | None, pace: float = 1.0
+) -> Mapping[str, float]:
     """Quantity -> factor, from a run of the plan, which must have predictions made with `known`.
 
-    What `known` says of quantities that the run does not have stays. Raises InputError for a factor
-    beyond belief.
+    `pace`: how many times slower the machine was than when it was profiled. What `known` says of
+    quantities that the run does not have stays. Raises InputError for a factor beyond belief.
     """
     factors = dict(known.factors) if known is not None else {}
-    least = LEAST_SHARE * trace.iteration_seconds()
-    for quantity, (predicted, measured) in _sums(plan, trace).items():
+    least = LEAST_SHARE * trace.iteration_seconds() / pace
+    for quantity, (predicted, took) in _sums(plan, trace).items():
+        measured = took / pace
         if not predicted or not measured or max(predicted, measured) < least:
             continue
         ratio = measured / predicted
@@ -118,6 +128,7 @@ def read_calibration(reader: Reader | None) -> Calibration | None:
         run=reader.get("run", str),
         date=str(reader.raw("date")),
         samples=reader.integer("samples", minimum=1),
+        pace=reader.number("pace", minimum=1e-3, maximum=1e3) if reader.has("pace") else None,
         factors=tuple((q, factors.number(q, minimum=1e-6, maximum=1e6)) for q in factors.keys()),
     )
     factors.done()
@@ -127,10 +138,12 @@ def read_calibration(reader: Reader | None) -> Calibration | None:
 
 def calibration_content(calibration: Calibration) -> Mapping[str, object]:
     """The calibration as the mapping that a profile file holds."""
+    pace = {} if calibration.pace is None else {"pace": float(f"{calibration.pace:.4g}")}
     return {
         "base": calibration.base,
         "run": calibration.run,
         "date": calibration.date,
         "samples": calibration.samples,
+        **pace,
         "factors": {quantity: float(f"{factor:.4g}") for quantity, factor in calibration.factors},
     }

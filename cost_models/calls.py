@@ -3,24 +3,25 @@
 generate: prompts enter as slots fall free, then one decode step for each new token, in lanes that
 circulate through the pipeline stages, as many as there are stages. inference and train_step: packed
 micro-batches through the stages, in the order of the strategy's schedule; a train_step computes
-dropped activations again, and ends every mini-batch by summing gradients over replicas and AdamW.
+dropped activations again, and ends every mini-batch by summing gradients over replicas and AdamW. What it
+mixes in are further micro-batches of each mini-batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 from cost_models.communication import Communication, group_shape
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts, Pack, Pass
 from cost_models.decoding import decode_steps
+from cost_models.packs import mean_pack, mixed_share, runs, share
 from cost_models.pipeline import bubble_s, messages_on_path
 from cost_models.profile import HardwareProfile
 from cost_models.zero import gradients_s, resident_elements
-from realloc.dataflow import Call, CallKind, Output
+from realloc.dataflow import Call, CallKind
 from realloc.experiment import Workload
-from realloc.lengths import Lengths
 from realloc.mesh import DeviceMesh
 from realloc.strategy import Recompute, Schedule, Strategy
 
@@ -62,6 +63,9 @@ class Seconds:
     def __add__(self, other: Seconds) -> Seconds:
         return Seconds(self.compute + other.compute, self.tp + other.tp, self.weight + other.weight)
 
+    def times(self, share: float) -> Seconds:
+        return Seconds(self.compute * share, self.tp * share, self.weight * share)
+
 
 @lru_cache(maxsize=1024)
 def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
@@ -76,16 +80,6 @@ def distinct_stages(num_layers_of: tuple[int, ...]) -> tuple[Stage, ...]:
     return tuple(kinds.values())
 
 
-def share(sequences: int, parts: int) -> int:
-    """Sequences of the part that has most."""
-    return -(-sequences // parts)
-
-
-def _runs(sequences: float, lengths: Lengths) -> float:
-    """Attention kernels for a packed micro-batch: sequences of equal length share one."""
-    return 1.0 if lengths.is_fixed else max(1.0, sequences)
-
-
 class CallPricer:
     """Prices the calls of one model shape under one strategy on meshes of one form."""
 
@@ -97,12 +91,13 @@ class CallPricer:
         strategy: Strategy,
         workload: Workload,
         communication: Communication | None = None,
+        mixed: Workload | None = None,
     ) -> None:
-        """`communication`: that of the mesh, where it is kept."""
+        """`communication`: that of the mesh, where it is kept. `mixed`: what train_steps mix in."""
         self._profile = profile
         self._costs = costs
         self._strategy = strategy
-        self._workload = workload
+        self._workload, self._mixed = workload, mixed
         self._communication = communication or Communication(profile, mesh)
         self._tp_group = group_shape(mesh, 1, strategy.tp)
         self._dp_group = group_shape(mesh, strategy.tp, strategy.dp)
@@ -135,8 +130,11 @@ class CallPricer:
         """Batches assembled, losses, metrics. A call without a model has no tables."""
         if call.kind in (CallKind.COMPUTE, CallKind.GENERATE):
             return self._profile.call_s
-        sequences = share(self._workload.sequences, self._strategy.dp)
+        sequences = share(call.num_sequences(self._workload.sequences), self._strategy.dp)
         micro_batches = min(self._strategy.micro_batches, sequences)
+        mixed, mixed_batches = self._mixed_share(call)
+        sequences += mixed * call.mini_batches * call.epochs
+        micro_batches += mixed_batches
         computes = str(call.loss or call.output)
         return self._costs.call_s(call.name, computes, sequences, micro_batches) * self._slowdown
 
@@ -155,7 +153,7 @@ class CallPricer:
         size = sequences / groups
         prompts = max(size / work.samples_per_prompt, 1 / groups)
         squares = prompts * work.prompt.mean_square
-        pack = Pack(prompts * work.prompt.mean, squares, _runs(prompts, work.prompt), size)
+        pack = Pack(prompts * work.prompt.mean, squares, runs(prompts, work.prompt), size)
         hidden_bytes = self._costs.shape.hidden * self._costs.element_bytes
         passes = [([self._forward(stage, pack, Pass.PREFILL) for stage in self._stages], waves, pack.tokens)]
         peers = min(work.sequences, lanes * size * self._strategy.dp)
@@ -177,21 +175,20 @@ class CallPricer:
         terms["dp_communication"] += self._communication.all_reduce_s(self._dp_group, 8 * work.sequences)
 
     def _inference(self, terms: dict[str, float], call: Call) -> None:
-        sequences = share(self._workload.sequences, self._strategy.dp)
+        sequences = share(call.num_sequences(self._workload.sequences), self._strategy.dp)
         pack, micro_batches = self._pack(call, sequences)
         forward = [self._forward(stage, pack, Pass.INFERENCE) for stage in self._stages]
         self._pipeline(terms, forward, micro_batches, self._message_bytes(pack))
 
     def _train(self, terms: dict[str, float], call: Call) -> None:
         """All mini-batches of all epochs."""
-        mini = share(self._workload.sequences, call.mini_batches)
-        pack, micro_batches = self._pack(call, share(mini, self._strategy.dp))
-        both = [
-            self._forward(stage, pack, Pass.TRAIN) + self._again(stage, pack) + self._backward(stage, pack)
-            for stage in self._stages
-        ]
+        mini = share(call.num_sequences(self._workload.sequences), call.mini_batches)
+        packs = [self._pack(call, share(mini, self._strategy.dp)), *self._mixed_packs(call)]
+        micro_batches = sum(count for _, count in packs)
+        both = [self._trained(stage, packs) for stage in self._stages]
+        messages_bytes = sum(count * self._message_bytes(pack) for pack, count in packs)
         one = dict.fromkeys(TERMS, 0.0)
-        self._schedule(one, both, micro_batches, self._message_bytes(pack))
+        self._schedule(one, both, micro_batches, messages_bytes / micro_batches)
         units, params = max((self._held(stage) for stage in self._stages), key=lambda held: sum(held[0]))
         elements, strategy = sum(units), self._strategy
         if strategy.zero < 2:  # later stages add up what they have reduced
@@ -217,17 +214,29 @@ class CallPricer:
         for name, seconds in one.items():
             terms[name] += seconds * call.mini_batches * call.epochs
 
+    def _trained(self, stage: Stage, packs: Sequence[tuple[Pack, int]]) -> Seconds:
+        """Forward and backward of the mean micro-batch, where there are several kinds."""
+        total, micro_batches = Seconds(), sum(count for _, count in packs)
+        for pack, count in packs:
+            one = self._forward(stage, pack, Pass.TRAIN) + self._again(stage, pack)
+            total += (one + self._backward(stage, pack)).times(count / micro_batches)
+        return total
+
+    def _mixed_packs(self, call: Call) -> list[tuple[Pack, int]]:
+        """As `_pack` of what an optimizer step mixes in; none where it mixes in nothing."""
+        sequences, micro_batches = self._mixed_share(call)
+        if self._mixed is None or sequences == 0:
+            return []
+        return [(mean_pack(self._mixed, call.output, sequences / micro_batches), micro_batches)]
+
+    def _mixed_share(self, call: Call) -> tuple[int, int]:
+        """Sequences that a rank mixes into an optimizer step, and in how many micro-batches."""
+        return (0, 0) if self._mixed is None else mixed_share(call, self._mixed, self._strategy)
+
     def _pack(self, call: Call, sequences: int) -> tuple[Pack, int]:
         """The mean micro-batch of a rank's share, and how many there are."""
         micro_batches = min(self._strategy.micro_batches, max(1, sequences // call.together))
-        size = sequences / micro_batches
-        prompt, response = self._workload.prompt, self._workload.response
-        length = prompt.mean + response.mean
-        # prompts and responses are taken to be of independent lengths
-        square = prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
-        rows = 1.0 if call.output is Output.SCORES else response.mean
-        runs = max(_runs(size, prompt), _runs(size, response))
-        return Pack(size * length, size * square, runs, size * rows), micro_batches
+        return mean_pack(self._workload, call.output, sequences / micro_batches), micro_batches
 
     def _message_bytes(self, pack: Pack) -> float:
         """Hidden states that a rank passes to the next stage: with sequence parallelism, its rows."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from cost_models.link import CollectiveCost
@@ -41,6 +42,11 @@ class Communication:
         self._per_node = min(mesh.size, mesh.gpus_per_node)
         self._across = mesh.num_nodes > 1
         self._known: dict[tuple[str, GroupShape], tuple[float, tuple[CollectiveCost, ...]]] = {}
+
+    @property
+    def asked(self) -> Collection[tuple[str, GroupShape]]:
+        """The collectives, and of which groups, that were priced so far."""
+        return self._known.keys()
 
     def _contention(self, group: GroupShape) -> float:
         """A measured collective had the cores to itself; on CPU hosts other groups take their share."""

@@ -7,12 +7,15 @@ plus the launch of one kernel. Counts of flops and bytes follow from the model's
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from cost_models.profile import HardwareProfile
+from cost_models.sources import Found, Source
 from realloc.model_shape import DTYPE_BYTES, ModelShape
 from realloc.params import EMBED, ParamSpec, parameters, stage_layers, tp_range
+from realloc.signature import layer_signature
 from realloc.strategy import Recompute
 
 # Kernels of a decoder layer besides products and attention: two norms, two residual additions, the
@@ -130,6 +133,12 @@ class ComputeCosts:
         self._layers: dict[tuple[str, Pack, bool], float] = {}
         self._units: dict[tuple[int, int, int], tuple[int, ...]] = {}
         self._layers_of: dict[tuple[int, int], tuple[int, ...]] = {}
+
+    @property
+    def found(self) -> Sequence[Found]:
+        """What stands behind the numbers that these costs were asked for."""
+        name = layer_signature(self.shape, self.tp)
+        return [(Source.ANALYTIC, f"no tables of '{name}' in the profile")]
 
     def partial_elements(self, sequence_parallel: bool) -> int:
         """Elements of a layer whose gradients are summed over the tensor-parallel group."""

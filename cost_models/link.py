@@ -37,12 +37,14 @@ class CollectiveCost:
     With `knees`, (bytes, seconds) that were measured between, in the order of their bytes: straight lines
     from one to the next, and `bytes_per_s` from the last on. Small tensors go another way than large ones,
     and those of a cache another than those beyond it.
+    `spread`: the distance of the samples' quartiles as a share of their median, where it was measured.
     """
 
     ranks: int
     latency_s: float
     bytes_per_s: float
     knees: tuple[tuple[float, float], ...] = ()
+    spread: float = 0.0
 
     def seconds(self, size_bytes: float) -> float:
         before, before_s = 0.0, self.latency_s
@@ -57,12 +59,19 @@ class CollectiveCost:
 class Link:
     """One kind of link. `latency_s` and `bytes_per_s` are of one point-to-point message.
 
-    `bytes_per_s` is one device's share when all devices of the node use the link.
+    `bytes_per_s` is one device's share when all devices of the node use the link. `estimate`: in a profile
+    that was measured, where the numbers of a link come from that was not. `spread`: of messages, as above.
     """
 
     latency_s: float
     bytes_per_s: float
     collectives: tuple[tuple[str, tuple[CollectiveCost, ...]], ...] = ()
+    estimate: str = ""
+    spread: float = 0.0
+
+    def measured_ranks(self, collective: str) -> tuple[int, ...]:
+        """The group sizes that the collective has numbers for."""
+        return tuple(row.ranks for name, rows in self.collectives if name == collective for row in rows)
 
     def message_s(self, size_bytes: float, messages: float = 1.0) -> float:
         return messages * self.latency_s + size_bytes / self.bytes_per_s
@@ -122,6 +131,8 @@ def read_link(reader: Reader) -> Link:
         latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
         bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
         collectives=tuple(collectives),
+        estimate=reader.get("estimate", str, ""),
+        spread=reader.number("spread", 0.0, minimum=0.0),
     )
     reader.done()
     return link
@@ -136,6 +147,7 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
             bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
             knees=_read_knees(reader),
+            spread=reader.number("spread", 0.0, minimum=0.0),
         )
         reader.done()
         if rows and row.ranks <= rows[-1].ranks:
@@ -160,13 +172,17 @@ def _read_knees(reader: Reader) -> tuple[tuple[float, float], ...]:
 
 
 def _row_content(row: CollectiveCost) -> Mapping[str, Any]:
-    content = {key: value for key, value in vars(row).items() if key != "knees"}
+    content = {
+        key: value for key, value in vars(row).items() if key != "knees" and (value or key != "spread")
+    }
     return {**content, "knees": [list(knee) for knee in row.knees]} if row.knees else content
 
 
 def link_content(link: Link) -> Mapping[str, Any]:
     """The link as the mapping that a profile file holds."""
+    told = {"estimate": link.estimate, "spread": link.spread}
     return {
+        **{key: value for key, value in told.items() if value},
         "latency_s": link.latency_s,
         "bytes_per_s": link.bytes_per_s,
         "collectives": {name: [_row_content(row) for row in rows] for name, rows in link.collectives},

@@ -7,11 +7,11 @@ roofline answers alone. Which of these it was is kept, so that a plan can say wh
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from enum import IntEnum
+from collections.abc import Callable, Mapping, Sequence
 
 from cost_models.compute import ComputeCosts, Pack, Pass
 from cost_models.profile import HardwareProfile
+from cost_models.sources import Found, Source
 from cost_models.tables import Table
 from realloc.model_shape import ModelShape
 from realloc.signature import call_signature, ends_signature, layer_signature
@@ -39,17 +39,6 @@ _FORWARD: Mapping[Pass, str] = {
 }
 
 
-class Source(IntEnum):
-    """What stands behind a number, best first."""
-
-    MEASURED = 0
-    EXTRAPOLATED = 1
-    """A measured table beyond its range."""
-    SCALED = 2
-    """The table of a related quantity."""
-    ANALYTIC = 3
-
-
 class MeasuredCosts(ComputeCosts):
     """Compute seconds of a model of which the profile has tables.
 
@@ -71,6 +60,13 @@ class MeasuredCosts(ComputeCosts):
         self._decoded: dict[tuple[float, float, float, bool], float] = {}
         self._whole_bytes = sum(self.stage_units(1, 0)) * self.element_bytes
         self.sources: dict[str, tuple[Source, str]] = {}
+
+    @property
+    def found(self) -> Sequence[Found]:
+        return [
+            (source, f"{quantity} ({detail})" if detail else quantity)
+            for quantity, (source, detail) in self.sources.items()
+        ]
 
     @staticmethod
     def suits(profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int) -> bool:
@@ -136,9 +132,7 @@ class MeasuredCosts(ComputeCosts):
         if table is None:
             return self._analytic("call", super().call_s(name, computes, sequences, micro_batches))
         # a micro-batch costs about as much as a few sequences; nothing here has a model of its own
-        return self._at(
-            table, "call", sequences, micro_batches, lambda x, y: x + _PER_MICRO_BATCH * y, known=True
-        )
+        return self._at(table, "call", sequences, micro_batches, lambda x, y: x + _PER_MICRO_BATCH * y)
 
     def generate_s(self, layers: int) -> float:
         """Seconds of a generate call beside its steps, on a stage of so many layers."""
@@ -146,7 +140,7 @@ class MeasuredCosts(ComputeCosts):
         if table is None:
             return self._analytic("pack_weights", super().generate_s(layers))
         # all of it grows with the layers, the head aside
-        return self._at(table, "pack_weights", float(max(1, layers)), 1.0, lambda x, _: x, known=True)
+        return self._at(table, "pack_weights", float(max(1, layers)), 1.0, lambda x, _: x)
 
     def optimizer_s(self, elements: int, params: int) -> float:
         analytic = super().optimizer_s
@@ -226,18 +220,10 @@ class MeasuredCosts(ComputeCosts):
     _plain: ComputeCosts | None = None
 
     def _at(
-        self,
-        table: Table,
-        quantity: str,
-        x: float,
-        y: float,
-        slope: Callable[[float, float], float],
-        *,
-        known: bool = False,
+        self, table: Table, quantity: str, x: float, y: float, slope: Callable[[float, float], float]
     ) -> float:
-        """`known`: the slope holds beyond what was measured."""
         reading = table.at(x, y, slope)
-        if reading.extrapolated and not known:
+        if reading.extrapolated:
             asked = f"{x:.4g}" if y == 1.0 else f"{x:.4g} x {y:.4g}"
             self._note(quantity, Source.EXTRAPOLATED, f"{asked}, measured {table.range_text}")
         else:
@@ -264,18 +250,3 @@ def compute_costs(
     if MeasuredCosts.suits(profile, shape, dtype, tp):
         return MeasuredCosts(profile, shape, dtype, tp, busy)
     return ComputeCosts(profile, shape, dtype, tp)
-
-
-def describe_sources(costs: ComputeCosts) -> str:
-    """What stands behind the numbers that these costs were asked for, in words."""
-    if not isinstance(costs, MeasuredCosts):
-        return f"analytic: no tables of '{layer_signature(costs.shape, costs.tp)}' in the profile"
-    texts = {
-        source: [
-            f"{quantity} ({detail})" if detail else quantity
-            for quantity, (found, detail) in sorted(costs.sources.items())
-            if found is source
-        ]
-        for source in Source
-    }
-    return "; ".join(f"{source.name.lower()}: {', '.join(names)}" for source, names in texts.items() if names)

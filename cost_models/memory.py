@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from cost_models.activations import Phase, StagePass, forward_phases, training_phases
-from cost_models.calls import share
 from cost_models.compute import GRADIENT_BYTES, ComputeCosts
+from cost_models.packs import mixed_share, share
 from cost_models.pipeline import most_in_flight
 from cost_models.zero import resident_elements
 from realloc.dataflow import Call, CallKind
@@ -55,18 +55,19 @@ def call_memory(
     strategy: Strategy,
     workload: Workload,
     call: Call,
+    mixed: Workload | None = None,
     *,
     reallocates: bool = False,
     stage: int | None = None,
 ) -> CallMemory:
-    """The memory of a stage; None: of the one that needs most of it.
+    """The memory of a stage; None: of the one that needs most of it. `mixed`: what train_steps mix in.
 
     `reallocates`: parameters may come here before the call, or leave after it, through staging buffers,
     which exist on a GPU while the call does not run.
     """
     stages = {0, strategy.pp // 2, strategy.pp - 1} if stage is None else {stage}
     memory = max(
-        (_stage_memory(costs, strategy, workload, call, one) for one in sorted(stages)),
+        (_stage_memory(costs, strategy, workload, call, mixed, one) for one in sorted(stages)),
         key=lambda memory: memory.total,
     )
     staged = min(STAGING_BYTES, memory.parameters) if reallocates and not costs.is_cpu else 0
@@ -81,7 +82,12 @@ def optimizer_bytes(elements: int, element_bytes: int) -> int:
 
 
 def _stage_memory(
-    costs: ComputeCosts, strategy: Strategy, workload: Workload, call: Call, stage: int
+    costs: ComputeCosts,
+    strategy: Strategy,
+    workload: Workload,
+    call: Call,
+    mixed: Workload | None,
+    stage: int,
 ) -> CallMemory:
     units = costs.stage_units(strategy.pp, stage, strategy.virtual_stages)
     elements = sum(units)
@@ -92,12 +98,13 @@ def _stage_memory(
     at = _stage_pass(costs, strategy, workload, call, stage, layers, units)
     if call.kind is not CallKind.TRAIN_STEP:
         return CallMemory(elements * costs.element_bytes, working=_largest(forward_phases(at)))
+    passes = [at] if mixed is None or call.mixture is None else _both_kinds(at, call, mixed, stage)
     own = resident_elements(elements, strategy)
     return CallMemory(
         parameters=own.parameters * costs.element_bytes,
         gradients=own.gradients * GRADIENT_BYTES,
         optimizer=optimizer_bytes(own.optimizer, costs.element_bytes),
-        working=_largest(training_phases(at)),
+        working=_largest(phase for one in passes for phase in training_phases(one)),
     )
 
 
@@ -118,7 +125,7 @@ def _stage_pass(
 ) -> StagePass:
     """The largest micro-batch of the call, of sequences of mean length."""
     train = call.kind is CallKind.TRAIN_STEP
-    sequences = share(workload.sequences, call.mini_batches if train else 1)
+    sequences = share(call.num_sequences(workload.sequences), call.mini_batches if train else 1)
     sequences = share(sequences, strategy.dp)
     micro_batches = min(strategy.micro_batches, sequences)
     size = share(sequences, micro_batches)
@@ -134,6 +141,34 @@ def _stage_pass(
         kept=most_in_flight(strategy, stage, micro_batches) if train else 0.0,
         micro_batches=micro_batches,
     )
+
+
+def _both_kinds(own: StagePass, call: Call, mixed: Workload, stage: int) -> list[StagePass]:
+    """The largest micro-batch of the batch, and that of what is mixed in, each among those held at once.
+
+    A stage holds consecutive micro-batches, and all of one kind come before those of the other.
+    """
+    strategy = own.strategy
+    sequences, count = mixed_share(call, mixed, strategy)
+    size = share(sequences, count)
+    other = replace(
+        own,
+        tokens=size * (mixed.prompt.mean + mixed.response.mean),
+        head_rows=size * mixed.response.mean,
+        micro_batches=count,
+    )
+    kinds = (own, other)
+    held = most_in_flight(strategy, stage, int(own.micro_batches) + count)
+    rows = sum(kind.micro_batches * kind.head_rows for kind in kinds)
+    found = []
+    for kind in kinds:
+        beside = sorted(kinds, key=lambda one: one.tokens, reverse=True)
+        tokens, left = min(held, 1.0) * kind.tokens, max(held - 1.0, 0.0)
+        for one in beside:
+            taken = min(left, one.micro_batches - (one is kind))
+            tokens, left = tokens + taken * one.tokens, left - taken
+        found.append(replace(kind, kept=tokens / kind.tokens, micro_batches=rows / kind.head_rows))
+    return found
 
 
 def _generation_phases(

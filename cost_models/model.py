@@ -6,17 +6,18 @@ so that a search may ask again and again; meshes of equal form share them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from cost_models.calls import CallPricer
 from cost_models.communication import Communication
 from cost_models.compute import ComputeCosts
-from cost_models.measured import compute_costs, describe_sources
+from cost_models.measured import compute_costs
 from cost_models.memory import CallMemory, call_memory
 from cost_models.move_bounds import least_reallocate_s
-from cost_models.moves import reallocate_s, transfer_s
+from cost_models.moves import reallocate_s, selection_s, transfer_s
 from cost_models.profile import HardwareProfile
+from cost_models.sources import Found, describe, message_sources, move_sources, neighbour_sources
 from realloc.augmented import Node, NodeKind, Placement, copied_causes
 from realloc.cluster import Cluster
 from realloc.dataflow import Call, CallKind, DataflowGraph
@@ -81,31 +82,44 @@ class CostModel:
         return self._priced(call, placement).terms
 
     def call_sources(self, call: Call, placement: Placement) -> str:
-        """What stands behind the compute seconds of a call: measured, extrapolated or analytic, and of what.
-
-        Communication is priced from the profile's links in any case.
-        """
+        """What stands behind the seconds of a call: measured, extrapolated or analytic, and of what."""
         if call.role is None:
             return "analytic: Python functions"
-        strategy = placement.strategy
-        # fresh, so that it has been asked for this call alone
-        shape, busy = self._shapes[call.role], self._busy(placement.mesh)
+        strategy, mesh = placement.strategy, placement.mesh
+        # fresh, so that they have been asked for this call alone
+        shape, busy = self._shapes[call.role], self._busy(mesh)
         costs = compute_costs(self.profile, shape, self.experiment.dtype, strategy.tp, busy)
-        CallPricer(self.profile, costs, placement.mesh, strategy, self.experiment.workload).terms(call)
-        return describe_sources(costs)
+        links, work = Communication(self.profile, mesh), self.experiment.workload
+        CallPricer(self.profile, costs, mesh, strategy, work, links, self.experiment.mixed).terms(call)
+        beside: list[Found] = []
+        if self.profile.provenance.source == "measured":
+            beside += message_sources(self.profile, links, mesh, stages=strategy.pp > 1)
+            beside += neighbour_sources(self.profile, self.cluster.gpus_per_node)
+        return describe([*costs.found, *beside])
+
+    def move_sources(self, nodes: Iterable[Node]) -> Mapping[str, str]:
+        """The same for what lies between calls, by kind of node; empty where the profile is analytic."""
+        if self.profile.provenance.source != "measured":
+            return {}
+        across: dict[NodeKind, bool] = {}
+        for node in (node for node in nodes if node.call is None):
+            hosts = {rank // self.cluster.gpus_per_node for rank in node.ranks}
+            across[node.kind] = across.get(node.kind, False) or len(hosts) > 1
+        return {str(kind): describe(move_sources(self.profile, kind, far)) for kind, far in across.items()}
 
     def transfer_s(self, keys: tuple[str, ...], src: Placement, dst: Placement) -> float:
         """Seconds to bring data keys from where `src` wrote them to where `dst` reads them, each time."""
         cache_key = (keys, src, dst)
         if cache_key not in self._moves:
-            per_sequence = sum(
-                self.experiment.mean_elements(self.graph.key[key].per) * self.graph.key[key].bytes_per_element
-                for key in keys
-            )
-            sequences = self.experiment.workload.sequences
-            seconds = transfer_s(self.profile, sequences, per_sequence, len(keys), src, dst)
+            sequences, size = self.experiment.workload.sequences, self._sequence_bytes(keys)
+            seconds = transfer_s(self.profile, sequences, size, len(keys), src, dst)
             self._moves[cache_key] = seconds * self._factor(NodeKind.TRANSFER)
         return self._moves[cache_key]
+
+    def _sequence_bytes(self, keys: tuple[str, ...]) -> float:
+        """Bytes that a sequence of mean length has of these keys."""
+        found = [self.graph.key[key] for key in keys]
+        return sum(self.experiment.mean_elements(key.per) * key.bytes_per_element for key in found)
 
     def reallocate_s(self, role: str, src: Placement, dst: Placement) -> float:
         """Seconds to bring a role's parameters from the layout of `src` to that of `dst`."""
@@ -191,6 +205,7 @@ class CostModel:
                     placement.strategy,
                     self.experiment.workload,
                     call,
+                    self.experiment.mixed,
                     reallocates=self._reallocates(call.role),
                     stage=stage,
                 )
@@ -219,10 +234,16 @@ class CostModel:
             if form not in self._communications:
                 self._communications[form] = Communication(self.profile, mesh)
             workload = self.experiment.workload
-            pricer = CallPricer(self.profile, costs, mesh, strategy, workload, self._communications[form])
-            terms = pricer.terms(call)
+            links, mixed = self._communications[form], self.experiment.mixed
+            pricer = CallPricer(self.profile, costs, mesh, strategy, workload, links, mixed)
+            terms = dict(pricer.terms(call))
+            if call.select is not None:
+                size = self._sequence_bytes(call.reads)
+                terms["dp_communication"] += selection_s(
+                    links, self.profile, call, workload.sequences, size, placement
+                )
             if self.profile.calibration is not None:
-                terms = self.profile.calibration.terms(call.kind, terms)
+                terms = dict(self.profile.calibration.terms(call.kind, terms))
             terms = {term: call.share_of(seconds) for term, seconds in terms.items()}
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]

@@ -6,11 +6,15 @@ how long links take to move it.
 
 from __future__ import annotations
 
+from cost_models.communication import Communication, group_shape
 from cost_models.profile import HardwareProfile
 from realloc.augmented import Placement
+from realloc.dataflow import Call, CallKind
+from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.params import parameters
 from realloc.reallocation import COALESCE_BYTES, schedule_bytes
+from realloc.strategy import Strategy
 
 
 def reallocate_s(
@@ -90,6 +94,29 @@ def transfer_s(
     seconds += beside.node_s + sequences * beside.sequence_s
     seconds += received_sequences * (1 - own / src.strategy.dp) * keys * beside.value_s
     return seconds * _pair_contention(profile, ranks)
+
+
+def selection_s(
+    communication: Communication,
+    profile: HardwareProfile,
+    call: Call,
+    batch: int,
+    bytes_per_sequence: float,
+    placement: Placement,
+) -> float:
+    """Seconds to tell all ranks of a mesh what a call selects of a batch, and to deal it to replicas anew.
+
+    The replicas of a stage exchange what they have read, as in `transfer_s` from and to themselves; an
+    inference deals nothing. `communication`: that of the mesh.
+    """
+    mesh, strategy = placement.mesh, placement.strategy
+    seconds = communication.all_reduce_s(group_shape(mesh, 1, mesh.size), batch)
+    if call.kind is not CallKind.TRAIN_STEP or strategy.dp == 1:
+        return seconds
+    ranks = DeviceMesh(mesh.first, strategy.dp * strategy.tp, mesh.gpus_per_node)
+    stage = Placement(ranks, Strategy(strategy.dp, strategy.tp))
+    sequences = call.num_sequences(batch)
+    return seconds + transfer_s(profile, sequences, bytes_per_sequence, len(call.reads), stage, stage)
 
 
 def _pair_contention(profile: HardwareProfile, ranks: int) -> float:

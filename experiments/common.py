@@ -39,16 +39,29 @@ def passes(reader: Reader, mini_batches: int = 1) -> Mapping[str, int]:
     }
 
 
-def check_mini_batches(given: Mapping[str, Any], experiment: Experiment, together: int = 1) -> None:
-    """Raises InputError when a mini-batch would be empty; each `together` sequences are in one."""
-    units = experiment.workload.sequences // together
-    if given["mini_batches"] > units:
+def check_mini_batches(
+    given: Mapping[str, Any], experiment: Experiment, together: int = 1, selected: int = 0
+) -> None:
+    """Raises InputError when a mini-batch would be empty; each `together` sequences are in one.
+
+    `selected`: so many sequences of an iteration are trained on; 0: all.
+    """
+    sequences = selected or experiment.workload.sequences
+    if given["mini_batches"] > sequences // together:
         of = f", {together} of which stay together" if together > 1 else ""
+        trained = " that are selected" if selected else ""
         raise InputError(
             f"experiment: hyperparameters.mini_batches: {given['mini_batches']} mini-batches cannot be made "
-            f"of the {experiment.workload.sequences} sequences of an iteration{of}; lower it, or raise "
+            f"of the {sequences} sequences of an iteration{trained}{of}; lower it, or raise "
             f"workload.sequences."
         )
+
+
+def dynamic_sampling(reader: Reader) -> Mapping[str, int]:
+    """`dynamic_sampling`: so many of an iteration's prompts are trained on, first of all those whose samples
+    differ in their scores (Yu et al. 2025, arXiv 2503.14476, section 3.2); 0: all prompts.
+    """
+    return {"dynamic_sampling": reader.integer("dynamic_sampling", 0, minimum=0, maximum=100_000_000)}
 
 
 def check_samples(algorithm: str, least: int, experiment: Experiment) -> None:
@@ -93,10 +106,10 @@ def ref_calls(given: Mapping[str, Any]) -> tuple[Call, ...]:
     return (ref_call(),) if given["kl_coef"] > 0 else ()
 
 
-def policy_train_call(given: Mapping[str, Any], reads: tuple[str, ...]) -> Call:
+def policy_train_call(given: Mapping[str, Any], reads: tuple[str, ...], selected: int = 0) -> Call:
     """`actor_train` on `prepare_actor`'s advantages and `actor_loss`, of algorithms without a critic.
 
-    `reads` are keys besides tokens and log-probabilities.
+    `reads` are keys besides tokens and log-probabilities. `selected`: `select_prompts` picks so many.
     """
     compared = ("ref_logprobs",) if given["kl_coef"] > 0 else ()
     return Call(
@@ -112,6 +125,8 @@ def policy_train_call(given: Mapping[str, Any], reads: tuple[str, ...]) -> Call:
         loss="actor_loss",
         mini_batches=given["mini_batches"],
         epochs=given["epochs"],
+        select="select_prompts" if selected else None,
+        selected=selected,
     )
 
 
@@ -124,14 +139,21 @@ def critic_free_graph(
     `least_samples` of a prompt.
     """
     given = given_hyperparameters(algorithm, experiment)
-    check_mini_batches(given, experiment)
+    work, learned = experiment.workload, given.get("dynamic_sampling", 0)
     check_samples(title, least_samples, experiment)
+    if learned >= work.prompts:
+        raise InputError(
+            f"experiment: hyperparameters.dynamic_sampling: {learned} of {work.prompts} prompts an iteration "
+            f"leaves none out; lower it, or raise workload.sequences."
+        )
+    selected = learned * work.samples_per_prompt
+    check_mini_batches(given, experiment, selected=selected)
     scores = scoring(title, experiment)
     calls = (
         generate_call(),
         *scores.calls,
         *ref_calls(given),
-        policy_train_call(given, ("scores",)),
+        policy_train_call(given, ("scores",), selected),
     )
     keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("advantages", advantages))
     return DataflowGraph(calls, keys, ("prompts",))

@@ -24,34 +24,33 @@ def dpo_loss(
     return _pair_loss(rewards[0::2], rewards[1::2], batch.global_sequences // 2, hyperparameters)
 
 
-def prepare_best_and_worst(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """`choices`, one per sequence: above 0 for the best-scored of its prompt's samples, below for the worst.
+def select_best_and_worst(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """bool [num_sequences]: the best-scored and the worst of each prompt's samples.
 
-    Else 0. Of equal scores the first sample is the best and the last the worst. All choices are 1 or -1
-    times one weight, which makes the loss a mean over pairs where samples without a score leave fewer.
+    Of equal scores the first sample is the best and the last the worst. Of a prompt with less than two scored
+    samples there is none.
     """
     table, present = score_table(batch["scores"], batch)
     last = table.shape[1] - 1
     best = table.masked_fill(~present, -torch.inf).argmax(1)
     worst = last - table.masked_fill(~present, torch.inf).flip(1).argmin(1)
-    pairs = (present.sum(1) > 1).sum()
-    weight = present.sum() / (present.shape[1] * pairs.clamp(min=1))
     prompts, samples = batch.prompts, batch.samples
-    choices = (samples == best[prompts]).float() - (samples == worst[prompts]).float()
-    return {"choices": choices * weight.float()}
+    chosen: Tensor = (samples == best[prompts]) != (samples == worst[prompts])
+    return chosen
 
 
 def online_dpo_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """The loss of the best against the worst of each prompt's samples, mean over prompts.
+    """The loss of the best against the worst sample of each prompt, which are neighbours; mean over prompts.
 
-    `output`: log-probabilities of the response tokens now. The samples of a prompt are neighbours.
+    `output`: log-probabilities of the response tokens now. Of equal scores the first is the best.
     """
-    rewards, choices = _log_ratios(output, batch, hyperparameters), batch["choices"]
-    weight = choices.abs().max()  # the same in all pairs
-    pairs = batch.global_sequences / batch.samples_per_prompt / weight.clamp(min=1e-6)
-    return _pair_loss(rewards[choices > 0], rewards[choices < 0], pairs, hyperparameters)
+    rewards, scores = _log_ratios(output, batch, hyperparameters), batch["scores"]
+    in_order = scores[0::2] >= scores[1::2]
+    chosen = torch.where(in_order, rewards[0::2], rewards[1::2])
+    rejected = torch.where(in_order, rewards[1::2], rewards[0::2])
+    return _pair_loss(chosen, rejected, batch.global_sequences // 2, hyperparameters)
 
 
 def _log_ratios(output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
@@ -62,7 +61,7 @@ def _log_ratios(output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 
 
 def _pair_loss(
-    chosen: Tensor, rejected: Tensor, pairs: int | Tensor, hyperparameters: Mapping[str, Any]
+    chosen: Tensor, rejected: Tensor, pairs: int, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
     """`chosen`, `rejected`: log ratios to the reference of this micro-batch's pairs, of `pairs` in all.
 

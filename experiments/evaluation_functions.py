@@ -44,7 +44,30 @@ def responses(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
             margin = scores - rival  # NaN where one of the two has no score
             margin = margin.masked_fill(margin.abs() <= TIE * (1.0 + scores.abs()), 0.0)
             found["win_rate"] = _mean(torch.where(margin.isnan(), margin, 0.5 + 0.5 * margin.sign()), batch)
+        if "eval_gold" in keys:
+            found["gold"] = _mean(batch["eval_gold"].double(), batch)
     return {name: value for name, value in found.items() if not isnan(value)}
+
+
+def sampled_responses(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
+    """`responses`, and what choosing among the samples of a prompt is worth, for k from 2 to all of them.
+
+    `best_of_K`: the mean over prompts of the best score of K samples. With gold scores, `gold_best_of_K`:
+    that of the gold score of the sample whose score is best.
+    """
+    found = dict(responses(batch, keys))
+    if "eval_scores" not in keys:
+        return found
+    judges = {"best_of": "eval_scores"}
+    if "eval_gold" in keys:
+        judges["gold_best_of"] = "eval_gold"
+    scores, present = _samples("eval_scores", batch)
+    for name, judge in judges.items():
+        judged, known = _samples(judge, batch)
+        for count, value in enumerate(best_of(scores, judged, present & known).tolist(), start=1):
+            if count > 1 and not isnan(value):
+                found[f"{name}_{count}"] = value
+    return found
 
 
 def likelihood(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
@@ -61,10 +84,10 @@ def pairs(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
     `accuracy`, a tie being half right; mean `margin`; `loss`, the negative log-likelihood; `calibration`, the
     expected calibration error (Guo et al. 2017, arXiv 1706.04599) of the probability that a margin stands
     for. With gold scores: rank correlations over all responses (Spearman's, Kendall's tau-b), and
-    `best_of`, by how much the best-scored response of a prompt is better than its mean one, as a share of
+    `best_of_2`, by how much the best-scored response of a prompt is better than its mean one, as a share of
     what the truly best is.
     """
-    table, _ = score_table(batch["eval_scores"], batch)
+    table, present = score_table(batch["eval_scores"], batch)
     margin = table[:, 0] - table[:, 1]
     found = {
         "accuracy": float((0.5 + 0.5 * margin.sign()).mean()),
@@ -76,10 +99,58 @@ def pairs(batch: Batch, keys: Sequence[str]) -> Mapping[str, float]:
         gold, _ = score_table(batch["eval_gold"], batch)
         found["spearman"] = spearman(table.flatten(), gold.flatten())
         found["kendall"] = kendall(table.flatten(), gold.flatten())
-        picked = gold.gather(1, table.argmax(1, keepdim=True))[:, 0]
-        gain, most = picked - gold.mean(1), gold.amax(1) - gold.mean(1)
-        found["best_of"] = float(gain.sum() / most.sum()) if most.sum() > 0 else 0.0
+        picked, most = (best_of(chosen, gold, present) for chosen in (table, gold))
+        for count in range(2, table.shape[1] + 1):
+            gain, possible = (float(means[count - 1] - means[0]) for means in (picked, most))
+            found[f"best_of_{count}"] = gain / possible if possible > 0 else 0.0
     return found
+
+
+def best_of(scores: Tensor, judged: Tensor, present: Tensor) -> Tensor:
+    """The mean over prompts of `judged` of the best-scored of k samples; [prompts, n] each -> [n], k from 1.
+
+    k of a prompt's samples drawn without replacement, over all subsets, so that no draw is left to chance
+    (as pass@k is estimated: Chen et al. 2021, arXiv 2107.03374, section 2.1). Among equal scores each is as
+    likely to be chosen. A prompt with fewer than k samples that are `present` is left out; NaN where all
+    are.
+    """
+    counts = present.sum(1)
+    total = torch.zeros(scores.shape[1], dtype=torch.float64, device=scores.device)
+    prompts = torch.zeros_like(total)
+    for count in counts.unique().tolist():
+        if count == 0:
+            continue
+        rows = counts == count
+        there = present[rows]
+        order = scores[rows][there].double().view(-1, count).sort(1)
+        values = judged[rows][there].double().view(-1, count).gather(1, order.indices)
+        values = _shared_by_ties(values, order.values)
+        total[:count] += (values @ _chances_of_best(count, values).T).sum(0)
+        prompts[:count] += values.shape[0]
+    return total / prompts
+
+
+def _chances_of_best(count: int, like: Tensor) -> Tensor:
+    """[k - 1, i]: the chance that of k of `count` samples the one of rank i (from the worst, 0) is best.
+
+    C(i, k - 1) / C(count, k), each row from the one before.
+    """
+    ranks = torch.arange(count, dtype=torch.float64, device=like.device)
+    rows = [torch.full_like(ranks, 1.0 / count)]
+    for k in range(1, count):
+        rows.append(rows[-1] * (ranks - k + 1).clamp(min=0.0) / k * ((k + 1) / (count - k)))
+    return torch.stack(rows)
+
+
+def _shared_by_ties(values: Tensor, ordered: Tensor) -> Tensor:
+    """Each value replaced by the mean over those of its row whose `ordered` score is the same."""
+    new = torch.zeros_like(ordered, dtype=torch.int64)
+    new[:, 1:] = (ordered[:, 1:] != ordered[:, :-1]).long()
+    group = new.cumsum(1)
+    sums, members = (
+        torch.zeros_like(values).scatter_add(1, group, x) for x in (values, values.new_ones(values.shape))
+    )
+    return (sums / members.clamp(min=1.0)).gather(1, group)
 
 
 def calibration_error(margin: Tensor) -> float:
@@ -109,6 +180,15 @@ def _ranks(values: Tensor) -> Tensor:
     first = torch.searchsorted(ordered, values.contiguous())
     last = torch.searchsorted(ordered, values.contiguous(), right=True)
     return (first + last - 1).double() / 2
+
+
+def _samples(key: str, batch: Batch) -> tuple[Tensor, Tensor]:
+    """A number of each sample as [num_prompts, samples_per_prompt], and which are numbers; on every rank."""
+    values = batch[key].double()
+    missing = values.isnan()
+    table, there = score_table(values.masked_fill(missing, 0.0), batch)
+    unknown, _ = score_table(missing.double(), batch)
+    return table, there & (unknown == 0.0)
 
 
 def _mean(values: Tensor, batch: Batch) -> float:

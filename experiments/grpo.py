@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.common import critic_free_graph, given_hyperparameters, passes
+from experiments.common import critic_free_graph, dynamic_sampling, given_hyperparameters, passes
 from realloc.dataflow import DataflowGraph, Per
 from realloc.errors import InputError
 from realloc.experiment import Experiment
@@ -35,7 +35,8 @@ class GRPO:
         GRPO), over all tokens (`token`: DAPO), or a sum over tokens divided by sequences and the longest
         response allowed (`constant`: Dr. GRPO).
         `overlong_buffer`: scores of the last so many tokens before the limit fall linearly, by 1 at the
-        limit (DAPO's soft overlong punishment); 0: they do not.
+        limit (DAPO's soft overlong punishment); 0: they do not. `dynamic_sampling`: as of
+        `experiments.common.dynamic_sampling`, by scores with that punishment.
         """
         clip = reader.number("clip_range", 0.2, minimum=1e-6)
         return {
@@ -45,6 +46,7 @@ class GRPO:
             "scale": reader.choice("scale", ("group", "batch", "none"), "group"),
             "aggregation": reader.choice("aggregation", ("sequence", "token", "constant"), "sequence"),
             "overlong_buffer": reader.integer("overlong_buffer", 0, minimum=0, maximum=100_000_000),
+            **dynamic_sampling(reader),
             **passes(reader),
         }
 

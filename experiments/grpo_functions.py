@@ -8,16 +8,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.shared_functions import group_size, group_sums, inverse_ratio_kl, per_token, sequence_sums
+from experiments.shared_functions import (
+    group_size,
+    group_sums,
+    inverse_ratio_kl,
+    per_token,
+    sequence_sums,
+    with_signal,
+)
 from realloc.functions import Batch
 
 STD_FLOOR = 1e-4
 """Added to a standard deviation before dividing by it, so that groups of equal scores stay finite."""
 
 
+def select_prompts(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """The sequences of `dynamic_sampling` prompts; see `with_signal`."""
+    return with_signal(_final_scores(batch, hyperparameters), batch, hyperparameters["dynamic_sampling"])
+
+
 def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
     """`advantages`, one per sequence: the score less the mean of its prompt's samples, scaled."""
-    scores = batch["scores"].double() - _overlong_penalty(batch, hyperparameters["overlong_buffer"])
+    scores = _final_scores(batch, hyperparameters)
     size = group_size(batch)
     centred = scores - group_sums(scores, batch) / size
     if hyperparameters["scale"] == "group":
@@ -66,6 +78,12 @@ def _aggregate(losses: Tensor, lengths: Tensor, batch: Batch, how: str) -> Tenso
         return losses.sum() / (batch.global_sequences * batch.max_response_tokens)
     means = sequence_sums(losses, lengths) / lengths.clamp(min=1)
     return means.sum() / batch.global_sequences
+
+
+def _final_scores(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    penalty = _overlong_penalty(batch, hyperparameters["overlong_buffer"])
+    scores: Tensor = batch["scores"].double() - penalty
+    return scores
 
 
 def _overlong_penalty(batch: Batch, buffer: int) -> Tensor:

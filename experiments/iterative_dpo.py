@@ -7,6 +7,7 @@ has; the tensor functions that it names are in `experiments.dpo_functions`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from experiments.common import (
@@ -19,7 +20,7 @@ from experiments.common import (
 )
 from experiments.dpo import preference_hyperparameters
 from experiments.scoring import scoring
-from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.dataflow import Call, CallKind, DataflowGraph, Output
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
@@ -35,14 +36,18 @@ class IterativeDPO:
         return preference_hyperparameters(reader)
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
-        """Four calls. Raises InputError for less than two samples a prompt.
-
-        Of more than two samples all are passed through the actor, though only two have a gradient.
+        """Four calls, of which the last two work on the chosen pairs alone. Raises InputError for less than
+        two samples a prompt.
         """
         given = given_hyperparameters(self, experiment)
         check_samples("iterative DPO", 2, experiment)
-        samples = experiment.workload.samples_per_prompt
-        check_mini_batches(given, experiment, together=samples)
+        work = experiment.workload
+        chosen = 2 * work.prompts
+        check_mini_batches(given, experiment, together=2, selected=chosen)
+        reference = ref_call()
+        if chosen < work.sequences:  # it waits for the scores then, but has less to do
+            reads = (*reference.reads, "scores")
+            reference = replace(reference, reads=reads, select="select_best_and_worst", selected=chosen)
         train = Call(
             name="actor_train",
             kind=CallKind.TRAIN_STEP,
@@ -51,13 +56,13 @@ class IterativeDPO:
             role="actor",
             sequence="tokens",
             output=Output.LOGPROBS,
-            prepare="prepare_best_and_worst",
-            prepared=("choices",),
             loss="online_dpo_loss",
             mini_batches=given["mini_batches"],
             epochs=given["epochs"],
-            together=samples,
+            together=2,
+            select="select_best_and_worst",
+            selected=chosen,
         )
         scores = scoring("iterative DPO", experiment)
-        keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("choices", Per.SEQUENCE))
-        return DataflowGraph((generate_call(), *scores.calls, ref_call(), train), keys, ("prompts",))
+        keys = (*ROLLOUT_KEYS, *scores.keys)
+        return DataflowGraph((generate_call(), *scores.calls, reference, train), keys, ("prompts",))

@@ -18,11 +18,12 @@ from experiments.common import (
     ref_call,
 )
 from experiments.scoring import scoring
-from realloc.dataflow import Average, Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.dataflow import Average, Call, CallKind, DataflowGraph, DataKey, Mixture, Output, Per
 from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
 
+PRETRAIN = DataKey("pretrain_tokens", Per.TOKEN, "int64")
 TRAIN_READS = ("tokens", "logprobs", "ref_logprobs", "scores", "values")
 
 
@@ -57,6 +58,9 @@ class PPO:
         no gradient (weight decay and the learning rate's schedule go on).
         `ref_ema_decay`: the reference becomes this share of itself and the rest of the actor once an
         iteration (an exponential moving average); 1: it stays as it is.
+        `ptx_coef`: where not 0, the actor's loss has this times the mean negative log-probability, in nats a
+        token, of the texts in `pretrain_data`; each optimizer step has a part of an iteration's texts
+        (PPO-ptx: Ouyang et al. 2022, equation 2 and appendix C.4). None of it while the critic learns alone.
         """
         clip = reader.number("clip_range", 0.2, minimum=1e-6)
         kl_coef = reader.number("kl_coef", 0.05, minimum=0.0)
@@ -80,6 +84,7 @@ class PPO:
             "missing_eos_penalty": reader.number("missing_eos_penalty", 0.0, minimum=0.0),
             "critic_warmup": reader.integer("critic_warmup", 0, minimum=0, maximum=100_000_000),
             "ref_ema_decay": reader.number("ref_ema_decay", 1.0, minimum=0.0, maximum=1.0),
+            "ptx_coef": reader.number("ptx_coef", 0.0, minimum=0.0),
             **passes(reader, mini_batches=4),
         }
 
@@ -89,6 +94,7 @@ class PPO:
         check_mini_batches(given, experiment)
         _check_horizon(given, experiment)
         mini_batches, epochs = given["mini_batches"], given["epochs"]
+        mixes = given["ptx_coef"] > 0
         scores = scoring("PPO", experiment)
         calls = (
             generate_call(),
@@ -110,6 +116,7 @@ class PPO:
                 loss="actor_loss",
                 mini_batches=mini_batches,
                 epochs=epochs,
+                mixture=Mixture(PRETRAIN.name, "ptx_loss") if mixes else None,
             ),
             Call(
                 name="critic_train",
@@ -128,7 +135,8 @@ class PPO:
         )
         decay = given["ref_ema_decay"]
         averages = (Average("ref", "actor", decay),) if decay < 1.0 else ()
-        return DataflowGraph(calls, (*_keys(), *scores.keys), ("prompts",), averages)
+        keys = (*_keys(), *scores.keys, *((PRETRAIN,) if mixes else ()))
+        return DataflowGraph(calls, keys, ("prompts",), averages)
 
 
 def _check_horizon(given: Mapping[str, Any], experiment: Experiment) -> None:

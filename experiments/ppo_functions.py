@@ -39,9 +39,8 @@ def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[s
     if hyperparameters["whiten_advantages"]:
         advantages = whiten(advantages, batch)
     if hyperparameters["critic_warmup"] > 0:
-        done = batch.state.get("iterations", 0.0)
-        batch.state["iterations"] = done + 1.0
-        if done < hyperparameters["critic_warmup"]:
+        batch.state["iterations"] = batch.state.get("iterations", 0.0) + 1.0
+        if _critic_learns_alone(batch, hyperparameters):
             advantages = torch.zeros_like(advantages)
     return {"advantages": advantages}
 
@@ -75,6 +74,20 @@ def actor_loss(
     return loss, metrics
 
 
+def ptx_loss(
+    output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
+) -> tuple[Tensor, Mapping[str, Tensor]]:
+    """`ptx_coef` times the mean negative log-probability of the texts' tokens, of each but its first.
+
+    `output`: their log-probabilities now. Equation 2 of Ouyang et al. 2022 has the log-probability of whole
+    texts, times 27.8, which appendix C.4 applies to the gradients without saying over what they are averaged.
+    A mean over tokens makes the coefficient independent of the texts' lengths and number.
+    """
+    value = -output.sum() / max(1, batch.global_elements)
+    coefficient = 0.0 if _critic_learns_alone(batch, hyperparameters) else hyperparameters["ptx_coef"]
+    return coefficient * value, {"ptx_loss": value.detach()}
+
+
 def critic_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
@@ -96,6 +109,11 @@ def critic_loss(
             "return": returns.sum() / tokens,
         }
     return loss, metrics
+
+
+def _critic_learns_alone(batch: Batch, hyperparameters: Mapping[str, Any]) -> bool:
+    """In the first iterations, which `prepare_actor` counts; this one is counted already."""
+    return bool(batch.state.get("iterations", 0.0) <= hyperparameters["critic_warmup"] > 0)
 
 
 def _rewards(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:

@@ -18,7 +18,7 @@ from experiments.common import (
     passes,
 )
 from experiments.scoring import scoring
-from realloc.dataflow import Call, CallKind, DataflowGraph, DataKey, Output, Per
+from realloc.dataflow import Call, CallKind, DataflowGraph, Output
 from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -35,12 +35,8 @@ class RAFT:
         return {"keep": reader.integer("keep", 1, minimum=1, maximum=100_000_000), **passes(reader)}
 
     def graph(self, experiment: Experiment) -> DataflowGraph:
-        """Three calls. Raises InputError when nothing would be rejected.
-
-        All samples are passed through the actor, though only the kept ones have a gradient.
-        """
+        """Three calls; only what is kept is trained on. Raises InputError when nothing would be rejected."""
         given = given_hyperparameters(self, experiment)
-        check_mini_batches(given, experiment)
         check_samples("RAFT", 2, experiment)
         if given["keep"] >= experiment.workload.samples_per_prompt:
             raise InputError(
@@ -48,6 +44,8 @@ class RAFT:
                 f"{experiment.workload.samples_per_prompt} samples a prompt rejects none; lower it, or raise "
                 f"workload.samples_per_prompt."
             )
+        kept = experiment.workload.prompts * given["keep"]
+        check_mini_batches(given, experiment, selected=kept)
         train = Call(
             name="actor_train",
             kind=CallKind.TRAIN_STEP,
@@ -56,12 +54,12 @@ class RAFT:
             role="actor",
             sequence="tokens",
             output=Output.LOGPROBS,
-            prepare="prepare_actor",
-            prepared=("weights",),
             loss="actor_loss",
             mini_batches=given["mini_batches"],
             epochs=given["epochs"],
+            select="select_best",
+            selected=kept,
         )
         scores = scoring("RAFT", experiment)
-        keys = (*ROLLOUT_KEYS, *scores.keys, DataKey("weights", Per.RESPONSE_TOKEN))
+        keys = (*ROLLOUT_KEYS, *scores.keys)
         return DataflowGraph((generate_call(), *scores.calls, train), keys, ("prompts",))

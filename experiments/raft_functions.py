@@ -8,32 +8,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.shared_functions import per_token, score_table
+from experiments.shared_functions import score_table, sequence_sums
 from realloc.functions import Batch
 
 
-def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:
-    """`weights`, one per response token: 0 unless its sequence is of the `keep` best of its prompt's samples.
-
-    They add up to samples / keep over a kept sequence, so to 1 a sequence on average. Of equal scores the
-    earlier samples come first.
-    """
+def select_best(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """bool [num_sequences]: the `keep` best of each prompt's samples; of equal scores the earlier ones."""
     table, present = score_table(batch["scores"], batch)
     ranks = (
         table.masked_fill(~present, -torch.inf).argsort(dim=1, descending=True, stable=True).argsort(dim=1)
     )
-    kept = (ranks < hyperparameters["keep"]) & present
-    lengths = batch.lengths("weights")
-    weights = kept[batch.prompts, batch.samples].float() * (present.sum() / kept.sum())
-    weights = (weights / lengths.clamp(min=1)).float()
-    return {"weights": per_token(weights, lengths, int(lengths.sum()))}
+    kept: Tensor = (ranks < hyperparameters["keep"]) & present
+    return kept[batch.prompts, batch.samples]
 
 
 def actor_loss(
     output: Tensor, batch: Batch, hyperparameters: Mapping[str, Any]
 ) -> tuple[Tensor, Mapping[str, Tensor]]:
-    """Mean negative log-probability of a kept response's tokens, mean over kept responses.
+    """Mean negative log-probability of a response's tokens, mean over responses, all of which are kept.
 
     `output`: log-probabilities of the response tokens now.
     """
-    return -(batch["weights"] * output).sum() / batch.global_sequences, {}
+    lengths = batch.lengths("tokens") - batch.lengths("prompts")
+    means = sequence_sums(output, lengths) / lengths.clamp(min=1)
+    return -means.sum() / batch.global_sequences, {}

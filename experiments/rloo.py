@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from experiments.common import critic_free_graph, passes
+from experiments.common import critic_free_graph, dynamic_sampling, passes
 from realloc.dataflow import DataflowGraph, Per
 from realloc.experiment import Experiment
 from realloc.files import Reader
@@ -26,12 +26,14 @@ class RLOO:
 
         `kl_coef`: weight of the whole response's penalty for leaving the reference model, a part of its
         reward. `clip_range`: how far a response's probability ratio counts from 1.
-        `whiten_advantages`: shift and scale them to mean 0, variance 1 over the batch.
+        `whiten_advantages`: shift and scale them to mean 0, variance 1 over the batch. `dynamic_sampling`:
+        as of `experiments.common.dynamic_sampling`.
         """
         return {
             "kl_coef": reader.number("kl_coef", 0.05, minimum=0.0),
             "clip_range": reader.number("clip_range", 0.2, minimum=1e-6),
             "whiten_advantages": reader.get("whiten_advantages", bool, False),
+            **dynamic_sampling(reader),
             **passes(reader),
         }
 

@@ -8,8 +8,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from experiments.shared_functions import group_size, group_sums, policy_metrics, sequence_sums, whiten
+from experiments.shared_functions import (
+    group_size,
+    group_sums,
+    policy_metrics,
+    sequence_sums,
+    whiten,
+    with_signal,
+)
 from realloc.functions import Batch
+
+
+def select_prompts(batch: Batch, hyperparameters: Mapping[str, Any]) -> Tensor:
+    """The sequences of `dynamic_sampling` prompts, by their scores alone; see `with_signal`."""
+    return with_signal(batch["scores"], batch, hyperparameters["dynamic_sampling"])
 
 
 def prepare_actor(batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from realloc.functions import Batch
 
 VARIANCE_FLOOR = 1e-8
+SAME = 1e-4
+"""Scores of a prompt that differ by no more teach nothing: as much rounding may make of equal responses."""
 
 
 def whiten(values: Tensor, batch: Batch, *, shift: bool = True) -> Tensor:
@@ -57,6 +59,24 @@ def score_table(values: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
     tables[1, batch.prompts, batch.samples] = 1.0
     scores, present = batch.sum(tables)
     return scores, present > 0
+
+
+def with_signal(values: Tensor, batch: Batch, count: int) -> Tensor:
+    """bool [num_sequences]: the sequences of `count` prompts, first of those whose scores differ.
+
+    Of these, and of the others where they are too few, the earlier ones; last come those without any score.
+    `values`: scores, [num_sequences]. Reports how many prompts had no signal, and how many of the `count`.
+    """
+    table, present = score_table(values, batch)
+    highest = table.masked_fill(~present, -torch.inf).amax(1)
+    lowest = table.masked_fill(~present, torch.inf).amin(1)
+    signal = highest - lowest > SAME
+    order = (2 * signal.int() + present.any(1).int()).argsort(descending=True, stable=True)
+    chosen = torch.zeros_like(signal)
+    chosen[order[:count]] = True
+    batch.report("without_signal", int((~signal).sum()))
+    batch.report("missing", int((chosen & ~signal).sum()))
+    return chosen[batch.prompts]
 
 
 def sequence_sums(values: Tensor, lengths: Tensor) -> Tensor:

@@ -146,11 +146,6 @@ def vocabulary() -> Sequence[str]:
     return (*SPECIAL_TOKENS, *sorted(words))
 
 
-def mood_words(mood: str) -> frozenset[str]:
-    """All words that the grammar uses for a mood."""
-    return frozenset(word for slot in MOOD_SLOTS.values() for word in slot[mood].split())
-
-
 def _choices() -> Mapping[str, Sequence[str]]:
     """Slot as written in templates -> the words that fit it."""
     choices = {f"<{name}>": tuple(words.split()) for name, words in NEUTRAL_SLOTS.items()}

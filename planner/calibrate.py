@@ -16,13 +16,18 @@ from realloc.comparison import check_match
 from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.lengths import run_lengths
+from realloc.pace import PaceFound, pace_of
 from realloc.plan import ExecutionPlan
 from realloc.trace import Trace
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """The improved profile, and seconds per iteration of the run: measured, and predicted with both."""
+    """The improved profile, and seconds per iteration of the run: measured, and predicted with both.
+
+    `pace`: that of the run against the profile's, which the factors are without; None where either does
+    not tell it.
+    """
 
     profile: HardwareProfile
     measured_s: float
@@ -30,6 +35,7 @@ class Calibrated:
     after_s: float
     factors: Mapping[str, float]
     """What this run has changed: the new factors over those of the base."""
+    pace: PaceFound | None = None
 
 
 def calibrate(
@@ -54,7 +60,9 @@ def calibrate(
     plan = replace(plan, experiment=with_lengths(plan.experiment, trace))
     before = _predicted(plan, base)
     assert before.predictions is not None
-    factors = factors_of(before, trace, base.calibration)
+    pace = None if base.pace is None else pace_of(trace, base.pace, plan.cluster.gpus_per_node)
+    ratio = None if pace is None else pace.ratio
+    factors = factors_of(before, trace, base.calibration, ratio or 1.0)
     known = {} if base.calibration is None else dict(base.calibration.factors)
     calibration = Calibration(
         base=base.calibration.base if base.calibration else base.name,
@@ -62,6 +70,7 @@ def calibrate(
         date=date,
         samples=samples,
         factors=tuple(sorted(factors.items())),
+        pace=ratio,
     )
     profile = replace(base, name=name, calibration=calibration)
     after = _predicted(plan, profile)
@@ -72,6 +81,7 @@ def calibrate(
         before_s=before.predictions.iteration_s,
         after_s=after.predictions.iteration_s,
         factors={quantity: factor / known.get(quantity, 1.0) for quantity, factor in factors.items()},
+        pace=pace,
     )
 
 

@@ -278,7 +278,8 @@ def _degrees(
     """
     mesh, count = meshes[0], len(meshes)
     backend = experiment.training_backend if call.kind is CallKind.TRAIN_STEP else OWN
-    share = experiment.workload.sequences // call.together // call.mini_batches
+    worked = call.num_sequences(experiment.workload.sequences)
+    share = worked // call.together // call.mini_batches
     found: list[tuple[Strategy, list[int]]] = []
     for tp in _divisors(mesh.size):
         for pp in _divisors(mesh.size // tp):

@@ -15,9 +15,8 @@ from realloc.dataflow import Call, CallKind, DataflowGraph
 BOX_WIDTH, BOX_HEIGHT = 150.0, 44.0
 COLUMN, ROW, MARGIN = 250.0, 78.0, 24.0
 _STYLE = (
-    "text{font-family:system-ui,sans-serif}.edge{fill:none;stroke:#5b6470;stroke-width:1.3}"
-    ".version{fill:none;stroke:#8a8f98;stroke-width:1.3;stroke-dasharray:5 4}.faint{fill:#5b6470}"
-    ".strong{font-weight:600;fill:#1b1f24}rect.paper{fill:#fff}"
+    ".edge{fill:none;stroke:#5b6470;stroke-width:1.3}.strong{fill:#1b1f24}"
+    ".version{fill:none;stroke:#8a8f98;stroke-width:1.3;stroke-dasharray:5 4}"
 )
 
 
@@ -67,6 +66,10 @@ def _what(call: Call) -> str:
         text += f", {call.mini_batches} mini-batches"
     if call.epochs > 1:
         text += f", {call.epochs} epochs"
+    if call.select is not None:
+        text += f", on {call.selected} selected sequences"
+    if call.mixture is not None:
+        text += f", with {call.mixture.sequence}"
     return text
 
 
@@ -88,7 +91,6 @@ def graph_svg(graph: DataflowGraph, title: str) -> str:
     height = 2 * MARGIN + 40 + tallest * ROW + 34
     width = 2 * MARGIN + (len(layers) - 1) * COLUMN + BOX_WIDTH
     drawing = Drawing(height, title, max(width, 2 * MARGIN + text_width(title, 14)))
-    drawing.rect(0, 0, drawing.width, height, css="paper")
     drawing.text(MARGIN, MARGIN + 4, title, css="strong", size=14)
     at: dict[str, tuple[float, float]] = {}
     for column, layer in enumerate(layers):
@@ -108,8 +110,7 @@ def graph_svg(graph: DataflowGraph, title: str) -> str:
         drawing.label(x, y + 8, BOX_WIDTH, BOX_HEIGHT, (_what(call), short, call.kind.value), ink)
         if call.writes:
             drawing.text(x + 30, y + BOX_HEIGHT + 13, ", ".join(call.writes), size=10, css="faint")
-    head, _, rest = drawing.markup().partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'
+    return drawing.file(_STYLE)
 
 
 def _draw_edges(

@@ -11,21 +11,18 @@ from planner.page.svg import Drawing, ticks
 WIDTH, HEIGHT, CHART = 900.0, 330.0, 380.0
 LEFT, TOP, FOOT = 56.0, 40.0, 270.0
 _STYLE = (
-    "text{font-family:system-ui,sans-serif;fill:#1b1f24}.grid{stroke:#d5d9de}.curve{fill:none;stroke:#0072B2;"
+    "text{fill:#1b1f24}.grid{stroke:#d5d9de}.curve{fill:none;stroke:#0072B2;"
     "stroke-width:2}.ideal{fill:none;stroke:#8a8f98;stroke-dasharray:5 4}.dot{fill:#0072B2}"
-    ".knee{fill:#D55E00}.faint{fill:#5b6470}.strong{font-weight:600}rect.paper{fill:#fff}"
+    ".knee{fill:#D55E00}"
 )
 
 
 def fit_plot(found: Fit) -> str:
     """The text of the SVG file; GPUs on a logarithmic axis. Sizes that do not fit are marked below."""
     drawing = Drawing(HEIGHT, "seconds per iteration and GPU-hours over GPUs", WIDTH)
-    drawing.rect(0, 0, WIDTH, HEIGHT, css="paper")
     _chart(drawing, found, 0.0, "seconds per iteration", lambda p: p.iteration_s, ideal=True)
     _chart(drawing, found, WIDTH / 2, "GPU-hours for 1,000 samples", lambda p: p.gpu_hours, ideal=False)
-    markup = drawing.markup()
-    head, _, rest = markup.partition(">")
-    return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_STYLE}</style>{rest}\n'
+    return drawing.file(_STYLE)
 
 
 def _chart(

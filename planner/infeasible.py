@@ -39,7 +39,7 @@ def infeasible_call(
     if not possible:
         return InfeasibleError(
             f"{call.name}: no strategy is possible on any mesh: its model's heads and layers, the "
-            f"{experiment.workload.sequences} sequences of an iteration and its "
+            f"{call.num_sequences(experiment.workload.sequences)} sequences of an iteration and its "
             f"{call.mini_batches} mini-batches allow none; use more sequences or fewer mini-batches."
         )
     mesh, (plain, best) = min(possible, key=lambda found: found[1][1].total_bytes)
@@ -79,7 +79,7 @@ def _helps(
     capacity_bytes: int,
 ) -> Iterator[str]:
     """The least change of each kind that makes the call fit; none where that takes too much."""
-    sequences = experiment.workload.sequences
+    sequences = call.num_sequences(experiment.workload.sequences)
     for times in _doublings():
         larger = DeviceMesh(0, mesh.size * times, mesh.gpus_per_node)
         if mesh.size * times > mesh.gpus_per_node and (mesh.size * times) % mesh.gpus_per_node:

@@ -55,12 +55,13 @@ def terms_of(assessment: Assessment) -> Mapping[str, Mapping[str, float]]:
 
 
 def call_sources(plan: ExecutionPlan, costs: CostModel) -> Mapping[str, str]:
-    """Call -> what stands behind its compute seconds."""
-    return {call.name: costs.call_sources(call, plan.placements[call.name]) for call in plan.graph.calls}
+    """Call, and kind of node between calls -> what stands behind their seconds."""
+    calls = {call.name: costs.call_sources(call, plan.placements[call.name]) for call in plan.graph.calls}
+    return {**calls, **costs.move_sources(plan.augmented.nodes)}
 
 
 def beyond_measured(sources: Mapping[str, str]) -> str:
-    """The calls whose seconds do not all lie within what was measured, for people; empty if all do."""
+    """What has seconds that do not all lie within what was measured, for people; empty if all do."""
     lines: dict[str, list[str]] = {}
     for name, text in sources.items():
         parts = [part for part in text.split("; ") if not part.startswith("measured: ")]

@@ -7,13 +7,13 @@ their own that only `runtime` loads, so that planning never imports torch.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Protocol
 
 from realloc.dataflow import DataflowGraph
-from realloc.errors import InputError
+from realloc.errors import InputError, ReallocError
 from realloc.files import Reader, nearest
-from realloc.named_code import import_named
+from realloc.named_code import described, import_named
 
 if TYPE_CHECKING:
     from realloc.experiment import Experiment
@@ -70,5 +70,39 @@ def resolve(name: str, where: str) -> Algorithm:
     if missing or not isinstance(found, type):
         lacks = f"it lacks '{missing[0]}'" if missing else "it is no class"
         raise InputError(f"{where}: '{entry}' is not an algorithm: {lacks}.")
-    algorithm: Algorithm = found()
-    return algorithm
+    if entry in BUILT_IN.values():
+        algorithm: Algorithm = found()
+        return algorithm
+    made: Algorithm = _answer(f"{where}: {entry}: it", found, found)
+    return _Users(made, f"{where}: {entry}")
+
+
+class _Users:
+    """An algorithm of a user's own: whatever it raises, or returns instead of an answer, is a message."""
+
+    def __init__(self, made: Algorithm, where: str) -> None:
+        self.name, self.functions = made.name, made.functions
+        self._made, self._where = made, where
+
+    def hyperparameters(self, reader: Reader) -> Mapping[str, Any]:
+        where = f"{self._where}.hyperparameters"
+        found: Mapping[str, Any] = _answer(where, Mapping, lambda: self._made.hyperparameters(reader))
+        return found
+
+    def graph(self, experiment: Experiment) -> DataflowGraph:
+        where = f"{self._where}.graph"
+        found: DataflowGraph = _answer(where, DataflowGraph, lambda: self._made.graph(experiment))
+        return found
+
+
+def _answer(where: str, kind: type, ask: Callable[[], Any]) -> Any:
+    """What somebody's code answers. Raises InputError, which names the line, where it does not."""
+    try:
+        answer = ask()
+    except ReallocError:
+        raise
+    except Exception as error:  # noqa: BLE001 (a class of others may raise anything)
+        raise InputError(f"{where} raised {described(error, __file__)}.") from None
+    if not isinstance(answer, kind):
+        raise InputError(f"{where} returned {type(answer).__name__}, expected {kind.__name__}.")
+    return answer

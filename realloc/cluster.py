@@ -30,9 +30,6 @@ class Cluster:
     def num_gpus(self) -> int:
         return self.num_nodes * self.gpus_per_node
 
-    def node_of(self, gpu: int) -> int:
-        return gpu // self.gpus_per_node
-
     def __str__(self) -> str:
         nodes = f"{self.num_nodes} node{'s' if self.num_nodes > 1 else ''}"
         device = Path(self.device).stem if self.device.endswith((".yaml", ".yml")) else self.device

@@ -7,6 +7,7 @@ section does not name are those that TRL's data sets have: `prompt`, `completion
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from realloc.files import nearest
 from realloc.row_sources import BadRow, Row
 
 CONVERSATIONS = ("messages", "conversations")
+_KNOWN = frozenset((*CONVERSATIONS, "prompt", "completion", "chosen", "rejected", "text"))
 _ROLES = {"human": "user", "gpt": "assistant"}
 """What ShareGPT's conversations call the roles."""
 
@@ -30,11 +32,12 @@ class NoColumns(InputError):
 
 
 class Want(Enum):
-    """What an algorithm takes from the data set, for each prompt."""
+    """What an algorithm takes from the data set, for each prompt. Of TEXTS the first token stands for it."""
 
     PROMPTS = "prompts"
     RESPONSES = "prompts with a response"
     PAIRS = "preferences"
+    TEXTS = "whole texts"
 
 
 def wanted(graph: DataflowGraph) -> Want:
@@ -97,29 +100,33 @@ def find_columns(data: DataSpec, want: Want, names: Collection[str], where: str)
             return Columns(messages=messages)
         if has_pair:
             return Columns(None, pair)
-    if want is Want.RESPONSES:
+    if want in (Want.RESPONSES, Want.TEXTS):
         if data.text or data.messages:
             return Columns(text=data.text) if data.text else Columns(messages=data.messages)
+        if want is Want.TEXTS and text and not (data.prompt or data.response):
+            return Columns(text=text)
         if prompt and response:
             return Columns(prompt, (response,))
         if messages or text:
             return Columns(messages=messages) if messages else Columns(text=text)
-    raise NoColumns(f"{where}: {_missing(want, names)}")
+    raise NoColumns(f"{where}: {_missing(want, names, data.section)}")
 
 
-def _missing(want: Want, names: Collection[str]) -> str:
+def _missing(want: Want, names: Collection[str], section: str) -> str:
+    responses = (
+        "'prompt' and 'completion', 'messages', or 'text'",
+        "{0}.prompt and {0}.response, {0}.messages, or {0}.text",
+    )
     known, keys = {
-        Want.PROMPTS: ("'prompt', 'messages', or 'chosen' and 'rejected'", "data.prompt or data.messages"),
-        Want.RESPONSES: (
-            "'prompt' and 'completion', 'messages', or 'text'",
-            "data.prompt and data.response, data.messages, or data.text",
-        ),
-        Want.PAIRS: ("'chosen' and 'rejected'", "data.chosen and data.rejected"),
+        Want.PROMPTS: ("'prompt', 'messages', or 'chosen' and 'rejected'", "{0}.prompt or {0}.messages"),
+        Want.RESPONSES: responses,
+        Want.PAIRS: ("'chosen' and 'rejected'", "{0}.chosen and {0}.rejected"),
+        Want.TEXTS: responses,
     }[want]
     found = ", ".join(f"'{name}'" for name in names) or "none"
     return (
         f"the algorithm takes {want.value}, from the columns {known}; found {found}. Name the columns "
-        f"with {keys}."
+        f"with {keys.format(section)}."
     )
 
 
@@ -133,6 +140,11 @@ class TextReader:
     chat: bool
     template: ChatTemplate | None
     tokenizer_of: str
+    section: str = "data"
+
+    @property
+    def _learns_all(self) -> bool:
+        return self.want is Want.TEXTS or (self.want is Want.RESPONSES and self.loss_on == "all")
 
     def read(self, row: Row, where: str) -> Texts:
         """The texts of a row. Raises BadRow; InputError when a conversation meets no chat template."""
@@ -157,7 +169,7 @@ class TextReader:
 
     def _learned(self, texts: Texts) -> Texts:
         """All but the first token is the response where supervised training learns all."""
-        if self.want is Want.RESPONSES and self.loss_on == "all":
+        if self._learns_all:
             return Texts(None, texts.wholes, texts.is_chat)
         return texts
 
@@ -194,7 +206,7 @@ class TextReader:
         if not turns:
             raise BadRow(where, f"{column}: has no message of the assistant.", "no message of the assistant")
         whole = self._render(row, messages[: turns[-1] + 1], where).rstrip()
-        if self.loss_on == "all":
+        if self._learns_all:
             return Texts(None, (whole,), True)
         learned = turns if self.loss_on == "assistant" else turns[-1:]
         said = [self._said(row, messages, turn, whole, where) for turn in learned]
@@ -220,21 +232,31 @@ class TextReader:
         if self.template is None:
             raise InputError(
                 f"{where}: is a conversation, but {self.tokenizer_of} has no chat template; give one with "
-                f"data.chat_template: FILE.jinja, or use a chat model's tokenizer."
+                f"{self.section}.chat_template: FILE.jinja, or use a chat model's tokenizer."
             )
-        tools = row.get("tools")
         try:
-            text = self.template.render(
-                messages, add_generation_prompt=begin, tools=tools if isinstance(tools, list) else None
-            )
+            text = self.template.render(messages, add_generation_prompt=begin, tools=_tools(row, where))
         except TemplateError as error:
             raise BadRow(where, str(error), "refused by the chat template") from None
         return _encodable(text, "the conversation", where)
 
 
+def _tools(row: Row, where: str) -> list[Any] | None:
+    """The functions that a conversation may call: a list, or one as JSON, as Arrow has it."""
+    tools = row.get("tools")
+    if isinstance(tools, str) and tools.strip():
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise BadRow(where, f"tools: not valid JSON: {error}.", "bad tools") from None
+    return tools if isinstance(tools, list) else None
+
+
 def _value(row: Row, column: str, where: str) -> Any:
     if column not in row:
-        raise BadRow(where, f"has no column '{column}'.{nearest(column, row)}", f"no column '{column}'")
+        # of two columns that have meanings of their own, one is no misspelling of the other
+        others = row.keys() - _KNOWN if column in _KNOWN else row
+        raise BadRow(where, f"has no column '{column}'.{nearest(column, others)}", f"no column '{column}'")
     value = row[column]
     if not isinstance(value, (str, list, tuple)):
         reason = f"{column} is null" if value is None else f"{column} is not text"
@@ -274,13 +296,26 @@ def _messages(value: Any, column: str, where: str, role: str) -> list[Message]:
         if not isinstance(item, Mapping) or not isinstance(item.get("role"), str):
             problem = f"{column}: message {number} is no mapping with role and content."
             raise BadRow(where, problem, "bad message")
-        if item.get("content") is None and not item.get("tool_calls"):
+        content = _content(item.get("content"), f"{column}: message {number}", where)
+        if content is None and not item.get("tool_calls"):
             raise BadRow(where, f"{column}: message {number} has no content.", "bad message")
         # Arrow gives every message all keys that any has
-        messages.append({key: value for key, value in item.items() if value is not None})
+        given = {key: value for key, value in item.items() if value is not None}
+        messages.append(given if content is None else given | {"content": content})
     if not messages:
         raise BadRow(where, f"{column}: has no messages.", f"{column} is empty")
     return messages
+
+
+def _content(content: Any, what: str, where: str) -> str | None:
+    """What a message says: text, or a list of parts that are texts."""
+    if content is None or isinstance(content, str):
+        return content
+    parts = content if isinstance(content, (list, tuple)) else [content]
+    texts = [part.get("text") if isinstance(part, Mapping) else None for part in parts]
+    if all(isinstance(text, str) for text in texts):
+        return "".join(map(str, texts))
+    raise BadRow(where, f"{what} has content that is not text.", "content is not text")
 
 
 def shared_start(texts: Sequence[str]) -> str:

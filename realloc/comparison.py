@@ -63,10 +63,21 @@ class Finding:
 
 
 @dataclass(frozen=True)
+class MemoryFound:
+    """Peak bytes of the GPU that needs most, predicted and measured, and where that was: rank and node."""
+
+    predicted_bytes: int
+    measured_bytes: int
+    rank: int
+    node: str
+
+
+@dataclass(frozen=True)
 class Comparison:
     """`lines` in the plan's order, each node followed by its terms; `total` is the iteration.
 
-    `pace`: how much slower the machine was than when it was profiled, where both are known.
+    `pace`: how much slower the machine was than when it was profiled, where both are known. `memory`: on
+    GPUs, whose allocators tell.
     """
 
     lines: tuple[Line, ...]
@@ -74,6 +85,7 @@ class Comparison:
     findings: tuple[Finding, ...]
     costs: str
     pace: PaceFound | None = None
+    memory: MemoryFound | None = None
 
     def at_pace(self, line: Line) -> float | None:
         """The line's ratio had the machine been as fast as when it was profiled: the model's own error."""
@@ -178,7 +190,15 @@ def compare(plan: ExecutionPlan, trace: Trace) -> Comparison:
         if _is_off(line, total)
     )
     costs = "" if predictions is None else predictions.costs
-    return Comparison(tuple(lines), total, found, costs, pace)
+    return Comparison(tuple(lines), total, found, costs, pace, _memory(plan, trace))
+
+
+def _memory(plan: ExecutionPlan, trace: Trace) -> MemoryFound | None:
+    predicted = 0 if plan.predictions is None else sum(plan.predictions.peak_bytes.values())
+    fullest = max(trace.records, key=lambda record: record.peak_bytes)
+    if not predicted or not fullest.peak_bytes:
+        return None
+    return MemoryFound(predicted, fullest.peak_bytes, fullest.rank, fullest.node)
 
 
 def _term_lines(
@@ -238,7 +258,7 @@ def _causes(plan: ExecutionPlan, trace: Trace, line: Line) -> Iterable[str]:
     assert line.measured_s is not None
     slower = line.measured_s > line.predicted_s
     machine = trace.machine
-    if slower and machine is not None and machine.cores < trace.world_size and _is_on_host(machine.device):
+    if slower and machine is not None and machine.cores < trace.world_size and is_host(machine.device):
         yield f"ranks share cores: {trace.world_size} ranks on {machine.cores} cores"
     if slower and line.term in ("", COMPUTE) and (busy := crowded(trace, line.node)):
         yield busy
@@ -264,12 +284,12 @@ def core_share(trace: Trace, node: str = "") -> float | None:
 def crowded(trace: Trace, node: str = "") -> str:
     """That something else used the host on which ranks computed, in words; empty where nothing did."""
     share = core_share(trace, node)
-    if trace.machine is None or not _is_on_host(trace.machine.device) or share is None or share >= _CROWDED:
+    if trace.machine is None or not is_host(trace.machine.device) or share is None or share >= _CROWDED:
         return ""
     return f"something else used the machine: ranks had a core for {share:.0%} of their computing time"
 
 
-def _is_on_host(device: str) -> bool:
+def is_host(device: str) -> bool:
     """Whether the ranks compute on the host's cores: profiles name such a device a host."""
     return " host " in f" {device} "
 

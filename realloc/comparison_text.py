@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from realloc.cluster import GIB
 from realloc.comparison import OFF, Comparison, Line, pace_text
 
 
@@ -33,6 +34,12 @@ def comparison_text(comparison: Comparison) -> str:
             f"Pace: {pace_text(found)} (a fixed piece of work took {found.work:.2f} times as long, "
             f"{found.low:.2f} to {found.high:.2f} in the middle half of {found.samples}; ranks had a core "
             f"for {found.core_share:.0%} of their computing time); 'at pace' is the ratio without that."
+        )
+    if (memory := comparison.memory) is not None:
+        text.append(
+            f"Peak memory of a GPU: {memory.predicted_bytes / GIB:.4g} GiB predicted, "
+            f"{memory.measured_bytes / GIB:.4g} GiB measured, on rank {memory.rank} at {memory.node}: "
+            f"x {memory.measured_bytes / memory.predicted_bytes:.2f}."
         )
     text += _finding_lines(comparison)
     if comparison.total.predicted_s is None:
@@ -66,6 +73,7 @@ def comparison_content(comparison: Comparison) -> Mapping[str, object]:
     return {
         "costs": comparison.costs,
         "pace": None if comparison.pace is None else dict(vars(comparison.pace)),
+        "memory": None if comparison.memory is None else dict(vars(comparison.memory)),
         "iteration": _line_content(comparison, comparison.total),
         "lines": [_line_content(comparison, line) for line in comparison.lines],
         "findings": [

@@ -32,7 +32,7 @@ class DataSpec:
     (`realloc.columns`): `chosen` and `rejected` are the two responses of a preference, two neighbouring
     sequences; `text` is a whole text; `messages` a conversation. `loss_on`: what supervised training learns.
     `holdout`: the share of the rows that no iteration trains on, kept for evaluation; or `holdout_paths`, or
-    the split `holdout_split`, all of whose rows are.
+    the split `holdout_split`, all of whose rows are. `section` is where it stands, for messages.
     """
 
     paths: tuple[str, ...]
@@ -56,6 +56,7 @@ class DataSpec:
     holdout: float = 0.0
     holdout_paths: tuple[str, ...] = ()
     holdout_split: str | None = None
+    section: str = "data"
 
     @property
     def holds_out(self) -> bool:
@@ -68,7 +69,7 @@ class DataSpec:
         return ", ".join(self.paths)
 
 
-def parse_data(reader: Reader, folder: Path) -> DataSpec:
+def parse_data(reader: Reader, folder: Path, section: str = "data") -> DataSpec:
     """Reads the section; paths in it are relative to `folder`. Raises InputError."""
     template = reader.get("chat_template", str, None)
     if template is not None:
@@ -95,6 +96,7 @@ def parse_data(reader: Reader, folder: Path) -> DataSpec:
         holdout=reader.number("holdout", 0.0, minimum=0.0, maximum=0.9),
         holdout_paths=_paths(reader, "holdout_path", folder, needed=False),
         holdout_split=reader.get("holdout_split", str, None),
+        section=section,
     )
     reader.done()
     _check(data, reader)
@@ -148,6 +150,6 @@ def data_content(data: DataSpec) -> Mapping[str, Any]:
             name = {"paths": "path", "holdout_paths": "holdout_path"}[field.name]
             if value:
                 content[name] = value[0] if len(value) == 1 else list(value)
-        elif value != field.default:
+        elif field.name != "section" and value != field.default:
             content[field.name] = list(value) if isinstance(value, tuple) else value
     return content

@@ -67,20 +67,39 @@ class DataKey:
 
 
 @dataclass(frozen=True)
+class Mixture:
+    """What a train_step learns beside its batch: sequences of a data set of their own, a part in each step.
+
+    `sequence` is the key of their tokens, which no call reads or writes. `loss` is a function as that of the
+    call, of the same output; both losses' gradients add up. Each optimizer step of the iteration, in each
+    pass, has a part of the sequences, so that they are learned once.
+    """
+
+    sequence: str
+    loss: str
+
+
+@dataclass(frozen=True)
 class Call:
     """One use of one role in an iteration.
 
     `sequence` names the key that holds the token ids the call works on: the prompts for
     `generate`, prompt + response for the other kinds. `output` is what the model computes.
-    `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
+    `select`, `prepare` (train_step), `loss` (train_step) and `function` (compute) name functions in the
     algorithm's functions module, or `module:function`; `runtime` loads them, nothing else does
     (contracts: `realloc.functions`). `prepared` are the keys that `prepare` adds for the loss.
     `mini_batches` is the number of optimizer steps per pass, `epochs` the number of passes. A
     `greedy` generate call takes the most likely token, whatever the experiment's sampling. The loss
     compares each `together` neighbours (a pair, the samples of a prompt): they share a micro-batch.
 
+    An inference or train_step call with a `select` function works only on the sequences that it picks:
+    `selected` of them, or fewer where too few can be; a train_step's neighbours are those among them. What
+    an inference writes of the others is 0.
+
     A compute call has one `function`, or several with weights in `rewards`, or adds up other calls'
     scores: `weights` are of keys that it reads, or makes a `report` of all that it reads.
+
+    A train_step may learn a `mixture` besides.
 
     `every`: a call of evaluation, which runs in each so many-th iteration, on held-out data; 0: of training.
     """
@@ -100,10 +119,17 @@ class Call:
     epochs: int = 1
     greedy: bool = False
     together: int = 1
+    select: str | None = None
+    selected: int = 0
     rewards: tuple[RewardSource, ...] = ()
     weights: tuple[tuple[str, float], ...] = ()
     report: str | None = None
     every: int = 0
+    mixture: Mixture | None = None
+
+    def num_sequences(self, batch: int) -> int:
+        """Sequences that the call works on, of a batch of so many."""
+        return min(batch, self.selected) if self.selected else batch
 
     def share_of(self, seconds: float) -> float:
         """What something that takes so long when the call runs takes an iteration, on average."""
@@ -173,6 +199,11 @@ class DataflowGraph:
         average = self.average(role)
         return self.trainer(role if average is None else average.of)
 
+    @property
+    def mixtures(self) -> tuple[Mixture, ...]:
+        """What train_steps mix in."""
+        return tuple(call.mixture for call in self.calls if call.mixture is not None)
+
     def calls_of(self, role: str) -> tuple[Call, ...]:
         return tuple(call for call in self.calls if call.role == role)
 
@@ -189,11 +220,11 @@ class DataflowGraph:
     def values_read(self, call: str, keys: tuple[str, ...]) -> tuple[str, ...]:
         """Those of `keys` of which a call needs the values; of the others it knows the lengths.
 
-        A call without loss works on its `sequence` alone, or on the scores that it adds up. What else
-        it reads says by which lengths those who read its results split their batch.
+        A call without loss works on its `sequence` alone, or on the scores that it adds up, unless it
+        selects. What else it reads says by which lengths those who read its results split their batch.
         """
         reader = self.by_name[call]
-        if reader.kind is CallKind.TRAIN_STEP or reader.report is not None:
+        if reader.kind is CallKind.TRAIN_STEP or reader.report is not None or reader.select is not None:
             return keys
         used = {reader.sequence, *(key for key, _ in reader.weights)}
         return tuple(key for key in keys if key in used)
@@ -237,6 +268,8 @@ class DataflowGraph:
                 if key not in writers:
                     raise InputError(f"dataflow graph: {call.name} reads '{key}', which nobody writes.")
             _check_call(call)
+        for mixture in self.mixtures:
+            self._check_mixture(mixture, writers)
         for role in self.roles:
             trainers = [c.name for c in self.calls_of(role) if c.kind is CallKind.TRAIN_STEP]
             if len(trainers) > 1:
@@ -248,6 +281,14 @@ class DataflowGraph:
                     f"must be trained and {average.role} must not."
                 )
         self._check_acyclic()
+
+    def _check_mixture(self, mixture: Mixture, writers: Mapping[str, str]) -> None:
+        key = self.key.get(mixture.sequence)
+        if key is None or key.per is not Per.TOKEN or key.name in writers:
+            raise InputError(
+                f"dataflow graph: '{mixture.sequence}' is mixed in: it must be declared, with elements per "
+                f"token, and neither written by a call nor a source key."
+            )
 
     def _check_acyclic(self) -> None:
         within: nx.DiGraph[str] = nx.DiGraph()
@@ -291,5 +332,14 @@ def _check_call(call: Call) -> None:
         raise InputError(f"dataflow graph: {call.name} works on '{call.sequence}' without reading it.")
     if call.mini_batches < 1 or call.epochs < 1 or call.together < 1:
         raise InputError(f"dataflow graph: {call.name} needs at least one mini-batch, epoch and neighbour.")
+    may_select = call.select is not None and call.kind in (CallKind.INFERENCE, CallKind.TRAIN_STEP)
+    number = call.selected if may_select else 0
+    if (call.select is not None or call.selected) and (number < 1 or number % call.together):
+        raise InputError(
+            f"dataflow graph: {call.name} selects {call.selected} sequences: only inference and train_step "
+            f"select, by a function 'select', at least one, and whole groups of {call.together} neighbours."
+        )
+    if call.mixture is not None and call.kind is not CallKind.TRAIN_STEP:
+        raise InputError(f"dataflow graph: {call.name} is no train_step and mixes in nothing.")
     if call.kind is not CallKind.TRAIN_STEP and not (call.writes or call.report):
         raise InputError(f"dataflow graph: {call.name} writes nothing.")

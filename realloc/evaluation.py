@@ -28,8 +28,9 @@ class EvaluationSpec:
 
     And once more after the last one, of the trained models, which is no part of any iteration. It takes as
     many sequences as an iteration, the same rows each time. Responses are greedy unless they are `sampled`.
-    `win_rate`: the reference model answers too. `gold`: a function (module:function) of which scores are
-    compared with a reward model's that is trained.
+    `win_rate`: the reference model answers too. `gold`: a function (module:function) that knows better than
+    a reward model: its scores are compared with those of a model that is trained, or judge the responses
+    too.
     """
 
     every: int
@@ -67,10 +68,6 @@ def with_evaluation(graph: DataflowGraph, spec: EvaluationSpec) -> DataflowGraph
         if c.kind is CallKind.GENERATE and not c.greedy and c.sequence in graph.source_keys
     ]
     if generators:
-        if spec.gold is not None:
-            raise InputError(
-                "experiment: evaluation.gold: is for reward modelling; this experiment generates."
-            )
         return _of_responses(graph, spec, generators[0])
     if spec.win_rate:
         raise InputError("experiment: evaluation.win_rate: the algorithm generates no responses to compare.")
@@ -106,6 +103,14 @@ class _Copier:
             names |= {key: f"{prefix}{key}" for key in found.writes}
             self._add(replace(found, name=f"{prefix}{found.name}"), names, also)
 
+    def gold(self, tokens: str) -> str:
+        """Adds the call of the function that knows better; the key of its scores."""
+        key = f"{PREFIX}gold"
+        self.keys[key] = DataKey(key, Per.SEQUENCE)
+        call = Call(key, CallKind.COMPUTE, (tokens,), (key,), sequence=tokens)
+        self.calls.append(replace(call, function=self._spec.gold, every=self._spec.every))
+        return key
+
     def _judges(self, call: Call, names: Mapping[str, str], outputs: Sequence[Output]) -> bool:
         kinds = (CallKind.INFERENCE, CallKind.COMPUTE)
         return (
@@ -116,6 +121,8 @@ class _Copier:
         )
 
     def _add(self, call: Call, names: Mapping[str, str], also: tuple[str, ...] = ()) -> None:
+        if call.select is not None:  # all samples are judged
+            call = replace(call, select=None, selected=0, reads=(str(call.sequence),))
         for key in (*call.reads, *call.writes):
             self.keys[names[key]] = replace(self._graph.key[key], name=names[key])
         copy = replace(
@@ -168,7 +175,10 @@ def _of_responses(graph: DataflowGraph, spec: EvaluationSpec, generate: Call) ->
         rival = copier.generate(generate, RIVAL, str(compared[0].role))
         copier.judges(rival, RIVAL, (Output.SCORES,), (tokens,))
         reads += _scores(graph, rival)
-    return copier.graph("responses", tuple(reads), [names[str(generate.sequence)]])
+    if spec.gold is not None:
+        reads.append(copier.gold(tokens))
+    report = "sampled_responses" if spec.sampled else "responses"
+    return copier.graph(report, tuple(reads), [names[str(generate.sequence)]])
 
 
 def _scores(graph: DataflowGraph, names: Mapping[str, str]) -> list[str]:
@@ -200,12 +210,8 @@ def _of_data(graph: DataflowGraph, spec: EvaluationSpec) -> DataflowGraph:
     reads: tuple[str, ...] = (names[source], names[output])
     if not scores:
         if spec.gold is not None:
-            raise InputError("experiment: evaluation.gold: is for reward modelling.")
+            raise InputError("experiment: evaluation.gold: is for reward modelling, and for what generates.")
         return copier.graph("likelihood", reads, [names[source]])
     if spec.gold is not None:
-        gold = f"{PREFIX}gold"
-        copier.keys[gold] = DataKey(gold, Per.SEQUENCE)
-        call = Call(f"{PREFIX}gold", CallKind.COMPUTE, (names[source],), (gold,), sequence=names[source])
-        copier.calls.append(replace(call, function=spec.gold, every=spec.every))
-        reads = (*reads, gold)
+        reads = (*reads, copier.gold(names[source]))
     return copier.graph("pairs", reads, [names[source]], together=trainer.together)

@@ -231,7 +231,7 @@ class Examples:
             problem = BadRow(
                 where,
                 f"the prompt has {length} tokens, more than workload.prompt_tokens, {most}; raise that, or "
-                f"set data.long_prompts to drop, truncate_left or truncate_right.",
+                f"set {self.data.section}.long_prompts to drop, truncate_left or truncate_right.",
                 f"prompt over {most} tokens",
             )
             if self.data.long_prompts == "error":
@@ -240,10 +240,13 @@ class Examples:
             example = replace(example, prompt=self._cut_prompt(example.prompt, most))
         long = [len(r) for r in example.responses if longest is not None and len(r) > longest]
         if long and self.data.long_responses != "truncate":
+            limit = "workload.response_tokens"
+            if self.reader.want is Want.TEXTS:  # the first token stands for a prompt
+                limit = f"{self.data.section}.tokens without the first"
             problem = problem or BadRow(
                 where,
-                f"a response has {max(long)} tokens, more than workload.response_tokens, {longest}; raise "
-                f"that, or set data.long_responses to drop or truncate.",
+                f"a response has {max(long)} tokens, more than {limit}, {longest}; raise "
+                f"that, or set {self.data.section}.long_responses to drop or truncate.",
                 f"response over {longest} tokens",
             )
             if self.data.long_responses == "error":
@@ -255,6 +258,8 @@ class Examples:
         )
         if problem is None and example.masks and not any(map(any, example.masks)):
             problem = BadRow(where, "", "nothing to learn within the limits")
+        if problem is None and self.reader.want is Want.TEXTS and not any(example.responses):
+            problem = BadRow(where, "", "text of one token")  # of a tokenizer that ends no text
         return Fit(example, length, cut_prompt, len(long), problem)
 
     def _cut_prompt(self, ids: Ids, most: int) -> Ids:
@@ -286,7 +291,7 @@ def open_examples(data: DataSpec, want: Want, tokens: Tokens, limits: Limits) ->
     columns = find_columns(data, want, tuple(row), source.rows.where(0))
     if data.loss_on != "response" and want is not Want.RESPONSES:
         raise InputError(
-            f"experiment: data.loss_on: {data.loss_on} is for supervised training; the algorithm "
+            f"experiment: {data.section}.loss_on: {data.loss_on} is for supervised training; the algorithm "
             f"takes {want.value}."
         )
     if data.loss_on == "assistant" and columns.messages is None:
@@ -295,7 +300,7 @@ def open_examples(data: DataSpec, want: Want, tokens: Tokens, limits: Limits) ->
             f"are {columns}."
         )
     template = read_chat_template(tokens.folder, data.chat_template)
-    reader = TextReader(columns, want, data.loss_on, data.chat, template, tokens.folder)
+    reader = TextReader(columns, want, data.loss_on, data.chat, template, tokens.folder, data.section)
     return Examples(data, source, reader, tokens, limits)
 
 

@@ -10,16 +10,19 @@ from typing import Any
 from realloc.algorithm import Algorithm, resolve
 from realloc.backend import OWN, TRAINING_BACKENDS
 from realloc.cluster import Cluster, cluster_content, parse_cluster
+from realloc.columns import wanted
 from realloc.constraints import NO_CONSTRAINTS, Constraints, constraints_content, parse_constraints
 from realloc.data_spec import DataSpec, data_content, parse_data
 from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.evaluation import EvaluationSpec, evaluation_content, parse_evaluation, with_evaluation
 from realloc.files import Reader, nearest, read_file, resolve_path
-from realloc.lengths import Lengths, lengths_content, parse_lengths
+from realloc.lengths import MOST, Lengths, Measure, lengths_content, parse_lengths
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
+from realloc.pretrain import SECTION, PretrainData, check_mixtures, parse_pretrain, pretrain_content
 from realloc.rewards import RewardSource, parse_rewards, rewards_content
+from realloc.sampling import AS_IT_IS, Sampling, parse_sampling, sampling_content
 from realloc.text_lengths import TextLengths
 from realloc.trust import check_algorithm
 
@@ -75,39 +78,18 @@ class Workload:
 
 
 @dataclass(frozen=True)
-class Sampling:
-    """How `generate` picks tokens, and what ends a response besides its maximum length.
-
-    `temperature` 0 is greedy. Otherwise tokens come from the `top_k` most likely ones (0: all), of
-    these from the fewest that have a share of `top_p`. `min_new_tokens`: before so many tokens no
-    end-of-sequence token is drawn, and no stop string counts. `stop`: a response ends with the
-    token after which its text contains one of these strings. `ignore_eos`: end-of-sequence tokens
-    end nothing.
-
-    Log-probabilities are those of the whole distribution at `temperature` (at 1 when greedy),
-    before anything is left out, in `generate` as in `inference` and `train_step`.
-    """
-
-    temperature: float = 1.0
-    ignore_eos: bool = False
-    top_k: int = 0
-    top_p: float = 1.0
-    min_new_tokens: int = 0
-    stop: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
 class Experiment:
     algorithm: str
     models: Mapping[str, ModelSpec]
     workload: Workload
     iterations: int = 1
     data: DataSpec | None = None
+    pretrain: PretrainData | None = None
     reward: str | None = None
     rewards: tuple[RewardSource, ...] = ()
     evaluation: EvaluationSpec | None = None
     hyperparameters: Mapping[str, Any] | None = None
-    sampling: Sampling = Sampling()
+    sampling: Sampling = AS_IT_IS
     dtype: str = "float32"
     seed: int = 0
     cluster: Cluster | None = None
@@ -118,6 +100,13 @@ class Experiment:
     def dtype_bytes(self) -> int:
         return DTYPE_BYTES[self.dtype]
 
+    @property
+    def mixed(self) -> Workload | None:
+        """What an iteration mixes in (`Call.mixture`): the first token of a text stands for its prompt."""
+        if self.pretrain is None:
+            return None
+        return Workload(self.pretrain.sequences, Lengths(1.0, 1), self.pretrain.tokens.less(1))
+
     def resolve_algorithm(self) -> Algorithm:
         return resolve(self.algorithm, "experiment: algorithm")
 
@@ -125,6 +114,8 @@ class Experiment:
         """The checked dataflow graph, every role of which has a model. Raises InputError."""
         graph = self.resolve_algorithm().graph(self)
         graph.check()
+        contexts = {role: spec.shape.max_positions for role, spec in self.models.items()}
+        check_mixtures(graph, self.pretrain, contexts)
         if self.evaluation is not None:
             graph = with_evaluation(graph, self.evaluation)
             graph.check()
@@ -178,22 +169,26 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     check_algorithm(algorithm, reader.at("algorithm"), trust=trust)
     models_reader = reader.child("models")
     models = {role: _parse_model(models_reader, role, folder) for role in models_reader.keys()}
+    tokenizer = next((spec.model for spec in models.values() if spec.has_weights), None)
     data_reader = reader.optional_child("data")
     data = None if data_reader is None else parse_data(data_reader, folder)
+    pretrain_reader = reader.optional_child(SECTION)
     sampling_reader = reader.optional_child("sampling")
     cluster_reader = reader.optional_child("cluster")
     evaluation_reader = reader.optional_child("evaluation")
     constraints_reader = reader.optional_child("constraints")
+    workload_reader = reader.child("workload")
     experiment = Experiment(
         algorithm=algorithm,
         models=models,
-        workload=_parse_workload(reader.child("workload"), data, models),
+        workload=_parse_workload(workload_reader, _not_yet, _not_yet),
         iterations=reader.integer("iterations", 1, minimum=1),
         data=data,
+        pretrain=None if pretrain_reader is None else parse_pretrain(pretrain_reader, folder, tokenizer),
         reward=reader.get("reward", str, None),
         rewards=parse_rewards(reader.raw("rewards", None), reader.at("rewards")),
         evaluation=None if evaluation_reader is None else parse_evaluation(evaluation_reader),
-        sampling=Sampling() if sampling_reader is None else _parse_sampling(sampling_reader),
+        sampling=AS_IT_IS if sampling_reader is None else parse_sampling(sampling_reader),
         dtype=reader.choice("dtype", ("float32", "bfloat16"), "float32"),
         seed=reader.integer("seed", 0, minimum=0, maximum=2**31 - 1),
         cluster=None if cluster_reader is None else parse_cluster(cluster_reader, folder),
@@ -207,11 +202,21 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
     hyperparameters = algorithm_object.hyperparameters(hyper_reader)
     hyper_reader.done()
     experiment = replace(experiment, hyperparameters=hyperparameters)
+    texts = TextLengths(workload_reader.where, tokenizer, data, wanted(experiment.graph()))
+    workload = _parse_workload(workload_reader, texts.prompts, texts.responses)
+    experiment = replace(experiment, workload=workload)
     graph = experiment.graph()
     for role in graph.roles:
         experiment.role_shape(graph, role)
     experiment.constraints.check(graph, reader.at("constraints"))
     _check_lengths(experiment, reader.where)
+    _check_together(experiment, reader)
+    return experiment
+
+
+def _check_together(experiment: Experiment, reader: Reader) -> None:
+    """What one section asks of another."""
+    data = experiment.data
     if experiment.evaluation is not None and data is not None and not data.holds_out:
         raise InputError(
             f"{reader.at('evaluation')}: takes rows that are not trained on; keep some with data.holdout, "
@@ -222,7 +227,6 @@ def parse_experiment(reader: Reader, folder: Path, *, trust: bool = True) -> Exp
             f"{reader.where}: training_backend: {experiment.training_backend} trains in float32, not "
             f"{experiment.dtype}; change dtype, or use training_backend: own."
         )
-    return experiment
 
 
 def _parse_model(models: Reader, role: str, folder: Path) -> ModelSpec:
@@ -259,14 +263,17 @@ def _parse_optimizer(reader: Reader) -> OptimizerSpec:
     return spec
 
 
-def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, ModelSpec]) -> Workload:
-    """`measured` lengths are those of the data, by the tokenizer of the first model that is a folder."""
-    folder = next((spec.model for spec in models.values() if spec.has_weights), None)
-    texts = TextLengths(reader.where, folder, data)
+def _not_yet(longest: int | None) -> Mapping[int, int]:
+    """Stands for lengths that can be measured once the graph says what is taken from the data."""
+    return {MOST if longest is None else longest: 1}
+
+
+def _parse_workload(reader: Reader, prompts: Measure, responses: Measure) -> Workload:
+    """Lengths that are `measured` are what `prompts` and `responses` find."""
     workload = Workload(
         sequences=reader.integer("sequences", minimum=1, maximum=100_000_000),
-        prompt=parse_lengths(reader, "prompt_tokens", texts.prompts),
-        response=parse_lengths(reader, "response_tokens", texts.responses),
+        prompt=parse_lengths(reader, "prompt_tokens", prompts),
+        response=parse_lengths(reader, "response_tokens", responses),
         samples_per_prompt=reader.integer("samples_per_prompt", 1, minimum=1, maximum=100_000_000),
     )
     reader.done()
@@ -276,30 +283,6 @@ def _parse_workload(reader: Reader, data: DataSpec | None, models: Mapping[str, 
             f"divide the {workload.sequences} sequences; make sequences a multiple of it."
         )
     return workload
-
-
-def _parse_sampling(reader: Reader) -> Sampling:
-    sampling = Sampling(
-        temperature=reader.number("temperature", 1.0, minimum=0.0, maximum=100.0),
-        ignore_eos=reader.get("ignore_eos", bool, False),
-        top_k=reader.integer("top_k", 0, minimum=0, maximum=100_000_000),
-        top_p=reader.number("top_p", 1.0, minimum=0.0, maximum=1.0),
-        min_new_tokens=reader.integer("min_new_tokens", 0, minimum=0, maximum=100_000_000),
-        stop=_parse_stop(reader),
-    )
-    reader.done()
-    return sampling
-
-
-def _parse_stop(reader: Reader) -> tuple[str, ...]:
-    """One string or a list of them, none of them empty."""
-    value = reader.raw("stop", [])
-    strings = [value] if isinstance(value, str) else value
-    if not isinstance(strings, list) or not all(isinstance(text, str) and text for text in strings):
-        raise InputError(
-            f"{reader.at('stop')}: expected a list of strings that are not empty, got {value!r}."
-        )
-    return tuple(strings)
 
 
 def _check_lengths(experiment: Experiment, where: str) -> None:
@@ -317,17 +300,6 @@ def _check_lengths(experiment: Experiment, where: str) -> None:
                 f"plus responses of up to {experiment.workload.response.maximum} make {total}, but "
                 f"{spec.role}'s model has a context of {spec.shape.max_positions}; shorten one."
             )
-
-
-def _sampling_content(sampling: Sampling) -> Mapping[str, Any]:
-    """Temperature and ignore_eos, and whatever else is not its default."""
-    default = Sampling()
-    always = ("temperature", "ignore_eos")
-    return {
-        name: list(value) if name == "stop" else value
-        for name, value in vars(sampling).items()
-        if name in always or value != getattr(default, name)
-    }
 
 
 def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
@@ -352,6 +324,8 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     content["iterations"] = experiment.iterations
     if experiment.data is not None:
         content["data"] = data_content(experiment.data)
+    if experiment.pretrain is not None:
+        content[SECTION] = pretrain_content(experiment.pretrain)
     if experiment.reward is not None:
         content["reward"] = experiment.reward
     if experiment.rewards:
@@ -359,7 +333,7 @@ def experiment_content(experiment: Experiment) -> Mapping[str, Any]:
     if experiment.evaluation is not None:
         content["evaluation"] = evaluation_content(experiment.evaluation)
     content["hyperparameters"] = dict(experiment.hyperparameters or {})
-    content["sampling"] = _sampling_content(experiment.sampling)
+    content["sampling"] = sampling_content(experiment.sampling)
     content["dtype"] = experiment.dtype
     content["seed"] = experiment.seed
     if experiment.training_backend != OWN:

@@ -88,7 +88,7 @@ class Batch(Protocol):
         """
 
     def report(self, name: str, value: float) -> None:
-        """A metric of the iteration, from `prepare`; the same number on every rank."""
+        """A metric of the iteration, from `select` or `prepare`; the same number on every rank."""
 
     def finished(self, key: str) -> Any:
         """bool tensor [num_sequences]: whether the response in the sequence `key` ended by itself.
@@ -101,13 +101,23 @@ class Batch(Protocol):
 
 
 class PrepareFunction(Protocol):
-    """Runs once per iteration before a `train_step`, on the whole share of each rank.
+    """Runs once per iteration before a `train_step`, on the whole share of each rank of what is selected.
 
     Returns the packed values of the call's `prepared` keys. Statistics over the whole batch go
     through `batch.sum`, so that they do not depend on the plan.
     """
 
     def __call__(self, batch: Batch, hyperparameters: Mapping[str, Any]) -> Mapping[str, Any]: ...
+
+
+class SelectFunction(Protocol):
+    """Which sequences a call works on; runs before anything else, on the whole share of each rank.
+
+    Returns a tensor [num_sequences] that is not 0 for those, `Call.selected` at most over all ranks. What
+    is compared over the batch goes through `batch.sum`: then any plan selects the same.
+    """
+
+    def __call__(self, batch: Batch, hyperparameters: Mapping[str, Any]) -> Any: ...
 
 
 class ReportFunction(Protocol):

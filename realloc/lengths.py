@@ -41,6 +41,11 @@ class Lengths:
     def is_fixed(self) -> bool:
         return self.mean == self.maximum
 
+    def less(self, tokens: int) -> Lengths:
+        """These lengths but so many tokens of each sequence, of which at least one is left."""
+        bins = _merged((max(1, length - tokens), share) for length, share in self.histogram)
+        return Lengths(max(1.0, self.mean - tokens), max(1, self.maximum - tokens), bins)
+
     @cached_property
     def mean_square(self) -> float:
         """Mean of the squared lengths."""

@@ -259,8 +259,6 @@ def resolve_shape(model: str, where: str) -> ModelShape:
     if model in shapes:
         return shapes[model]
     if not Path(model).is_dir():
-        raise InputError(
-            f"{where}: '{model}' is neither a folder nor a named model shape."
-            f"{nearest(Path(model).name, shapes)}"
-        )
+        hint = " Put a Hugging Face model there." if "/" in model else nearest(model, shapes)
+        raise InputError(f"{where}: '{model}' is neither a folder nor a named model shape.{hint}")
     return shape_from_config(read_config(model), f"{model}/config.json")

@@ -65,6 +65,10 @@ _PYTHIA: Mapping[str, tuple[int, int, int, int]] = {
 @lru_cache(maxsize=1)
 def named_shapes() -> Mapping[str, ModelShape]:
     """Name -> shape of every model known by name."""
+    return {**_llama(), **_qwen(), **_mixtures(), **_pythia()}
+
+
+def _llama() -> Mapping[str, ModelShape]:
     shapes: dict[str, ModelShape] = {}
     for name, (hidden, layers, heads, kv, ffn, vocab, context, theta) in _LLAMA.items():
         long = RopeScaling(8.0, 1.0, 4.0, 8192) if name == "llama-3-405b" else None
@@ -82,6 +86,11 @@ def named_shapes() -> Mapping[str, ModelShape]:
             rope_theta=theta,
             rope_scaling=long,
         )
+    return shapes
+
+
+def _qwen() -> Mapping[str, ModelShape]:
+    shapes: dict[str, ModelShape] = {}
     for family, table in (("qwen2", _QWEN25), ("qwen3", _QWEN3)):
         for name, (hidden, layers, heads, kv, ffn, vocab, tied) in table.items():
             head_dim = 128 if family == "qwen3" else hidden // heads
@@ -102,6 +111,11 @@ def named_shapes() -> Mapping[str, ModelShape]:
                 rope_theta=1e6,
                 tied_embeddings=tied,
             )
+    return shapes
+
+
+def _mixtures() -> Mapping[str, ModelShape]:
+    shapes: dict[str, ModelShape] = {}
     for name, (hidden, layers, heads, kv, head_dim, ffn, experts, each, vocab, context) in _MOE.items():
         shapes[name] = ModelShape(
             family="mixtral" if name.startswith("mixtral") else "qwen3_moe",
@@ -120,6 +134,11 @@ def named_shapes() -> Mapping[str, ModelShape]:
             num_experts=experts,
             experts_per_token=each,
         )
+    return shapes
+
+
+def _pythia() -> Mapping[str, ModelShape]:
+    shapes: dict[str, ModelShape] = {}
     for name, (hidden, layers, heads, vocab) in _PYTHIA.items():
         shapes[name] = ModelShape(
             family="gpt_neox",

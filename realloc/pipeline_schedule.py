@@ -20,7 +20,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from realloc.params import split_range
-from realloc.strategy import Schedule, Strategy
+from realloc.strategy import Schedule
 
 EXACT_ACTIONS = 4096
 """Pipelines of more forwards than this are priced from shorter ones, beyond which time is linear."""
@@ -54,12 +54,6 @@ class Pipeline(NamedTuple):
     def splits_backward(self) -> bool:
         """Whether weight gradients are actions of their own."""
         return self.schedule is Schedule.ZERO_BUBBLE
-
-
-def stage_actions(strategy: Strategy, stage: int, num_micro_batches: int) -> tuple[Action, ...]:
-    """What stage `stage` does, in order. `num_micro_batches` may be any number, 0 too."""
-    pipeline = Pipeline(strategy.schedule, strategy.pp, strategy.virtual_stages, num_micro_batches)
-    return pipeline_actions(pipeline)[stage]
 
 
 def source(pipeline: Pipeline, stage: int, action: Action) -> tuple[int, Action] | None:

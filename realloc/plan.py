@@ -28,7 +28,7 @@ class Predictions:
     `node_s`: seconds of every node of the augmented graph; `terms`: of every call by cause, which
     sum to the call's. `peak_bytes`: of the GPU that needs most, by cause. `costs`: where the costs
     came from ('measured' or 'analytic', with the profile's name); `sources`: what stands behind the
-    compute seconds of each call. `pace`: how fast the profiled machine was.
+    seconds of each call, and of each kind of node between calls. `pace`: how fast the profiled machine was.
     """
 
     iteration_s: float

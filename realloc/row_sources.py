@@ -12,8 +12,9 @@ import glob
 import gzip
 import io
 import json
+import zlib
 from array import array
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,6 +25,8 @@ from realloc.errors import InputError
 Row = Mapping[str, Any]
 BLOCK = 1024
 """Rows that are read at once where all are."""
+_OTHERS = (".csv", ".tsv", ".arrow", ".feather", ".zip", ".zst", ".xz", ".bz2")
+"""Names of files that hold data, though none that is read here."""
 
 
 class BadRow(InputError):
@@ -52,12 +55,6 @@ def row_at(rows: Rows, index: int) -> Row:
     if isinstance(row, BadRow):
         raise row
     return row
-
-
-def all_rows(rows: Rows) -> Iterator[tuple[int, Row | BadRow]]:
-    """Every row with its index, a block at a time."""
-    for start in range(0, len(rows), BLOCK):
-        yield from enumerate(rows.block(start, min(start + BLOCK, len(rows))), start)
 
 
 @dataclass(frozen=True)
@@ -94,16 +91,16 @@ def held_out_spec(data: DataSpec) -> DataSpec | None:
 def local_files(data: DataSpec) -> list[Path]:
     """The files and folders on this machine that the section names, globs expanded. Raises InputError."""
     paths = (*data.paths, *data.holdout_paths)
-    return [path for text in paths if not text.startswith(HUB) for path in _matches(text)]
+    return [path for text in paths if not text.startswith(HUB) for path in _matches(text, data)]
 
 
-def _matches(text: str) -> list[Path]:
+def _matches(text: str, data: DataSpec) -> list[Path]:
     path = Path(text)
     if path.exists() or not glob.has_magic(text):
         return [path]
     found = sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
     if not found:
-        raise InputError(f"{text}: no file has such a name (the experiment's data.path).")
+        raise InputError(f"{text}: no file has such a name (the experiment's {data.section}.path).")
     return found
 
 
@@ -112,14 +109,14 @@ def _open_path(text: str, data: DataSpec) -> Rows:
         from realloc.table_sources import open_hub
 
         return open_hub(text.removeprefix(HUB), data.config, data.split)
-    opened = [_open_file(path, data) for path in _matches(text)]
+    opened = [_open_file(path, data) for path in _matches(text, data)]
     return opened[0] if len(opened) == 1 else _Chain(tuple(opened))
 
 
 def _open_file(path: Path, data: DataSpec) -> Rows:
-    kind = data.format or _kind(path)
     if not path.exists():
-        raise InputError(f"{path}: no such file (the experiment's data.path).")
+        raise InputError(f"{path}: no such file (the experiment's {data.section}.path).")
+    kind = data.format or _kind(path)
     if kind == "datasets":
         from realloc.table_sources import open_folder
 
@@ -139,11 +136,17 @@ def _open_file(path: Path, data: DataSpec) -> Rows:
 
 
 def _kind(path: Path) -> str:
-    """The format that a name says; JSONL where it says none."""
+    """The format that a name says; JSONL where it says none. Raises InputError for one that is not read."""
     if path.is_dir():
         return "datasets"
+    suffix = path.suffix.lower()
+    if suffix in _OTHERS:
+        raise InputError(
+            f"{path}: files of this kind ({suffix}) are not read; turn it into JSONL or Parquet, or, where "
+            f"it only has this name, say what it is with data.format."
+        )
     names = {".parquet": "parquet", ".pq": "parquet", ".json": "json"}
-    return names.get(path.suffix.lower(), "jsonl")
+    return names.get(suffix, "jsonl")
 
 
 @dataclass(frozen=True)
@@ -244,7 +247,7 @@ def _read_lines(path: Path) -> Rows:
     if path.suffix == ".gz":
         try:
             content = gzip.decompress(path.read_bytes())
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: cannot be decompressed: {error}.") from None
     starts, numbers, place, number = array("q"), array("q"), 0, 0
     with path.open("rb") if content is None else io.BytesIO(content) as stream:

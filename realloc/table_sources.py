@@ -123,5 +123,6 @@ def _library(name: str, what: str) -> ModuleType:
 
 
 def _first_line(error: Exception) -> str:
-    line = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return line if line.endswith(".") else line + "."
+    """What a library's error says first, and what the one says that it comes from."""
+    line = (str(error).strip() or type(error).__name__).splitlines()[0].removesuffix(".")
+    return f"{line}: {_first_line(error.__cause__)}" if isinstance(error.__cause__, Exception) else line + "."

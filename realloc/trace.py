@@ -27,7 +27,7 @@ class TraceRecord:
     None when the plan has no predictions. `sent_bytes` are bytes this rank sent to other ranks.
     `terms`: seconds of a call that were timed apart, waiting for peers included (see `realloc.comparison`);
     the rest of the call is compute. Empty where nothing is timed apart. `cpu_s`: for how long the rank's
-    thread had a core.
+    thread had a core. `peak_bytes`: the most that tensors took on its GPU meanwhile; 0 on hosts.
     """
 
     iteration: int
@@ -42,6 +42,7 @@ class TraceRecord:
     tokens: int = 0
     terms: Mapping[str, float] = field(default_factory=dict)
     cpu_s: float = 0.0
+    peak_bytes: int = 0
 
 
 Counts = tuple[tuple[int, int], ...]
@@ -172,6 +173,8 @@ def trace_lines(
         content = asdict(record)
         if not record.terms:
             del content["terms"]
+        if not record.peak_bytes:
+            del content["peak_bytes"]
         yield json.dumps(content)
 
 
@@ -230,6 +233,7 @@ def _parse(reader: Reader, world_size: int) -> TraceRecord:
         tokens=reader.integer("tokens", 0),
         terms=_parse_terms(reader.optional_child("terms")),
         cpu_s=reader.number("cpu_s", 0.0, minimum=0.0),
+        peak_bytes=reader.integer("peak_bytes", 0, minimum=0),
     )
     reader.raw("predicted_s", None)
     reader.done()

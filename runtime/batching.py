@@ -6,7 +6,7 @@ on the plan; shares and micro-batches are balanced by length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from realloc.params import split_range
@@ -20,6 +20,17 @@ class Assignment:
     """`shares[mini_batch][dp]` are positions in the batch, in ascending order."""
 
     shares: tuple[tuple[tuple[int, ...], ...], ...]
+
+    @property
+    def positions(self) -> tuple[int, ...]:
+        """All positions, in ascending order."""
+        return tuple(sorted(self.owners()))
+
+    def among(self, positions: Collection[int]) -> Assignment:
+        """Where it has these."""
+        return Assignment(
+            tuple(tuple(tuple(p for p in share if p in positions) for share in part) for part in self.shares)
+        )
 
     def of(self, dp: int) -> tuple[int, ...]:
         """All positions of one data-parallel rank, in ascending order."""

@@ -7,6 +7,7 @@ following each other is so counted with the call.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -43,7 +44,8 @@ class CallBenchmarks:
     def _whole(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> list[float]:
         bench = self._bench
         executor = CallExecutor(
-            call=call,
+            # micro-batches of a mixture are priced as those of the batch, and selecting apart
+            call=replace(call, mixture=None, select=None, selected=0),
             context=bench.context(micro_batches=micro_batches),
             experiment=self._experiment,
             functions=self._functions,

@@ -6,7 +6,7 @@ back. Nothing here knows other calls or where data goes next.
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -16,9 +16,8 @@ from realloc.augmented import Placement
 from realloc.dataflow import Call, CallKind, Output, Per
 from realloc.errors import RunError
 from realloc.experiment import Experiment
-from runtime.attention import PackedSequences
 from runtime.batch import PackedBatch
-from runtime.batching import Assignment, micro_batches, num_passes
+from runtime.batching import Assignment, num_passes
 from runtime.call_metrics import add_distribution, add_responses
 from runtime.data_store import IterationData
 from runtime.dataset import Dataset
@@ -26,10 +25,20 @@ from runtime.decoder import Decoder
 from runtime.deepspeed_backend import DeepSpeedTrainer
 from runtime.functions import FunctionTable
 from runtime.generation import generate
-from runtime.metrics import Metrics
+from runtime.metrics import Metrics, StepReport
 from runtime.parallel import ParallelContext
+from runtime.passes import (
+    MixedStep,
+    compute_output,
+    empty_pass,
+    make_micro_batches,
+    mixed_steps,
+    num_elements,
+    zero_loss,
+)
 from runtime.pipeline import MicroBatch, run_forward
 from runtime.scoring import Scorer, may_skip, text_samples, unscored, weighted_sum
+from runtime.selection import settle
 from runtime.stopwatch import Stopwatch
 from runtime.training import Trainer
 from runtime.transfer import assignment_of
@@ -40,6 +49,7 @@ class CallExecutor:
     """One call on this rank. `decoder` is None for compute, `trainer` but for train_step.
 
     `watch` times what a train_step spends on the optimizer. `state`: what `prepare` keeps (`Batch.state`).
+    `mixed`: what a train_step with a mixture mixes in, by iteration.
     """
 
     call: Call
@@ -52,14 +62,19 @@ class CallExecutor:
     watch: Stopwatch = field(default_factory=Stopwatch)
     state: dict[str, float] = field(default_factory=dict)
     scorer: Scorer | None = None
+    mixed: Callable[[int], IterationData] | None = None
 
     def run(self, data: IterationData, iteration: int) -> Metrics:
         """Runs this rank's share; returns its contribution to the call's metrics.
 
         Every call reports `tokens`: prompt and response tokens of the batch, each counted once.
         """
-        assignment = self._assignment(data)
+        assignment, reported = self._assignment(data), dict[str, float]()
+        if self.call.select is not None:
+            assignment, reported = self._select(data, assignment, self.call.select)
         metrics = self._run(data, assignment, iteration)
+        for name, value in reported.items():
+            metrics.add(name, value, 1.0)
         written = self.call.writes[0] if self.call.kind is CallKind.GENERATE else self._sequence
         if self.call.weights:  # it works on scores
             written = next(key for key in self.call.reads if data.keys[key].per is Per.TOKEN)
@@ -75,7 +90,7 @@ class CallExecutor:
         if self.call.kind is CallKind.INFERENCE:
             return self._inference(data, assignment, iteration)
         if self.call.kind is CallKind.TRAIN_STEP:
-            return self._train(data, assignment)
+            return self._train(data, assignment, iteration)
         return self._compute(data, assignment, iteration)
 
     @property
@@ -98,6 +113,20 @@ class CallExecutor:
             per = data.keys[written].per
             if per in (Per.RESPONSE_TOKEN, Per.TOKEN):
                 data.lengths[written] = responses if per is Per.RESPONSE_TOKEN else totals
+
+    def _select(
+        self, data: IterationData, before: Assignment, function: str
+    ) -> tuple[Assignment, dict[str, float]]:
+        """What the call works on, and what the algorithm reports of that."""
+        chosen: list[int] = []
+        reported: dict[str, float] = {}
+        if self.context.is_last:
+            batch = self._unmarked(data, before, self._marked(data, before))
+            flags = self.functions.select(function)(batch, self.experiment.hyperparameters or {}).tolist()
+            chosen = [p for p, flag in zip(batch.positions, flags, strict=True) if flag]
+            reported = batch.reported
+        with self.watch.timed("dp_communication"):
+            return settle(self.call, self.context, data, before, chosen), reported
 
     # generate -------------------------------------------------------------------------------
 
@@ -152,6 +181,10 @@ class CallExecutor:
         share = assignment.of(self.context.at.dp)
         metrics = Metrics()
         (written,) = self.call.writes
+        if self.call.select is not None and self.context.is_last:
+            whole = self._assignment(data).of(self.context.at.dp)
+            lengths = data.key_lengths(written)
+            data.put(written, whole, torch.zeros(sum(lengths[p] for p in whole)))
 
         def finish(hidden: torch.Tensor, batch: MicroBatch) -> None:
             output = self._output(hidden, batch, data).float().cpu()
@@ -167,14 +200,26 @@ class CallExecutor:
 
     # train_step -----------------------------------------------------------------------------
 
-    def _train(self, data: IterationData, assignment: Assignment) -> Metrics:
+    def _train(self, data: IterationData, assignment: Assignment, iteration: int) -> Metrics:
         metrics = Metrics()
         marked = self._marked(data, assignment)
         self._prepare(data, assignment, metrics, marked)
-        for _ in range(self.call.epochs):
-            for mini_batch in assignment.shares:
-                self._mini_batch(data, mini_batch, metrics, marked)
+        steps = assignment.shares * self.call.epochs
+        mixed = self._mixed_steps(iteration, metrics)
+        for number, mini_batch in enumerate(steps):
+            self._mini_batch(data, mini_batch, metrics, marked, mixed[number] if mixed else None)
         return metrics
+
+    def _mixed_steps(self, iteration: int, metrics: Metrics) -> list[MixedStep]:
+        """What is mixed into each optimizer step of the iteration; reports this replica's tokens of it."""
+        if self.call.mixture is None or self.mixed is None:
+            return []
+        context = self.context
+        steps = mixed_steps(self.call, context, self.mixed(iteration))
+        metrics.add(
+            "mixed_tokens", sum(s.num_tokens(context.at.dp) for s in steps), 1.0 / context.strategy.dp
+        )
+        return steps
 
     def _marked(self, data: IterationData, assignment: Assignment) -> Set[int]:
         """Sequences of the whole batch that have no score; known on the last stage, which has the loss.
@@ -190,13 +235,18 @@ class CallExecutor:
         marked = frozenset(marks.nonzero()[:, 0].tolist())
         if len(marked) == data.num_sequences:
             raise RunError(
-                f"{self.call.name}: none of the {len(marked)} samples of this iteration has a score; every "
-                f"reward of one failed, and 'on_failure: skip' (rewards) left nothing to learn from."
+                f"{self.call.name}: none of the {len(marked)} samples of this iteration has a score: rewards "
+                f"failed on each, as the logs say, and 'on_failure: skip' left nothing to learn from."
             )
         return marked
 
     def _mini_batch(
-        self, data: IterationData, shares: Sequence[Sequence[int]], metrics: Metrics, marked: Set[int]
+        self,
+        data: IterationData,
+        shares: Sequence[Sequence[int]],
+        metrics: Metrics,
+        marked: Set[int],
+        mixed: MixedStep | None,
     ) -> None:
         if self.trainer is None or self.call.loss is None:
             raise AssertionError(f"{self.call.name} cannot train")
@@ -204,36 +254,48 @@ class CallExecutor:
         positions = [p for share in counted for p in share]
         elements = self._num_elements(data, positions)
         function = self.functions.loss(self.call.loss)
-        reporters = sum(1 for share in counted if share)
+        report = StepReport(metrics, counted, () if mixed is None else mixed.shares)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+            if batch.is_mixed and mixed is not None:
+                return self._mixed_loss(hidden, batch, mixed, report)
             kept = [p for p in batch.positions if p not in marked]
             if not kept:
-                return self._zero_loss(hidden, batch)
+                return zero_loss(self.call.output, self._model, hidden, batch)
             output = self._output(hidden, batch, data)
             if len(kept) < len(batch.positions):
                 output = output[self._counted_rows(data, batch, marked)]
             view = self._view(data, kept, len(positions), elements)
-            value, extra = function(output, view, self.experiment.hyperparameters or {})
-            metrics.add_contribution("loss", value.detach().double().item())
-            for name, contribution in extra.items():
-                metrics.add_contribution(name, float(contribution))
-            result: torch.Tensor = value
-            return result
+            return report.loss(*function(output, view, self.experiment.hyperparameters or {}))
 
         with self.watch.timed("optimizer"):
             self.trainer.zero_gradients()
         batches = self._micro_batches(data, shares[self.context.at.dp])
+        batches += mixed.micro_batches(self.context) if mixed is not None else []
         if self.trainer.equal_passes:
             passes = num_passes(shares, self.context.strategy.micro_batches, self.call.together)
-            batches += [self._empty_pass()] * (passes - len(batches))
+            passes += mixed.num_passes(self.context) if mixed is not None else 0
+            batches += [empty_pass(self.context)] * (passes - len(batches))
         self.trainer.run(batches, loss)
         with self.watch.timed("optimizer"):
             step = self.trainer.step()
-        if counted[self.context.at.dp]:  # a replica without sequences has no loss to report
-            for name, value in step.items():
-                metrics.add_contribution(name, value / reporters)
-            metrics.end_step(1.0 / reporters)
+        report.close(self.context.at.dp, step)
+
+    def _mixed_loss(
+        self,
+        hidden: torch.Tensor,
+        batch: MicroBatch,
+        mixed: MixedStep,
+        report: StepReport,
+    ) -> torch.Tensor:
+        """The mixture's loss of a micro-batch; log-probabilities are the model's own, whatever is sampled."""
+        key, everyone, kind = mixed.mixture.sequence, mixed.positions, self.call.output
+        output = compute_output(kind, self._model, hidden, batch, mixed.data, key, 1.0)
+        elements = num_elements(kind, mixed.data, key, everyone)
+        view = self._view(mixed.data, batch.positions, len(everyone), elements)
+        function = self.functions.loss(mixed.mixture.loss)
+        value, extra = function(output, view, self.experiment.hyperparameters or {})
+        return report.loss(value, extra, is_mixed=True)
 
     def _counted_rows(self, data: IterationData, batch: MicroBatch, marked: Set[int]) -> torch.Tensor:
         """Which elements of the model's output are of sequences that are not marked; bool [elements]."""
@@ -241,34 +303,25 @@ class CallExecutor:
         flags = torch.tensor([p not in marked for p in batch.positions])
         return flags.repeat_interleave(torch.tensor(counts)).to(self.context.device)
 
-    def _empty_pass(self) -> MicroBatch:
-        """One token of no sequence: replicas that communicate in every pass run equally many."""
-        device = self.context.device
-        return MicroBatch((), PackedSequences((1,), device), torch.zeros(1, dtype=torch.int64, device=device))
-
-    def _zero_loss(self, hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
-        """A loss that depends on every parameter and has no gradient."""
-        if self.call.output is Output.LOGPROBS and batch.tokens is not None:
-            output = self._model.logprobs(hidden, batch.tokens)
-        else:
-            output = self._model.scalar(hidden)
-        return output.sum() * 0.0
-
     def _prepare(
         self, data: IterationData, assignment: Assignment, metrics: Metrics, marked: Set[int]
     ) -> None:
         """Runs the algorithm's `prepare` where its inputs are: on the last stage."""
         if self.call.prepare is None or not self.context.is_last:
             return
-        share = [p for p in assignment.of(self.context.at.dp) if p not in marked]
-        everyone = [p for p in range(data.num_sequences) if p not in marked]
-        batch = self._view(data, share, len(everyone), self._num_elements(data, everyone))
-        function = self.functions.prepare(self.call.prepare)
+        batch = self._unmarked(data, assignment, marked)
+        function = self.functions.prepare(self.call.prepare, self.call.prepared)
         prepared = function(batch, self.experiment.hyperparameters or {})
         for key in self.call.prepared:
-            data.put(key, share, prepared[key].detach().cpu())
+            data.put(key, batch.positions, prepared[key].detach().cpu())
         for name, value in batch.reported.items():
             metrics.add(name, value, 1.0)
+
+    def _unmarked(self, data: IterationData, assignment: Assignment, marked: Set[int]) -> PackedBatch:
+        """This replica's sequences but those that are marked, of all that are assigned."""
+        share = [p for p in assignment.of(self.context.at.dp) if p not in marked]
+        everyone = [p for p in assignment.positions if p not in marked]
+        return self._view(data, share, len(everyone), self._num_elements(data, everyone))
 
     def _view(
         self, data: IterationData, positions: Sequence[int], sequences: int, elements: int
@@ -324,46 +377,14 @@ class CallExecutor:
         return self.decoder
 
     def _micro_batches(self, data: IterationData, share: Sequence[int]) -> list[MicroBatch]:
-        key, context = self._sequence, self.context
-        lengths = data.key_lengths(key)
-        result = []
-        count, together = context.strategy.micro_batches, self.call.together
-        for positions in micro_batches(share, lengths, count, together):
-            packed = PackedSequences(tuple(lengths[p] for p in positions), context.device)
-            ends = context.is_first or context.is_last
-            tokens = data.packed(key, positions).to(context.device) if ends else None
-            result.append(MicroBatch(positions, packed, tokens))
-        return result
+        return make_micro_batches(self.context, data, self._sequence, share, self.call.together)
 
     def _num_elements(self, data: IterationData, positions: Sequence[int]) -> int:
         """Elements of the model's output for these sequences."""
-        if self.call.output is Output.SCORES:
-            return len(positions)
-        lengths = data.key_lengths(self._sequence)
-        return sum(lengths[p] - data.prompt_lengths[p] for p in positions)
+        return num_elements(self.call.output, data, self._sequence, positions)
 
     def _output(self, hidden: torch.Tensor, batch: MicroBatch, data: IterationData) -> torch.Tensor:
         """What the call's model computes for a micro-batch, from the last stage's hidden."""
-        lengths = data.key_lengths(self._sequence)
-        totals = [lengths[p] for p in batch.positions]
-        if self.call.output is Output.SCORES:
-            last = torch.tensor(totals, device=hidden.device).cumsum(0) - 1
-            return self._model.scalar(hidden[last])
-        rows = response_rows(totals, [data.prompt_lengths[p] for p in batch.positions])
-        rows = rows.to(hidden.device)
-        if self.call.output is Output.VALUES:
-            return self._model.scalar(hidden[rows])
-        if batch.tokens is None:
-            raise AssertionError("the last stage has no tokens")
         temperature = self.experiment.sampling.temperature or 1.0
-        return self._model.logprobs(hidden[rows], batch.tokens[rows + 1], temperature)
-
-
-def response_rows(totals: Sequence[int], prompts: Sequence[int]) -> torch.Tensor:
-    """Rows of a packed batch that predict its response tokens: prompt end - 1 to end - 2."""
-    rows: list[int] = []
-    start = 0
-    for total, prompt in zip(totals, prompts, strict=True):
-        rows.extend(range(start + prompt - 1, start + total - 1))
-        start += total
-    return torch.tensor(rows, dtype=torch.int64)
+        kind, key = self.call.output, self._sequence
+        return compute_output(kind, self._model, hidden, batch, data, key, temperature)

@@ -4,7 +4,7 @@ gloo finds the message that a receive asks for by sender and tag. NCCL knows no 
 of one communicator operations run one after the other in the order of their issue, so that two ranks
 that each send before they receive may wait forever. Here every kind of message has a channel of its
 own in each direction, on NCCL a process group: what goes through one is received in the order in which
-it is sent, and waits for nothing else. `realloc.rendezvous` proves of recorded messages that this is
+it is sent, and waits for nothing else. `tests/rendezvous.py` proves of recorded messages that this is
 enough.
 """
 

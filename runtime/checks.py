@@ -15,7 +15,7 @@ from runtime.engine import source_sequences
 from runtime.functions import FunctionTable
 from runtime.machine import check_pinnable
 from runtime.nvml import find_gpus
-from runtime.supported import check_cluster, check_runs
+from runtime.supported import check_cluster, check_memory, check_runs
 
 
 def check_runnable(plan: ExecutionPlan, *, pin: bool, trust: bool) -> str:
@@ -25,7 +25,9 @@ def check_runnable(plan: ExecutionPlan, *, pin: bool, trust: bool) -> str:
     """
     check_functions(plan.graph, "plan", trust=trust)
     experiment, ranks = plan.experiment, plan.cluster.gpus_per_node
-    check_cluster(plan.cluster, find_gpus() if torch.cuda.is_available() else None)
+    gpus = find_gpus() if torch.cuda.is_available() else None
+    check_cluster(plan.cluster, gpus)
+    check_memory(sum(plan.predictions.peak_bytes.values()) if plan.predictions else 0, ranks, gpus)
     for role, spec in experiment.models.items():
         check_runs(spec.shape, f"experiment: models.{role}")
         if not spec.has_weights:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 
 from realloc.dataflow import DataKey, Per
+from realloc.errors import RunError
 
 DTYPES = {"int64": torch.int64, "float32": torch.float32}
 
@@ -48,9 +49,15 @@ class IterationData:
         return key in self.lengths or self.keys[key].per in (Per.SEQUENCE, Per.PROMPT_TOKEN)
 
     def put(self, key: str, positions: Sequence[int], packed: torch.Tensor) -> None:
-        """Stores packed values of these positions, in this order."""
+        """Stores packed values of these positions, in this order. Raises RunError: too many or too few."""
         lengths = self.key_lengths(key)
-        parts = packed.split([lengths[p] for p in positions])
+        expected = [lengths[p] for p in positions]
+        if packed.shape != (sum(expected),):
+            raise RunError(
+                f"'{key}' has values of shape {list(packed.shape)}; {len(expected)} sequences take "
+                f"[{sum(expected)}] (per {self.keys[key].per.value})."
+            )
+        parts = packed.split(expected)
         self.values.setdefault(key, {}).update(zip(positions, parts, strict=True))
 
     def packed(self, key: str, positions: Sequence[int]) -> torch.Tensor:

@@ -17,6 +17,7 @@ from realloc.data_spec import DataSpec
 from realloc.errors import InputError
 from realloc.examples import Counts, Example, Examples, Limits, open_examples
 from realloc.experiment import Experiment
+from realloc.pretrain import SECTION
 from realloc.row_sources import held_out_spec, row_at
 from runtime.row_index import cache_folder, used_rows
 from runtime.row_order import Order, groups_of, split
@@ -24,6 +25,8 @@ from runtime.tokenizer import TextTokenizer, read_tokenizer
 
 _RECENT = 2
 """Batches that are kept, for those who ask for their rows."""
+_MIXED_SEED = 2**48
+"""Added to the seed for the order of what is mixed in: not that of data, should both be the same file."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,11 @@ class DataBatch:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Examples in their order; an iteration uses `sequences / samples_per_prompt` of them."""
+    """Examples in their order; an iteration uses `sequences / samples_per_prompt` of them.
+
+    `held`: the rows that no iteration uses; `mixed`: the data set that train_steps mix in, with iterations of
+    its own.
+    """
 
     examples: Examples
     order: Order
@@ -53,6 +60,7 @@ class Dataset:
     samples_per_prompt: int
     counts: Counts
     held: Dataset | None = None
+    mixed: Dataset | None = None
     _recent: dict[int, DataBatch] = field(default_factory=dict, repr=False)
 
     def __len__(self) -> int:
@@ -132,7 +140,11 @@ class Dataset:
     def summary(self) -> str:
         """One log line: which columns, and how much was read, left out and cut."""
         text = f"data: {self.counts}; columns {self.examples.columns}"
-        return text if self.held is None else f"{text}; {len(self.held):,} rows held out"
+        if self.held is not None:
+            text += f"; {len(self.held):,} rows held out"
+        if self.mixed is None:
+            return text
+        return f"{text}; {SECTION}: {self.mixed.counts}; columns {self.mixed.examples.columns}"
 
 
 def open_dataset(experiment: Experiment) -> Dataset:
@@ -161,8 +173,27 @@ def open_dataset(experiment: Experiment) -> Dataset:
         samples_per_prompt=experiment.workload.samples_per_prompt,
         kept_in=cache_folder(),
     )
+    if experiment.mixed is not None:
+        dataset = replace(dataset, mixed=_open_mixed(experiment, dataset.tokenizer))
     _check_vocabularies(experiment, dataset, spec.model)
     return dataset
+
+
+def _open_mixed(experiment: Experiment, tokenizer: TextTokenizer) -> Dataset:
+    """The texts of the section `pretrain_data`. Raises InputError as `open_dataset` does."""
+    assert experiment.pretrain is not None
+    work = experiment.mixed
+    assert work is not None
+    return read_dataset(
+        experiment.pretrain.data,
+        tokenizer,
+        want=Want.TEXTS,
+        sequences=work.sequences,
+        max_prompt=work.prompt.maximum,
+        max_response=work.response.maximum,
+        seed=experiment.seed + _MIXED_SEED,
+        kept_in=cache_folder(),
+    )
 
 
 def read_dataset(
@@ -185,6 +216,11 @@ def read_dataset(
     examples = open_examples(data, want, tokenizer, limits)
     rows, counts = used_rows(examples, kept_in)
     used, held_rows = split(rows, data.holdout, seed)
+    if data.holdout and not (len(used) and len(held_rows)):
+        raise InputError(
+            f"{data.path}: data.holdout: {data.holdout:g} of {len(rows)} rows keeps {len(held_rows)} and "
+            f"leaves {len(used)} to train on; both need at least one."
+        )
     groups = groups_of(used, examples.source.parts) if data.weights else (used,)
     if not all(map(len, groups)):
         raise InputError(f"{data.path}: a path with a weight has no row that can be used.")
@@ -207,8 +243,8 @@ def read_dataset(
 
 
 def _check_vocabularies(experiment: Experiment, dataset: Dataset, folder: str) -> None:
-    sets = [dataset] if dataset.held is None else [dataset, dataset.held]
-    largest = max((*dataset.eos_ids, *(found.counts.largest_token for found in sets)))
+    sets = (dataset, dataset.held, dataset.mixed)
+    largest = max((*dataset.eos_ids, *(found.counts.largest_token for found in sets if found is not None)))
     for spec in experiment.models.values():
         if largest >= spec.shape.vocab:
             raise InputError(

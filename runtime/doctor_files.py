@@ -102,12 +102,11 @@ def _header(path: Path, size: int) -> bytes:
 
 
 def _data(node: int, experiment: Experiment, marks: dict[str, str], thorough: bool) -> list[Finding]:
-    if experiment.data is None:
-        return []
+    specs = [experiment.data, None if experiment.pretrain is None else experiment.pretrain.data]
     advice = "copy the data to the same path on every node"
     findings: list[Finding] = []
     try:
-        paths = local_files(experiment.data)
+        paths = [path for spec in specs if spec is not None for path in local_files(spec)]
     except InputError as error:
         return [guarded("data", node, error, advice)]
     for path in paths:

@@ -172,14 +172,19 @@ class Engine:
         )
         read = {key for call in graph.calls if (call.every > 0) == evaluates for key in call.reads}
         for key in graph.source_keys:
-            if key not in read:
-                continue
-            sequences = source_sequences(batch, graph.key[key])
-            data.lengths[key] = [len(sequence) for sequence in sequences]
-            data.values[key] = {
-                position: torch.tensor(sequence, dtype=VALUE_DTYPES[graph.key[key].dtype])
-                for position, sequence in enumerate(sequences)
-            }
+            if key in read:
+                _put_source(data, batch, graph.key[key])
+        return data
+
+    def _mixed(self, iteration: int) -> IterationData:
+        """What train_steps mix in, as the data set gives it; the same on every rank."""
+        graph, dataset = self._plan.graph, self._dataset.mixed
+        if dataset is None:
+            raise AssertionError("the data set has nothing to mix in")
+        batch = dataset.batch(iteration)
+        data = IterationData(graph.key, [len(prompt) for prompt in batch.prompts])
+        for mixture in graph.mixtures:
+            _put_source(data, batch, graph.key[mixture.sequence])
         return data
 
     def _build(self, node: Node) -> None:
@@ -209,6 +214,7 @@ class Engine:
             trainer=role.trainer if role is not None and trains else None,
             watch=self._watch,
             scorer=Scorer(call) if call.functions else None,
+            mixed=None if call.mixture is None else self._mixed,
         )
 
     def _reallocator(self, node: Node) -> Reallocator | Averager:
@@ -239,6 +245,16 @@ class Engine:
                 shared=role.shared,
             )
         return reallocator if mixing is None else Averager(reallocator, mixing)
+
+
+def _put_source(data: IterationData, batch: DataBatch, key: DataKey) -> None:
+    """Puts a source key's values of all sequences."""
+    sequences = source_sequences(batch, key)
+    data.lengths[key.name] = [len(sequence) for sequence in sequences]
+    data.values[key.name] = {
+        position: torch.tensor(sequence, dtype=VALUE_DTYPES[key.dtype])
+        for position, sequence in enumerate(sequences)
+    }
 
 
 def source_sequences(batch: DataBatch, key: DataKey) -> list[tuple[int, ...]]:

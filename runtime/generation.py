@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from realloc.experiment import Sampling
+from realloc.sampling import Sampling
 from runtime.decoder import Decoder
 from runtime.filtering import Filter
 from runtime.lane import Lane, Prompts, Rules

@@ -10,7 +10,6 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
-from math import sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,14 @@ from safetensors.torch import save_file
 from realloc.errors import InputError, RunError
 from realloc.layout import Box
 from realloc.model_shape import ModelShape
-from realloc.params import HEAD, ParamSpec, parameters
-from runtime.hf_names import FAMILIES, source
+from realloc.params import FINAL_NORM, HEAD, ParamSpec, parameters
+from runtime.hf_names import FAMILIES, SCORE, source
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
+NEW_SCORES = 0.2
+"""Standard deviation of the scores, or values, that a new scalar head gives."""
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer.model",
@@ -118,18 +119,18 @@ def load_boxes(
     dtype: torch.dtype,
     device: torch.device,
     *,
-    head_seed: int = 0,
+    new_head: bool = True,
 ) -> dict[str, torch.Tensor]:
     """The boxes of a model's parameters from a Hugging Face folder; reads only those.
 
-    A scalar head that the folder lacks (a causal LM used as a critic) is drawn from `head_seed`,
-    the same under every plan. Raises InputError for a missing or misshapen tensor, for a damaged
-    file, and for weights that are not safetensors.
+    A scalar head that the folder lacks (a causal LM that becomes a critic or a reward model) is new, if
+    `new_head` allows it: a small one, as `_new_scalar_head` says. Raises InputError for a missing or
+    misshapen tensor, for a damaged file, and for weights that are not safetensors.
     """
     specs = {spec.name: spec for spec in parameters(shape)}
     with Checkpoint(folder) as checkpoint:
         return {
-            name: _load(checkpoint, shape, specs[name], box, head_seed).to(
+            name: _load(checkpoint, shape, specs[name], box, new_head).to(
                 device=device, dtype=dtype, copy=True
             )
             for name, box in boxes.items()
@@ -137,13 +138,13 @@ def load_boxes(
 
 
 def _load(
-    checkpoint: Checkpoint, shape: ModelShape, spec: ParamSpec, box: Box, head_seed: int
+    checkpoint: Checkpoint, shape: ModelShape, spec: ParamSpec, box: Box, new_head: bool
 ) -> torch.Tensor:
     where = source(FAMILIES[shape.family], spec)
     name = next((name for name in where.names if name in checkpoint), None)
     if name is None:
         if spec.name == HEAD and shape.head == "scalar":
-            return new_scalar_head(shape, head_seed)[box.slices]
+            return _new_scalar_head(checkpoint, shape, box, new_head)
         raise InputError(
             f"{checkpoint.folder}: lacks the tensor '{where.names[0]}', which config.json asks for."
         )
@@ -166,10 +167,24 @@ def _load(
     return piece
 
 
-def new_scalar_head(shape: ModelShape, seed: int) -> torch.Tensor:
-    """[1, hidden] normal with standard deviation 1 / sqrt(hidden + 1) (Stiennon et al. 2020)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, shape.hidden, generator=generator) / sqrt(shape.hidden + 1)
+def _new_scalar_head(checkpoint: Checkpoint, shape: ModelShape, box: Box, allowed: bool) -> torch.Tensor:
+    """A normal draw, the same under every plan, that gives scores of deviation NEW_SCORES.
+
+    The final norm's weights say how large hidden states are, so that a reward model's first loss is close to
+    ln 2 and a critic's first values are close to 0 whatever the model. Drawn for hidden states of mean square
+    1 and scores of deviation 1, as by Stiennon et al. 2020 (arXiv 2009.01325), scores are noise that training
+    first has to unlearn. Zeros are no better: the layers below learn through the head, and wait for it.
+    """
+    if not allowed:
+        raise InputError(
+            f"{checkpoint.folder}: lacks the tensor '{SCORE}', a scalar head, and is not trained, so its "
+            f"scores would be noise; take a trained reward model (algorithm: reward makes one)."
+        )
+    norm = next(spec for spec in parameters(shape) if spec.name == f"{FINAL_NORM}.weight")
+    weights: torch.Tensor = checkpoint.slice(source(FAMILIES[shape.family], norm).names[0])[:]
+    size = float(weights.float().norm()) or 1.0
+    head = torch.randn(1, shape.hidden, generator=torch.Generator().manual_seed(0))
+    return (head * (NEW_SCORES / size))[box.slices]
 
 
 def save_hf(

@@ -17,10 +17,11 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from realloc.experiment import OptimizerSpec, Sampling
+from realloc.experiment import OptimizerSpec
 from realloc.layout import compute_boxes
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
+from realloc.sampling import Sampling
 from realloc.strategy import Coordinates, Recompute, Schedule, Strategy
 from runtime.attention import PackedSequences
 from runtime.decode_graph import DecodeGraphs

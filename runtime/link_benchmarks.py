@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from statistics import median
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -32,6 +33,13 @@ _ROUND = 20
 """Samples between two barriers."""
 
 
+class Timing(NamedTuple):
+    """Typical seconds, and the distance of the samples' quartiles as a share of them."""
+
+    seconds: float
+    spread: float
+
+
 @dataclass(frozen=True)
 class LinkClock:
     """Times what ranks do together. `large`: bytes of a large message."""
@@ -45,6 +53,10 @@ class LinkClock:
 
     def seconds(self, action: Action, num_bytes: int) -> float:
         """Typical seconds of one action, without what a rank computes before it."""
+        return self.timing(action, num_bytes).seconds
+
+    def timing(self, action: Action, num_bytes: int) -> Timing:
+        """The same, with its spread."""
         samples = _SAMPLES if num_bytes < self.large else _FEW
         if self.device.type != "cpu":
             return self._typical(lambda: self.clock.run(action, 10) / 10, samples)
@@ -63,7 +75,7 @@ class LinkClock:
 
         return self._typical(lambda: timed(action), samples)
 
-    def _typical(self, sample: Callable[[], float], count: int) -> float:
+    def _typical(self, sample: Callable[[], float], count: int) -> Timing:
         """Of so many samples, or of the few that slow links have time for."""
         dist.barrier()
         sample()
@@ -74,14 +86,17 @@ class LinkClock:
             if i % _ROUND == 0:
                 dist.barrier()
             found.append(sample())
-        return median(found)  # slow ones belong to messages: ranks are never quite in step
+        found.sort()
+        quarter, middle = len(found) // 4, median(found)
+        # slow ones belong to messages: ranks are never quite in step
+        return Timing(middle, (found[-1 - quarter] - found[quarter]) / middle)
 
 
 def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:
-    """Latency and bytes/s of messages between pairs of ranks, all at once."""
+    """Latency and bytes/s of messages between pairs of ranks, all at once, and the larger one's spread."""
     sends_first = dict(pairs)
     answers = {b: a for a, b in pairs}
-    seconds = []
+    timings = []
     for size in (SMALL_BYTES, clock.large):
         buffer = torch.zeros(size, dtype=torch.uint8, device=clock.device)
 
@@ -93,15 +108,19 @@ def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]])
                 dist.recv(buffer, answers[rank])
                 dist.send(buffer, answers[rank])
 
-        seconds.append(clock.seconds(there_and_back, size) / 2)
-    small_s, large_s = seconds
-    return {"latency_s": small_s, "bytes_per_s": clock.large / max(large_s - small_s, 0.05 * large_s)}
+        timings.append(clock.timing(there_and_back, size))
+    small_s, large_s = (timing.seconds / 2 for timing in timings)
+    return {
+        "latency_s": small_s,
+        "bytes_per_s": clock.large / max(large_s - small_s, 0.05 * large_s),
+        "spread": max(timing.spread for timing in timings),
+    }
 
 
 def collective_rows(
     clock: LinkClock, rank: int, groups: Sequence[Sequence[int]], *, in_memory: bool = False
 ) -> dict[str, list[Mapping[str, object]]]:
-    """Seconds of collectives by group size: latency, tensor bytes/s, and what each size took.
+    """Seconds of collectives by group size: latency, tensor bytes/s, what each size took, largest spread.
 
     `groups` are disjoint, of equal size, and work at once: for each group size, their first ranks.
     `in_memory`: messages go through memory, whose caches the largest of them must not fit into.
@@ -119,14 +138,15 @@ def collective_rows(
             found = []
             for num_bytes in sizes:
                 action = _collective(name, clock.device, num_bytes // 4, size, mine)
-                found.append(clock.seconds(action, num_bytes))
+                found.append(clock.timing(action, num_bytes))
+            spread = max(timing.spread for timing in found)
             # never faster for more bytes
-            (_, small_s), *knees, (large, large_s) = zip(sizes, accumulate(found, max), strict=True)
+            took = accumulate((timing.seconds for timing in found), max)
+            (_, small_s), *knees, (large, large_s) = zip(sizes, took, strict=True)
             at, knee_s = knees[-1]
             rate = (large - at) / max(large_s - knee_s, 0.05 * large_s)
-            rows.append(
-                {"ranks": size, "latency_s": small_s, "bytes_per_s": rate, "knees": [list(k) for k in knees]}
-            )
+            row = {"ranks": size, "latency_s": small_s, "bytes_per_s": rate, "spread": spread}
+            rows.append({**row, "knees": [list(knee) for knee in knees]})
     return tables
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import time
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,28 @@ def this_machine(pinned: bool) -> Machine:
     """What traces say of the machine a run is on."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return Machine(device_name(device), len(os.sched_getaffinity(0)), pinned)
+
+
+class OthersUse:
+    """How much of the machine's cores others use, from now on: not this process, nor its ended children."""
+
+    def __init__(self) -> None:
+        self._since, self._busy_s, self._own_s = time.monotonic(), _busy_s(), sum(os.times()[:4])
+
+    def share(self) -> float:
+        """Of all cores' time so far; may be asked again."""
+        elapsed = (time.monotonic() - self._since) * (psutil.cpu_count(logical=True) or 1)
+        others = _busy_s() - self._busy_s - (sum(os.times()[:4]) - self._own_s)
+        return max(0.0, others / elapsed) if elapsed > 0 else 0.0
+
+
+def _busy_s() -> float:
+    """Seconds for which cores of this machine were not idle, since it was started."""
+    times = psutil.cpu_times()
+    # a guest's time is in the user's already
+    return (
+        sum(times) - times.idle - sum(getattr(times, name, 0.0) for name in ("iowait", "guest", "guest_nice"))
+    )
 
 
 def check_pinnable(ranks: int) -> None:

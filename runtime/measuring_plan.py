@@ -9,9 +9,10 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from realloc.dataflow import CallKind
-from realloc.experiment import Experiment, Sampling
+from realloc.dataflow import Call, CallKind
+from realloc.experiment import Experiment, Workload
 from realloc.model_shape import ModelShape
+from realloc.sampling import Sampling
 from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy, forbidden
 
@@ -117,14 +118,37 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
             work.prompts,
             experiment.sampling,
             max(
-                (-(-work.sequences // c.mini_batches) for c in calls if c.kind is CallKind.TRAIN_STEP),
+                (
+                    -(-c.num_sequences(work.sequences) // c.mini_batches)
+                    for c in calls
+                    if c.kind is CallKind.TRAIN_STEP
+                ),
                 default=0,
             ),
             work.prompt.maximum + work.response.maximum,
             work.prompt.maximum,
         )
         result.append((experiment.role_shape(graph, role), sizes))
+        result += [
+            (experiment.role_shape(graph, role), _mixed_sizes(experiment.mixed, call))
+            for call in calls
+            if call.mixture is not None and experiment.mixed is not None
+        ]
     return result
+
+
+def _mixed_sizes(mixed: Workload, call: Call) -> Sizes:
+    """What a train_step's mixture asks of its model."""
+    response = mixed.response
+    step = -(-mixed.sequences // (call.mini_batches * call.epochs))
+    return Sizes(
+        step,
+        mixed.prompt.maximum,
+        max(1, round(response.mean)),
+        not response.is_fixed,
+        generates=False,
+        longest=mixed.prompt.maximum + response.maximum,
+    )
 
 
 def tp_degrees(shape: ModelShape, most: int) -> Iterator[int]:

@@ -8,11 +8,12 @@ beside an `X` gives `X_std`, the standard deviation. Reports travel as JSON thro
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import sqrt
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 _WRITTEN = "written"
@@ -24,23 +25,59 @@ class Metrics:
     """Numerators and denominators of one call on one rank."""
 
     sums: dict[str, tuple[float, float]] = field(default_factory=dict)
-    _step: dict[str, float] = field(default_factory=dict)
+    _step: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def add(self, name: str, numerator: float, denominator: float) -> None:
         self.sums[name] = _joined(name, self.sums.get(name), (numerator, denominator))
 
-    def add_contribution(self, name: str, value: float) -> None:
-        """Adds to a metric of the current optimizer step, whose total is a sum over ranks."""
+    def add_contribution(self, name: str, value: float, reporters: int) -> None:
+        """Adds to a metric of the current optimizer step: the sum of what so many `reporters` have."""
         if name.endswith(LARGEST):
             self.add(name, value, 1.0)
         else:
-            self._step[name] = self._step.get(name, 0.0) + value
+            self._step[name] = self._step.get(name, (0.0, 0))[0] + value, reporters
 
-    def end_step(self, weight: float) -> None:
-        """Closes an optimizer step; metrics average over steps. `weight` is 1 / reporters."""
-        for name, value in self._step.items():
-            self.add(name, value, weight)
+    def end_step(self) -> None:
+        """Closes an optimizer step; metrics average over steps."""
+        for name, (value, reporters) in self._step.items():
+            self.add(name, value, 1.0 / reporters)
         self._step.clear()
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What a rank reports of one optimizer step. `own` and `mixed`: sequences by data-parallel rank.
+
+    Replicas without sequences of a kind have no metrics of its loss.
+    """
+
+    metrics: Metrics
+    own: Sequence[Sequence[int]]
+    mixed: Sequence[Sequence[int]] = ()
+
+    def loss(
+        self, value: torch.Tensor, extra: Mapping[str, torch.Tensor], *, is_mixed: bool = False
+    ) -> torch.Tensor:
+        """Adds a micro-batch's part of the step's loss and of its metrics; returns the loss."""
+        reporters = sum(map(bool, self.mixed if is_mixed else self.own))
+        self.metrics.add_contribution("loss", value.detach().double().item(), self._all)
+        for name, contribution in extra.items():
+            self.metrics.add_contribution(name, float(contribution), reporters)
+        return value
+
+    def close(self, dp: int, step: Mapping[str, float]) -> None:
+        """Adds what the optimizer says, the same on every rank, and ends the step."""
+        if self._has(dp):
+            for name, value in step.items():
+                self.metrics.add_contribution(name, value / self._all, self._all)
+            self.metrics.end_step()
+
+    def _has(self, dp: int) -> bool:
+        return bool(self.own[dp]) or bool(self.mixed and self.mixed[dp])
+
+    @property
+    def _all(self) -> int:
+        return sum(self._has(dp) for dp in range(len(self.own)))
 
 
 def combine(reports: Iterable[Mapping[str, tuple[float, float]]]) -> dict[str, float]:

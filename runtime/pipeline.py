@@ -29,11 +29,15 @@ _CHANNELS = {Work.FORWARD: Channel.FORWARD, Work.BACKWARD: Channel.BACKWARD}
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Sequences of one pass. `tokens` [T] is None on stages that do not embed."""
+    """Sequences of one pass. `tokens` [T] is None on stages that do not embed.
+
+    `is_mixed`: they are of what the call mixes in, not of the batch.
+    """
 
     positions: tuple[int, ...]
     packed: PackedSequences
     tokens: torch.Tensor | None
+    is_mixed: bool = False
 
 
 @dataclass(frozen=True)

@@ -11,16 +11,30 @@ _CALL_S = {"cpu": 5e-4, "cuda": 5e-3}
 _SEQUENCE_S = 3e-5
 # A node's network cannot be seen from one node: 200 Gb/s at the share of line rate that nccl-tests
 # issue 160 reports (20 GB/s).
-_GPU_INTER_NODE: Mapping[str, Any] = {"latency_s": 2e-5, "bytes_per_s": 2e10}
+_GPU_INTER_NODE: Mapping[str, Any] = {
+    "latency_s": 2e-5,
+    "bytes_per_s": 2e10,
+    "estimate": "a 200 Gb/s NIC for each GPU",
+}
+_NO_LINK: Mapping[str, Any] = {"latency_s": 1e-4, "bytes_per_s": 1e9, "estimate": "a placeholder"}
+
+Links = Mapping[str, Mapping[str, Any]]
+"""`intra_node` and `inter_node` as a profile holds them."""
 
 
 def profile_content(
-    measured: Mapping[str, Any], name: str, tables: Mapping[str, Any] | None = None
+    measured: Mapping[str, Any],
+    name: str,
+    tables: Mapping[str, Any] | None = None,
+    known: Links | None = None,
 ) -> Mapping[str, Any]:
-    """The `profile/1` mapping for what rank 0 measured and for the tables of the models."""
+    """The `profile/1` mapping for what rank 0 measured and for the tables of the models.
+
+    `known`: links of such a device from elsewhere, for those that this measurement has not seen.
+    """
     is_cpu = measured["device_type"] == "cpu"
-    intra = measured.get("link", {"latency_s": 1e-4, "bytes_per_s": 1e9})
-    inter, notes = _inter_node(measured, intra, is_cpu=is_cpu)
+    intra = measured.get("link", (known or {}).get("intra_node", _NO_LINK))
+    inter, notes = _inter_node(measured, intra, known, is_cpu=is_cpu)
     notes += measured.get("notes", [])
     if tables is not None:
         notes += tables["notes"]
@@ -77,21 +91,23 @@ def _pace(device: Mapping[str, Any] | None, tables: Mapping[str, Any] | None) ->
 
 
 def _inter_node(
-    measured: Mapping[str, Any], intra: Mapping[str, Any], *, is_cpu: bool
+    measured: Mapping[str, Any], intra: Mapping[str, Any], known: Links | None, *, is_cpu: bool
 ) -> tuple[Mapping[str, Any], list[str]]:
     """The link between nodes, and what has to be said about the links."""
     ranks, nodes = measured["ranks"], measured["nodes"]
     where = "one node" if nodes == 1 else f"{nodes} nodes"
     notes = [f"call_s and sequence_s are estimates; measured with {ranks} ranks on {where}"]
     if "link" not in measured:
-        notes.append("links: one rank on a node has none; the numbers are placeholders")
+        source = "the numbers are placeholders" if known is None else f"taken from {intra['estimate']}"
+        notes.append(f"links: one rank on a node has none; {source}")
     if "inter_link" in measured:
         return measured["inter_link"], notes
     if is_cpu:
         notes.append("inter_node: taken as intra_node, both are this machine's loopback")
-        return intra, notes
-    notes.append("inter_node: an estimate for one 200 Gb/s NIC per GPU; one node cannot measure it")
-    return _GPU_INTER_NODE, notes
+        return {"estimate": "taken as within one node", **intra}, notes
+    inter = _GPU_INTER_NODE if known is None else known["inter_node"]
+    notes.append(f"inter_node: an estimate ({inter['estimate']}); one node cannot measure it")
+    return inter, notes
 
 
 def _rounded(value: Any) -> Any:

@@ -24,8 +24,6 @@ class RankOptions(Protocol):
     """What is asked of `runtime.profiler.ProfileOptions`."""
 
     @property
-    def ranks(self) -> int: ...
-    @property
     def quick(self) -> bool: ...
     @property
     def timeout_s(self) -> float: ...
@@ -37,14 +35,14 @@ class RankOptions(Protocol):
     def endpoint(self) -> tuple[str, int]: ...
 
 
-def run_ranks(folder: Path, options: RankOptions) -> None:
-    """Starts a process per rank and waits for all; the first to fail ends the others.
+def run_ranks(folder: Path, options: RankOptions, ranks: int) -> None:
+    """Starts so many processes, a rank each, and waits for all; the first to fail ends the others.
 
     Rank 0 leaves `measured.json` in the folder. Raises RunError, and InputError for an endpoint that is not
     reached.
     """
     with _meeting(folder, options) as arguments:
-        _run(folder, options, arguments)
+        _run(folder, options, ranks, arguments)
 
 
 @contextmanager
@@ -61,14 +59,14 @@ def _meeting(folder: Path, options: RankOptions) -> Iterator[Sequence[str]]:
     del store  # it lives as long as its ranks
 
 
-def _run(folder: Path, options: RankOptions, meeting: Sequence[str]) -> None:
+def _run(folder: Path, options: RankOptions, ranks: int, meeting: Sequence[str]) -> None:
     processes: list[subprocess.Popen[bytes]] = []
-    first = options.node * options.ranks
-    logs = [folder / f"rank-{first + i}.log" for i in range(options.ranks)]
+    first = options.node * ranks
+    logs = [folder / f"rank-{first + i}.log" for i in range(ranks)]
     try:
         for local, path in enumerate(logs):
             command = [sys.executable, "-m", "runtime.profile_rank", "--rank", str(first + local)]
-            command += ["--ranks", str(options.ranks * options.nodes), "--folder", str(folder), *meeting]
+            command += ["--ranks", str(ranks * options.nodes), "--folder", str(folder), *meeting]
             command += ["--local-rank", str(local), "--timeout", str(options.timeout_s)]
             command += ["--quick"] if options.quick else []
             with path.open("wb") as log:

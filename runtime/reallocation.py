@@ -311,35 +311,3 @@ def _unpack(message: _Message, buffer: torch.Tensor) -> None:
         return
     for part, view in _parts(buffer, message.views):
         view.copy_(part)
-
-
-def reallocate_states(
-    schedule: Schedule,
-    rank: int,
-    src: Mapping[str, Holding],
-    dst: Mapping[str, Holding],
-    dtypes: Mapping[str, tuple[torch.dtype, torch.dtype]],
-    *,
-    group: dist.ProcessGroup | None = None,
-) -> int:
-    """Moves several tensors of each parameter once, such as the states of an optimizer.
-
-    `src` and `dst` hold them by state (`exp_avg`, say), without those that this rank has no part
-    of; `dtypes` has every state's dtype before and after, on all ranks. The schedule is between
-    layouts of any kind, such as `optimizer_layout`s. Returns the bytes sent to other ranks.
-    """
-    staging = Staging(_device(*src.values(), *dst.values()))
-    sent = 0
-    for state in sorted(dtypes):
-        before, after = dtypes[state]
-        sent += Reallocator(
-            schedule,
-            rank,
-            src.get(state),
-            dst.get(state),
-            src_dtype=before,
-            dst_dtype=after,
-            group=group,
-            staging=staging,
-        ).run()
-    return sent

@@ -13,12 +13,14 @@ import math
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from numbers import Real
+from pathlib import Path
 from typing import Any, BinaryIO
 
 from realloc.functions import Sample
+from realloc.named_code import LONGEST, described
 from runtime.parent import die_with
 
 
@@ -34,11 +36,13 @@ def main() -> None:
     if start is None:
         return
     die_with(start["parent"])
+    with suppress(OSError):  # where memory runs out, this process is to end and no rank
+        Path("/proc/self/oom_score_adj").write_text("1000", encoding="ascii")
     sys.path[:] = start["path"]
     try:
         function = _load(start["function"])
     except BaseException as error:  # noqa: BLE001 (importing a user's module may do anything)
-        _send(replies, {"error": f"cannot be loaded: {_description(error)}"})
+        _send(replies, {"error": f"cannot be loaded: {described(error, __file__)}"})
         return
     _send(replies, {"ready": True})
     for line in requests:
@@ -59,7 +63,7 @@ def answer(
         if hasattr(result, "tolist"):  # an array or a tensor
             result = result.tolist()
     except BaseException as error:  # noqa: BLE001 (a user's function may raise anything, SystemExit too)
-        return {"error": f"raised {_description(error)}"}
+        return {"error": f"raised {described(error, __file__)}"}
     if not isinstance(result, Sequence) or isinstance(result, (str, bytes)):
         got = type(result).__name__
         return {"error": f"returned {got}; it must return a list with one number for each sample"}
@@ -68,7 +72,7 @@ def answer(
             "error": f"returned {len(result)} for {len(samples)} samples; it must return a list with one "
             f"number for each"
         }
-    values = [float(v) if isinstance(v, Real) and math.isfinite(v) else None for v in result]
+    values = [_number(value) for value in result]
     bad = {i: _short(repr(v)) for i, v in enumerate(result) if values[i] is None}
     return {"values": values, "bad": bad}
 
@@ -85,15 +89,17 @@ def _send(replies: BinaryIO, content: Mapping[str, Any]) -> None:
         data = data[replies.write(data) :]
 
 
-def _description(error: BaseException) -> str:
-    """Type, message and the line that raised."""
-    frames = traceback.extract_tb(error.__traceback__)
-    text = _short(f"{type(error).__name__}: {error}".rstrip(": "))
-    return f"{text} ({frames[-1].filename}, line {frames[-1].lineno})" if len(frames) > 1 else text
+def _number(value: Any) -> float | None:
+    """A number of Python's, numpy's or torch's; None for anything else, and for one that is not finite."""
+    try:
+        number = value.item() if hasattr(value, "item") else value
+        return float(number) if isinstance(number, Real) and math.isfinite(number) else None
+    except (OverflowError, RuntimeError, ValueError):  # too large a number; an array of several
+        return None
 
 
 def _short(text: str) -> str:
-    return text if len(text) <= 300 else text[:297] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,10 @@ from realloc.rewards import ERROR, RewardSource
 
 START_LIMIT_S = 300.0
 """For Python to start and to import the reward's module, which may be a large one."""
+_EXIT_S = 5.0
+"""For a process that has closed its end of the pipe to exit by itself, which tells why."""
 _CHUNK = 1 << 16
+_ADVICE = "Mend it, or give it 'on_failure: skip' to leave such samples out (rewards)."
 _ROOT = str(Path(__file__).resolve().parents[1])
 """Where Python finds this package; the rest of this process's path is set once Python has started."""
 
@@ -64,10 +68,17 @@ class RewardWorker:
             found = self._one_by_one(samples, reply, where)
         else:
             found = reply
-        if self.source.on_failure == ERROR:
-            for sample, value in zip(samples, found, strict=True):
-                if isinstance(value, Failure):
-                    raise RunError(self._message(where, value.text, sample))
+        failed = [
+            (sample, value.text)
+            for sample, value in zip(samples, found, strict=True)
+            if isinstance(value, Failure)
+        ]
+        if failed:
+            sample, text = failed[0]
+            if self.source.on_failure == ERROR:
+                raise RunError(f"{self._message(where, text, sample)}. {_ADVICE}")
+            count = f"{len(failed)} of {len(samples)} samples are left out; the first"
+            print(f"{self._message(where, text, sample)}. {count} is this one.", file=sys.stderr, flush=True)
         return found
 
     def close(self) -> None:
@@ -87,9 +98,10 @@ class RewardWorker:
             reply = self._reply(deadline_s, limit_s)
             found.append(reply if isinstance(reply, Failure) else reply[0])
             if self.source.on_failure == ERROR and isinstance(found[-1], Failure):
-                raise RunError(self._message(where, found[-1].text, sample))
+                raise RunError(f"{self._message(where, found[-1].text, sample)}. {_ADVICE}")
         if self.source.on_failure == ERROR:
-            raise RunError(self._message(where, f"{whole.text}, though none of its samples does alone"))
+            text = self._message(where, f"{whole.text}, though none of its samples does alone")
+            raise RunError(f"{text}. {_ADVICE}")
         return found
 
     def _ready(self) -> _Process:
@@ -107,7 +119,7 @@ class RewardWorker:
         reply = self._process.receive(deadline_s)
         if reply is None:
             late = time.monotonic() >= deadline_s
-            code = self._process.end()
+            code = self._process.end(0.0 if late else _EXIT_S)
             self._process = None
             took = f"took longer than {limit_s:g} s"
             return Failure(took if late else f"ended its process ({_ending(code)})")
@@ -124,7 +136,7 @@ class RewardWorker:
         if sample is not None:
             row = f" ({sample.where})" if sample.where else ""
             message += f" for sample {sample.id}{row}, whose response is {sample.response[:80]!r}"
-        return f"{message}. Mend it, or give it 'on_failure: skip' to leave such samples out (rewards)."
+        return message
 
 
 class _Process:
@@ -186,8 +198,13 @@ class _Process:
         reply: dict[str, Any] = json.loads(line)
         return reply
 
-    def end(self) -> int:
-        """Ends the process and what it started; returns its exit code."""
+    def end(self, grace_s: float = 0.0) -> int:
+        """Ends the process, if it does not by itself within `grace_s`, and what it started.
+
+        Returns its exit code.
+        """
+        with suppress(subprocess.TimeoutExpired):
+            self._popen.wait(grace_s)
         code = self._popen.poll()
         try:
             os.killpg(self._popen.pid, signal.SIGKILL)
@@ -217,4 +234,6 @@ def _given_paths() -> list[str]:
 
 
 def _ending(code: int) -> str:
+    if code == -signal.SIGKILL:
+        return f"signal {-code}, as where memory runs out"
     return f"signal {-code}" if code < 0 else f"exit code {code}"

@@ -98,7 +98,8 @@ def load_roles(plan: ExecutionPlan, groups: Groups, device: torch.device) -> dic
                 continue
             key = placement.layout_key
             if key not in layouts:
-                layouts[key] = _load(spec.model, shape, context, dtype, allocator)
+                trained = graph.trainer(name) is not None
+                layouts[key] = _load(spec.model, shape, context, dtype, allocator, trained)
             # its own decoder: calls of one layout may differ in what the layout does not say
             role.by_call[call.name] = layouts[key].in_context(context)
             role.contexts[call.name] = context
@@ -130,12 +131,17 @@ def _train_with_deepspeed(name: str, role: RankRole, call: str, spec: ModelSpec,
 
 
 def _load(
-    folder: str, shape: ModelShape, context: ParallelContext, dtype: torch.dtype, allocator: Allocator
+    folder: str,
+    shape: ModelShape,
+    context: ParallelContext,
+    dtype: torch.dtype,
+    allocator: Allocator,
+    trained: bool,
 ) -> RankModel:
     strategy, at = context.strategy, context.at
     boxes = held_boxes(shape, strategy, at)
     params = allocate(boxes, dtype, context.device, allocator)
-    loaded = load_boxes(folder, shape, boxes, dtype, context.device)
+    loaded = load_boxes(folder, shape, boxes, dtype, context.device, new_head=trained)
     with torch.no_grad():
         for name, view in params.views.items():
             view.copy_(loaded[name])

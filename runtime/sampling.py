@@ -98,12 +98,9 @@ def choose(
         assert best is not None
         logprobs = logits.gather(1, best[:, None])[:, 0] - log_total
         return best if vocab_start == 0 else best + vocab_start, logprobs
-    if blocks is None:
-        assert best_logit is not None
-        third = best_logit.to(torch.float64)
-    else:
-        third = blocks.total
-    shards = _gather(torch.stack([largest.to(torch.float64), mass.to(torch.float64), third]), group)
+    third = best_logit if blocks is None else blocks.total
+    assert third is not None
+    shards = _gather(torch.stack([part.to(torch.float64) for part in (largest, mass, third)]), group)
     top = shards[:, 0].amax(dim=0)
     scales = (shards[:, 0] - top).exp()
     log_total = top.to(torch.float32) + (scales * shards[:, 1]).to(torch.float32).sum(dim=0).log()
@@ -119,10 +116,7 @@ def choose(
         # nothing may have weight on this shard, which then is not the owner
         token = blocks.find(aim[rank] / scales[rank]).clamp_(max=logits.shape[1] - 1)
     logprob = logits.gather(1, token[:, None])[:, 0] - log_total
-    chosen = torch.stack([(token + vocab_start).to(torch.float64), logprob.to(torch.float64)])
-    chosen.masked_fill_(owner != rank, 0.0)
-    dist.all_reduce(chosen, group=group)
-    return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
+    return _shared(token + vocab_start, logprob, owner != rank, group)
 
 
 def _gather(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
@@ -130,6 +124,16 @@ def _gather(mine: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
     parts = [torch.empty_like(mine) for _ in range(dist.get_world_size(group))]
     dist.all_gather(parts, mine, group=group)
     return torch.stack(parts)
+
+
+def _shared(
+    token: torch.Tensor, logprob: torch.Tensor, elsewhere: torch.Tensor, group: dist.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and log-probabilities on all ranks, each from the one that is not `elsewhere`."""
+    chosen = torch.stack([token.to(torch.float64), logprob.to(torch.float64)])
+    chosen.masked_fill_(elsewhere, 0.0)
+    dist.all_reduce(chosen, group=group)
+    return chosen[0].to(torch.int64), chosen[1].to(torch.float32)
 
 
 def _owner(totals: torch.Tensor, aim: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -78,7 +78,7 @@ def training_load(experiment: Experiment) -> Load | None:
 
 def _lengths(experiment: Experiment, call: Call) -> tuple[int, ...]:
     work = experiment.workload
-    count = max(1, work.sequences // call.mini_batches // 2)
+    count = max(1, call.num_sequences(work.sequences) // call.mini_batches // 2)
     length = max(2, round(work.prompt.mean + work.response.mean))
     return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, not work.response.is_fixed))
 

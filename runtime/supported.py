@@ -7,6 +7,9 @@ from realloc.errors import InputError
 from realloc.model_shape import ModelShape
 from runtime.nvml import Gpus
 
+_BEYOND = 1.05
+"""Predictions of memory are worth no more: so much beyond a GPU's own is an error."""
+
 
 def check_runs(shape: ModelShape, where: str) -> None:
     """Raises InputError for a shape that is good for planning only."""
@@ -35,11 +38,25 @@ def check_cluster(cluster: Cluster, gpus: Gpus | None) -> None:
         )
 
 
-def other_device(planned: str, found: str) -> str | None:
-    """A warning where costs were measured on another device than the one a run uses."""
+def check_memory(peak_bytes: int, num_gpus: int, gpus: Gpus | None) -> None:
+    """Raises InputError where a plan is predicted to need more than the driver says that a GPU has."""
+    if gpus is None or not peak_bytes:
+        return
+    worst = min(range(min(num_gpus, len(gpus.names))), key=lambda i: gpus.memory_bytes[i])
+    least = gpus.memory_bytes[worst]
+    if peak_bytes > _BEYOND * least:
+        raise InputError(
+            f"plan: is predicted to need {peak_bytes / GIB:.4g} GiB on a GPU, but GPU {worst} here "
+            f"({gpus.names[worst]}) has {least / GIB:.4g} GiB; plan again with cluster: memory_gib: "
+            f"{int(least / GIB)}."
+        )
+
+
+def other_device(planned: str, found: str, *, how: str = "measured on") -> str | None:
+    """A warning where costs are of another device than the one a run uses; `how` they are."""
     if planned == found:
         return None
     return (
-        f"the plan's costs were measured on '{planned}', this is '{found}': predictions may be far off, and "
+        f"the plan's costs were {how} '{planned}', this is '{found}': predictions may be far off, and "
         f"another plan may be faster here; measure with realloc profile."
     )

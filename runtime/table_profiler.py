@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from realloc.dataflow import CallKind
+from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
 from realloc.model_shape import ModelShape, resolve_shape
@@ -85,19 +85,22 @@ def measure_tables(
     """
     gpu = device.type == "cuda"
     todo = wanted(spec, gpu=gpu)
-    total = sum(len(subject.points) for subject in todo)
+    shares = not gpu and spec.ranks > 1 and bool(spec.experiments)
+    graphs = [read_experiment(path).graph() for path in spec.experiments]
+    calls = sum(len(_timed_calls(graph, role)) for graph in graphs for role in graph.roles)
+    steps = Steps(sum(len(subject.points) for subject in todo) + calls + shares)
     effort = Effort(4, 0.08) if spec.quick else Effort(5, 0.4)
     longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
     kept = Kept(Path(spec.kept), fingerprint)
     collected: list[tuple[str, Entry]] = []
     notes: list[str] = []
-    done, pace = 0, TablePace(kept)
+    pace = TablePace(kept)
     for subject in todo:
         group = groups.get(subject.tp)
         over: dict[tuple[object, ...], int] = {}
         with closing(SubjectRunner(subject, group, device, effort, spec.ranks)) as runner:
             for number, point in enumerate(subject.points):
-                done += 1
+                steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
                 if point.line in over:
                     continue
                 key = f"{subject.name} {point}"
@@ -109,12 +112,11 @@ def measure_tables(
                 collected += [(subject.dtype, entry) for entry in found[1]]
                 if found[0] > longest_s:
                     over[point.line] = point.count
-                _say(done, total, f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
     for path in spec.experiments:
-        collected += _calls_of(path, kept, effort, device)
+        collected += _calls_of(path, kept, effort, device, steps)
     shared: SharedCores | None = None
-    if not gpu and spec.ranks > 1 and spec.experiments:
-        _say(1, 1, f"{spec.ranks} ranks at once")
+    if shares:
+        steps.begin(f"{spec.ranks} ranks at once")
         shared = shared_cores(spec.experiments, spec.ranks, 8.0 if spec.quick else 24.0)
     return {
         "tables": table_rows(collected),
@@ -122,6 +124,17 @@ def measure_tables(
         "concurrency": [] if shared is None else shared.points,
         "pace": {} if gpu else pace.content(spec.ranks, shared),
     }
+
+
+class Steps:
+    """Says on stdout, line by line, which of so many steps has begun."""
+
+    def __init__(self, total: int) -> None:
+        self._total, self._done = total, 0
+
+    def begin(self, what: str) -> None:
+        print(json.dumps({"done": self._done, "total": self._total, "what": what}), flush=True)
+        self._done += 1
 
 
 class TablePace:
@@ -156,7 +169,14 @@ class TablePace:
         }
 
 
-def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> list[tuple[str, Entry]]:
+def _timed_calls(graph: DataflowGraph, role: str) -> Sequence[Call]:
+    """Calls of the role whose work beside the model is timed."""
+    return [call for call in graph.calls_of(role) if call.kind is not CallKind.GENERATE]
+
+
+def _calls_of(
+    path: str, kept: Kept, effort: Effort, device: torch.device, steps: Steps
+) -> list[tuple[str, Entry]]:
     """What the calls of an experiment take beside their models: by sequences and micro-batches."""
     experiment = read_experiment(path)
     graph = experiment.graph()
@@ -165,11 +185,9 @@ def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> li
     for role in graph.roles:
         subject = Subject(experiment.role_shape(graph, role), experiment.dtype, 1, ())
         bench: CallBenchmarks | None = None
-        for call in graph.calls_of(role):
-            if call.kind is CallKind.GENERATE:
-                continue
+        for call in _timed_calls(graph, role):
             of = call_signature(call.name, str(call.loss or call.output))
-            _say(1, 1, of)
+            steps.begin(of)
             for sequences, micro_batches in sorted({(max(1, whole // 4), 1), (whole, 1), (whole, 4)}):
                 if sequences < micro_batches * call.mini_batches:
                     continue
@@ -187,10 +205,6 @@ def _calls_of(path: str, kept: Kept, effort: Effort, device: torch.device) -> li
                     kept.put(key, *known)
                 found += [(experiment.dtype, entry) for entry in known[1]]
     return found
-
-
-def _say(done: int, total: int, what: str) -> None:
-    print(json.dumps({"done": done, "total": total, "what": what}), flush=True)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from realloc.pace import PACE
 from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, counted, read_trace, trace_lines
 
@@ -15,10 +17,14 @@ CHECKPOINT = "checkpoint"
 
 
 class Recorder:
-    """Records of one rank. Times are seconds since `epoch_s` (a `time.time()` all ranks share)."""
+    """Records of one rank. Times are seconds since `epoch_s` (a `time.time()` all ranks share).
 
-    def __init__(self, rank: int, epoch_s: float) -> None:
+    On a GPU the allocator's peaks between records are told too.
+    """
+
+    def __init__(self, rank: int, epoch_s: float, device: torch.device | None = None) -> None:
         self._rank = rank
+        self._gpu = device if device is not None and device.type == "cuda" else None
         self._offset = epoch_s - (time.time() - time.perf_counter())
         self.records: list[TraceRecord] = []
         self.lengths: list[BatchLengths] = []
@@ -52,8 +58,17 @@ class Recorder:
                 tokens=tokens,
                 terms=terms or {},
                 cpu_s=cpu_s,
+                peak_bytes=self._peak_bytes(),
             )
         )
+
+    def _peak_bytes(self) -> int:
+        """Since the record before."""
+        if self._gpu is None:
+            return 0
+        peak: int = torch.cuda.max_memory_allocated(self._gpu)
+        torch.cuda.reset_peak_memory_stats(self._gpu)
+        return peak
 
     def add_lengths(self, iteration: int, prompts: Sequence[int], totals: Sequence[int]) -> None:
         """How long the iteration's prompts were, and its sequences as a whole."""

@@ -41,9 +41,10 @@ def sequence_key(call: Call) -> str:
 def assignment_of(call: Call, placement: Placement, data: IterationData) -> Assignment:
     """How the call splits the batch over its data-parallel ranks."""
     lengths, dp = data.key_lengths(sequence_key(call)), placement.strategy.dp
-    if call.kind is CallKind.GENERATE:
-        # it gains from having the samples of a prompt on one rank: it computes the prompt once
-        return assign(lengths, call.mini_batches, dp, data.samples_per_prompt)
+    if call.kind is CallKind.GENERATE or call.select is not None:
+        # generation gains from having the samples of a prompt on one rank: it computes the prompt once;
+        # of what is selected from each prompt all ranks then have about as much
+        return assign(lengths, 1, dp, data.samples_per_prompt)
     return assign(lengths, call.mini_batches, dp, call.together, always=True)
 
 
@@ -103,6 +104,50 @@ def messages(
     return result
 
 
+def move(plan: Iterable[Message], rank: int, data: IterationData) -> int:
+    """Sends and receives the messages of one rank; returns the bytes that it sent."""
+    sent = 0
+    operations: list[dist.P2POp] = []
+    inbox: list[tuple[Message, torch.Tensor]] = []
+    for message in plan:
+        if message.src == rank:
+            buffer = _pack(message, data)
+            sent += buffer.numel()
+            operations.append(dist.P2POp(dist.isend, buffer, message.dst))
+        elif message.dst == rank:
+            buffer = torch.empty(_num_bytes(message, data), dtype=torch.uint8)
+            inbox.append((message, buffer))
+            operations.append(dist.P2POp(dist.irecv, buffer, message.src))
+    _run(operations)
+    for message, buffer in inbox:
+        _unpack(message, buffer, data)
+    return sent
+
+
+def _num_bytes(message: Message, data: IterationData) -> int:
+    return sum(
+        data.keys[key].bytes_per_element * sum(_at(data.key_lengths(key), message.positions))
+        for key in message.keys
+    )
+
+
+def _pack(message: Message, data: IterationData) -> torch.Tensor:
+    parts = [data.packed(key, message.positions).cpu().view(torch.uint8) for key in message.keys]
+    return torch.cat(parts)
+
+
+def _unpack(message: Message, buffer: torch.Tensor, data: IterationData) -> None:
+    start = 0
+    for key in message.keys:
+        spec = data.keys[key]
+        count = sum(_at(data.key_lengths(key), message.positions))
+        stop = start + count * spec.bytes_per_element
+        # a copy of the slice, since a view as another type must start aligned
+        values = buffer[start:stop].clone().view(DTYPES[spec.dtype])
+        data.put(key, message.positions, values)
+        start = stop
+
+
 class TransferExecutor:
     """Runs one transfer node on this rank."""
 
@@ -122,21 +167,7 @@ class TransferExecutor:
         sources = assignment_of(self._producer, self._src, data)
         sinks = assignment_of(self._consumer, self._dst, data)
         plan = messages(self._graph, self._node, self._src, self._dst, sources, sinks, self._rank)
-        operations: list[dist.P2POp] = []
-        inbox: list[tuple[Message, torch.Tensor]] = []
-        for message in plan:
-            if message.src == self._rank:
-                buffer = self._pack(message, data)
-                sent += buffer.numel()
-                operations.append(dist.P2POp(dist.isend, buffer, message.dst))
-            elif message.dst == self._rank:
-                buffer = torch.empty(self._num_bytes(message, data), dtype=torch.uint8)
-                inbox.append((message, buffer))
-                operations.append(dist.P2POp(dist.irecv, buffer, message.src))
-        _run(operations)
-        for message, buffer in inbox:
-            self._unpack(message, buffer, data)
-        return sent
+        return sent + move(plan, self._rank, data)
 
     def _tell_lengths(self, data: IterationData) -> int:
         """Lengths go to every destination rank outside the producer's mesh."""
@@ -162,27 +193,6 @@ class TransferExecutor:
         for key, part in zip(self._header, inbox.split(data.num_sequences), strict=True):
             data.lengths[key] = part.tolist()
         return 0
-
-    def _num_bytes(self, message: Message, data: IterationData) -> int:
-        return sum(
-            self._graph.key[key].bytes_per_element * sum(_at(data.key_lengths(key), message.positions))
-            for key in message.keys
-        )
-
-    def _pack(self, message: Message, data: IterationData) -> torch.Tensor:
-        parts = [data.packed(key, message.positions).cpu().view(torch.uint8) for key in message.keys]
-        return torch.cat(parts)
-
-    def _unpack(self, message: Message, buffer: torch.Tensor, data: IterationData) -> None:
-        start = 0
-        for key in message.keys:
-            spec = self._graph.key[key]
-            count = sum(_at(data.key_lengths(key), message.positions))
-            stop = start + count * spec.bytes_per_element
-            # a copy of the slice, since a view as another type must start aligned
-            values = buffer[start:stop].clone().view(DTYPES[spec.dtype])
-            data.put(key, message.positions, values)
-            start = stop
 
 
 def header_keys(graph: DataflowGraph, node: Node) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from realloc.augmented import home_call
 from realloc.dataflow import CallKind
+from realloc.named_code import place_of
 from realloc.plan import ExecutionPlan, read_plan
 from realloc.trace import Trace
 from runtime.checkpoint import SaveOptions, Saver
@@ -40,7 +41,7 @@ from runtime.roles import RankRole, load_roles
 from runtime.samples import SampleReporter
 from runtime.shared_memory import host_token
 from runtime.tracing import CHECKPOINT, Recorder, write_trace
-from runtime.verdict import RankError, cause_of
+from runtime.verdict import OTHER, RankError, cause_of
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _run(spec: WorkerSpec, rank: int, world_size: int, heartbeat: Heartbeat) -> 
     )
     dist.barrier()
     samples = SampleReporter(plan, rank, spec.samples, dataset.decode)
-    recorder, pace = Recorder(rank, _shared_epoch(rank)), RunPace(plan, device)
+    recorder, pace = Recorder(rank, _shared_epoch(rank), device), RunPace(plan, device)
 
     def entering(iteration: int, index: int) -> None:
         heartbeat.at(iteration, index)
@@ -245,7 +246,9 @@ def _shared_epoch(rank: int) -> float:
 def _write_error(out: Path, rank: int, error: BaseException) -> None:
     folder = out / "errors"
     folder.mkdir(parents=True, exist_ok=True)
-    record = RankError(rank, time.time(), type(error).__name__, str(error), cause_of(error))
+    cause = cause_of(error)
+    message = str(error) + (place_of(error) if cause == OTHER else "")
+    record = RankError(rank, time.time(), type(error).__name__, message, cause)
     path = folder / f"rank-{rank}.json"
     # into the room that the launcher has reserved: the disk may be full, which may be what it says
     with path.open("r+b" if path.exists() else "wb") as stream:

@@ -47,7 +47,7 @@ def variants(
 
     Raises Cannot when the call cannot run so on that mesh.
     """
-    sequences = experiment.workload.sequences // call.mini_batches
+    sequences = call.num_sequences(experiment.workload.sequences) // call.mini_batches
     if strategy.size != mesh.size:
         raise Cannot(f"{call.name}: {strategy} does not fill the {mesh.size} GPUs of {mesh}")
     if strategy.dp > sequences:

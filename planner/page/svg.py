@@ -14,6 +14,8 @@ WIDTH = 1200.0
 TEXT = 12.0
 _CHARACTER = 0.58
 """Width of a character over its size, on average."""
+_TEXT_STYLE = "text{font-family:system-ui,sans-serif}.faint{fill:#5b6470}.strong{font-weight:600}"
+"""Of files that stand alone."""
 
 
 class Drawing:
@@ -85,6 +87,12 @@ class Drawing:
             f'<svg viewBox="0 0 {_n(self.width)} {_n(self.height)}" role="img" '
             f'aria-label="{escape(self._label)}">{body}</svg>'
         )
+
+    def file(self, style: str) -> str:
+        """The text of an SVG file, on white; `style`: the classes of its shapes but `faint` and `strong`."""
+        head, _, rest = self.markup().partition(">")
+        paper = f'<rect width="{_n(self.width)}" height="{_n(self.height)}" fill="#fff"/>'
+        return f'{head} xmlns="http://www.w3.org/2000/svg"><style>{_TEXT_STYLE}{style}</style>{paper}{rest}\n'
 
 
 def text_width(text: str, size: float = TEXT) -> float:

@@ -63,11 +63,14 @@ def _experiment_summary(path: Path) -> str:
 def _about(experiment: Experiment) -> str:
     workload = experiment.workload
     models = ", ".join(f"{role} {Path(spec.model).name}" for role, spec in experiment.models.items())
-    return (
+    text = (
         f"{experiment.algorithm} of {models}; {_plural(len(experiment.graph().calls), 'call')} and "
         f"{_plural(workload.sequences, 'sequence')} an iteration, prompts up to {workload.prompt.maximum} "
         f"and responses up to {workload.response.maximum} tokens"
     )
+    if (pretrain := experiment.pretrain) is not None:
+        text += f"; {_plural(pretrain.sequences, 'text')} mixed in, up to {pretrain.tokens.maximum} tokens"
+    return text
 
 
 def _cluster_summary(path: Path) -> str:

@@ -46,6 +46,7 @@ def _graph(arguments: argparse.Namespace) -> int:
 
 
 def _algorithms(arguments: argparse.Namespace) -> int:
+    from planner.words import paragraph
     from realloc.algorithm import BUILT_IN, resolve
 
     found: dict[str, Any] = {}
@@ -61,7 +62,7 @@ def _algorithms(arguments: argparse.Namespace) -> int:
     for name, content in found.items():
         print(f"{name}: {content['summary']}")
         calls = (f"{call['name']} ({call['kind']} of {call['role']})" for call in content["calls"])
-        print(f"    {', '.join(calls)}")
+        print(paragraph(", ".join(calls), "    "))
     return 0
 
 

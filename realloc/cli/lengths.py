@@ -49,14 +49,19 @@ def _of_data(path: Path) -> int:
     from realloc.columns import Want, wanted
     from realloc.experiment import read_experiment
     from realloc.lengths import lengths_of
+    from realloc.pretrain import SECTION
     from realloc.text_lengths import TextLengths
 
     experiment = read_experiment(path)
     folder = next((spec.model for spec in experiment.models.values() if spec.has_weights), None)
-    texts = TextLengths(f"{path}: workload", folder, experiment.data)
+    want = wanted(experiment.graph())
+    texts = TextLengths(f"{path}: workload", folder, experiment.data, want)
     _print("prompt_tokens", lengths_of(texts.prompts(None)))
-    if wanted(experiment.graph()) is not Want.PROMPTS:
+    if want is not Want.PROMPTS:
         _print("response_tokens", lengths_of(texts.responses(None)))
+    if experiment.pretrain is not None:
+        mixed = TextLengths(f"{path}: {SECTION}", folder, experiment.pretrain.data, Want.TEXTS)
+        _print(f"{SECTION}: tokens", lengths_of(mixed.texts(None)))
     return 0
 
 

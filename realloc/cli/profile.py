@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from realloc.cli.nodes import add_nodes, check_nodes
 from realloc.cli.values import Commands, check_output, positive
@@ -59,9 +61,9 @@ def add(commands: Commands) -> None:
     profile.add_argument(
         "--ranks",
         type=positive,
-        default=2,
         metavar="N",
-        help="processes that measure links, on each node (default: 2)",
+        help="processes that measure links, on each node (default: one for each GPU; on hosts as many as "
+        "the experiment has on a node, at least 2, at most 8)",
     )
     profile.add_argument("--quick", action="store_true", help="fewer sizes and repetitions")
     add_nodes(profile)
@@ -83,6 +85,7 @@ def _profile(arguments: argparse.Namespace) -> int:
         node=arguments.node_rank,
         nodes=arguments.nnodes,
         endpoint=arguments.rdzv_endpoint or ("", 0),
+        links_of=_links_of,
     )
     if run_profile(arguments.output, options):
         print(
@@ -91,3 +94,17 @@ def _profile(arguments: argparse.Namespace) -> int:
     elif arguments.nnodes > 1:
         print(f"Measured; node 0 writes {arguments.output}.")
     return 0
+
+
+def _links_of(device: str) -> Mapping[str, Mapping[str, Any]] | None:
+    """Links of the built-in profile of the device: what one GPU alone cannot measure."""
+    from cost_models.link import link_content
+    from cost_models.profile import built_in_profiles, load_profile
+
+    for name in built_in_profiles():
+        profile = load_profile(name)
+        if profile.provenance.device == device:
+            estimate = f"the built-in profile {name}"
+            links = {"intra_node": profile.intra_node, "inter_node": profile.inter_node}
+            return {key: {"estimate": estimate, **link_content(link)} for key, link in links.items()}
+    return None

@@ -191,8 +191,12 @@ def default_out(plan: Path) -> Path:
 
 
 def _warn_of_other_device(path: Path, *, trust: bool) -> None:
-    """Says so where the plan's costs were measured elsewhere. A profile that is gone says nothing."""
+    """Says so where the plan's costs are of another device. A profile that is gone says nothing.
+
+    A built-in profile of hosts is of none in particular; the comparison at the run's end says so.
+    """
     from cost_models.profile import load_profile
+    from realloc.comparison import is_host
     from realloc.plan import read_plan
     from runtime.profiler import found_device
     from runtime.supported import other_device
@@ -201,10 +205,15 @@ def _warn_of_other_device(path: Path, *, trust: bool) -> None:
         profile = load_profile(read_plan(path, trust=trust).cluster.device)
     except ReallocError:
         return  # the run itself says what is wrong with the plan; it needs no profile
+    found, planned = found_device(), profile.provenance.device
     if profile.provenance.source == "measured":
-        warning = other_device(profile.provenance.device, found_device())
-        if warning is not None:
-            print(f"realloc: warning: {warning}", file=sys.stderr)
+        warning = other_device(planned, found)
+    elif not (is_host(planned) and is_host(found)):
+        warning = other_device(planned, found, how="taken from data sheets of")
+    else:
+        warning = None
+    if warning is not None:
+        print(f"realloc: warning: {warning}", file=sys.stderr)
 
 
 def _check_run(arguments: argparse.Namespace) -> None:

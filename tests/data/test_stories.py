@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from realloc.experiment import Sampling
+from realloc.sampling import Sampling
 from runtime.attention import pack
 from tests.hf_models import load_oracle
 from tests.unit.runtime.test_decoder import decoder_of, oracle_logits

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from realloc.experiment import Sampling
 from realloc.model_shape import resolve_shape
+from realloc.sampling import Sampling
 from runtime import attention
 from runtime.attention import pack, packed_attention
 from runtime.decode_graph import DecodeGraphs

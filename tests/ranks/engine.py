@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from experiments import toy
 from realloc.files import Reader
 from realloc.plan import ExecutionPlan, plan_text, read_plan
+from runtime.checkpoint_files import checkpoints_folder, list_checkpoints
 from runtime.data_store import IterationData
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer, Sums
@@ -32,12 +33,13 @@ ITERATIONS = 3
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a run computed: metrics and sampled tokens of each iteration, final weights by role."""
+    """What a run computed: metrics, tokens and their scores in each iteration, final weights by role."""
 
     metrics: tuple[Mapping[str, float], ...]
     tokens: tuple[Mapping[int, tuple[int, ...]], ...]
     weights: Mapping[str, Mapping[str, NDArray[Any]]]
     nodes: tuple[str, ...]
+    scores: tuple[Mapping[int, float], ...] = ()
 
 
 def write_models(folder: Path, **shape: Any) -> Mapping[str, str]:
@@ -125,12 +127,16 @@ def run(plan: ExecutionPlan, folder: Path, *, timeout_s: float = 120.0) -> Outco
         for iteration, sequences in enumerate(result["tokens"]):
             for position, sequence in sequences.items():
                 assert tokens[iteration].setdefault(position, sequence) == sequence
+    scores = tuple(
+        {position: score for result in results for position, score in result["scores"][iteration].items()}
+        for iteration in range(len(tokens))
+    )
     metrics = tuple(
         combine(result["sums"][iteration] for result in results if result["reports"])
         for iteration in range(len(results[0]["sums"]))
     )
     weights = {role.name: read_weights(role) for role in (folder / "models").iterdir()}
-    return Outcome(metrics, tuple(tokens), weights, plan.node_order)
+    return Outcome(metrics, tuple(tokens), weights, plan.node_order, scores)
 
 
 def read_weights(folder: str | Path) -> Mapping[str, NDArray[Any]]:
@@ -149,17 +155,20 @@ def _rank(rank: int, world_size: int, plan_path: str, folder: str) -> dict[str, 
     engine = Engine(plan, program, rank, groups, roles, dataset, device)
     sums_by_iteration: list[Sums] = []
     tokens: list[dict[int, tuple[int, ...]]] = []
+    scores: list[dict[int, float]] = []
 
     def report(iteration: int, sums: Sums, data: IterationData) -> None:
         sums_by_iteration.append(sums)
         tokens.append({p: tuple(t.tolist()) for p, t in data.values.get("tokens", {}).items()})
+        scores.append({p: float(t) for p, t in data.values.get("scores", {}).items()})
 
     observer = Observer(lambda iteration, index: None, report)
     engine.run(range(plan.experiment.iterations), Recorder(rank, 0.0), observer)
     if plan.experiment.evaluation is not None:
         sums_by_iteration.append(engine.evaluate(plan.experiment.iterations, observer.entering))
     export_models(plan, roles, Path(folder) / "models", rank)
-    return {"sums": sums_by_iteration, "tokens": tokens, "reports": rank in reporting_ranks(plan)}
+    reports = rank in reporting_ranks(plan)
+    return {"sums": sums_by_iteration, "tokens": tokens, "scores": scores, "reports": reports}
 
 
 def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-4) -> None:
@@ -182,3 +191,8 @@ def assert_same(actual: Outcome, expected: Outcome, tolerance: float = 1e-4) -> 
         for name, want_tensor in tensors.items():
             difference = np.linalg.norm(actual.weights[role][name] - want_tensor)
             assert difference <= tolerance * np.linalg.norm(want_tensor), (role, name, difference)
+
+
+def checkpoint_names(out: Path) -> list[str]:
+    """Those of a run's folder, oldest first."""
+    return [path.name for path in list_checkpoints(checkpoints_folder(out))]

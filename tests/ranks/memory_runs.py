@@ -41,8 +41,13 @@ SHAPE: Mapping[str, Any] = {
 LENGTH, SEQUENCES = 32, 8
 
 
-def memory_plan(folder: Path, gpus: int, training: str, *, dtype: str = "float32") -> ExecutionPlan:
-    """PPO in which both train_steps have the strategy, and all other calls its degrees alone."""
+def memory_plan(
+    folder: Path, gpus: int, training: str, *, dtype: str = "float32", text: int = 0
+) -> ExecutionPlan:
+    """PPO in which both train_steps have the strategy, and all other calls its degrees alone.
+
+    `text`: as many texts of so many tokens as there are sequences are mixed in.
+    """
     models: dict[str, str] = {}
     for head, roles in (("lm", ("actor", "ref")), ("scalar", ("critic", "reward"))):
         write_tiny_llama(folder / head, head=head, **SHAPE)
@@ -53,12 +58,18 @@ def memory_plan(folder: Path, gpus: int, training: str, *, dtype: str = "float32
     # a token a word, and one that begins the text
     prompts = [" ".join(rng.choices(words, k=LENGTH - 1)) for _ in range(4 * SEQUENCES)]
     (folder / "train.jsonl").write_text("".join(json.dumps({"prompt": text}) + "\n" for text in prompts))
+    mixed: dict[str, Any] = {}
+    if text:
+        rows = [{"text": " ".join(rng.choices(words, k=text))} for _ in range(SEQUENCES)]
+        (folder / "texts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        mixed = {"path": str(folder / "texts.jsonl"), "sequences": SEQUENCES, "tokens": text}
     content = ppo_content(
         folder,
         models,
         workload={"sequences": SEQUENCES, "prompt_tokens": LENGTH, "response_tokens": LENGTH},
         sampling={"ignore_eos": True},
-        hyperparameters={"mini_batches": 1, "epochs": 1},
+        hyperparameters={"mini_batches": 1, "epochs": 1, "ptx_coef": 0.5 if text else 0.0},
+        pretrain_data=mixed or None,
         iterations=2,
         dtype=dtype,
     )

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import log
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from experiments import toy
 from tests.ranks.engine import ITERATIONS, assert_same, make_plan, ppo_content, run, write_models
@@ -43,6 +45,7 @@ ALGORITHMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
     "iterative_dpo": (("actor", "ref", "reward"), {}),
     "dpo": (("actor", "ref"), {"mini_batches": 2, "epochs": 2}),
     "reward": (("reward",), {"mini_batches": 2, "centre_coef": 0.1}),
+    "reward with a new head": (("reward",), {}),
 }
 SEVERAL: Sequence[Mapping[str, Any]] = (
     {"model": "reward_a", "weight": 0.3},
@@ -69,7 +72,7 @@ def content(folder: Path, algorithm: str) -> dict[str, Any]:
     models = models_for(folder, algorithm)
     result = ppo_content(folder, {role: models[role] for role in roles})
     result["workload"]["samples_per_prompt"] = 4
-    if algorithm in ("dpo", "reward"):
+    if algorithm.split(maxsplit=1)[0] in ("dpo", "reward"):
         result["workload"]["samples_per_prompt"] = 2
         result["data"] = write_pairs(folder)
         result["models"] = {role: {"path": models[role], "optimizer": OPTIMIZER} for role in roles}
@@ -81,6 +84,11 @@ def models_for(folder: Path, algorithm: str) -> dict[str, str]:
     if "dpo" in algorithm:  # with a reference equal to the actor, rounding decides which of a pair is ahead
         write_tiny_llama(folder / "ref", vocab=len(toy.vocabulary()), seed=9, head="lm", **SHAPE)
         toy.write_tokenizer(folder / "ref")
+    if "new head" in algorithm:  # on large hidden states
+        models["reward"] = models["actor"]
+        weights = load_file(folder / "actor" / "model.safetensors")
+        weights["model.norm.weight"] *= 10.0
+        save_file(weights, folder / "actor" / "model.safetensors", {"format": "pt"})
     return models
 
 
@@ -100,8 +108,10 @@ def write_pairs(folder: Path) -> Mapping[str, str]:
 def test_plans_change_nothing(tmp_path: Path, algorithm: str) -> None:
     experiment = content(tmp_path, algorithm)
     expected = run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "alone")
-    trained = "reward_train" if algorithm == "reward" else "actor_train"
+    trained = "reward_train" if algorithm.startswith("reward") else "actor_train"
     losses = [metrics[f"{trained}/loss"] for metrics in expected.metrics]
+    if "new head" in algorithm:
+        assert losses[0] == pytest.approx(log(2), abs=0.05)
     assert len(set(losses)) == len(losses), "every iteration has a loss of its own"
     for name, (gpus, placements) in PLANS.items():
         plan = make_plan(tmp_path, experiment, gpus, placements)
@@ -138,15 +148,24 @@ EVALUATED: Mapping[str, tuple[str, tuple[str, ...], Mapping[str, Any], Sequence[
     "ppo": (
         "ppo",
         ("actor", "critic", "ref", "reward"),
-        {"win_rate": True, "sampled": True},
-        ("length", "kl", "reward", "reference_reward", "win_rate"),
+        {"win_rate": True, "sampled": True, "gold": "experiments.rewards:sentiment"},
+        (
+            "length",
+            "kl",
+            "reward",
+            "reference_reward",
+            "win_rate",
+            "gold",
+            "best_of_2",
+            "gold_best_of_2",
+        ),
     ),
     "raft": ("raft", ("actor", "reward"), {}, ("length", "reward")),
     "reward": (
         "reward",
         ("reward",),
         {"gold": "experiments.rewards:sentiment"},
-        ("accuracy", "margin", "loss", "calibration", "spearman", "kendall", "best_of"),
+        ("accuracy", "margin", "loss", "calibration", "spearman", "kendall", "best_of_2"),
     ),
 }
 

@@ -14,10 +14,10 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 
 from realloc.augmented import Placement
-from realloc.experiment import Sampling
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import resolve_shape
 from realloc.params import split_range
+from realloc.sampling import Sampling
 from realloc.strategy import Strategy
 from runtime.attention import pack
 from runtime.decoder import Decoder, reduce_partial_gradients

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from experiments import toy
-from realloc.experiment import Sampling
+from realloc.sampling import Sampling
 from realloc.strategy import Strategy
 from runtime.batching import assign
 from runtime.decoder import Decoder

@@ -18,16 +18,17 @@ ALONE = ("actor_gen alone", "actor_train alone")
 
 
 @pytest.mark.parametrize(
-    ("gpus", "training", "over"),
+    ("gpus", "training", "over", "text"),
     [
-        (1, "d1t1p1", 0.05),
-        (2, "d2t1p1m2z3", 0.12),
-        (2, "d1t2p1+sp", 0.05),
-        (2, "d1t1p2m4+full", 0.05),
+        (1, "d1t1p1", 0.05, 0),
+        (2, "d2t1p1m2z3", 0.12, 0),
+        (2, "d1t2p1+sp", 0.05, 0),
+        (2, "d1t1p2m4+full", 0.05, 0),
+        (2, "d1t1p2m2+gpipe", 0.05, 96),
     ],
 )
-def test_peaks_are_as_predicted(tmp_path: Path, gpus: int, training: str, over: float) -> None:
-    plan = memory_plan(tmp_path, gpus, training)
+def test_peaks_are_as_predicted(tmp_path: Path, gpus: int, training: str, over: float, text: int) -> None:
+    plan = memory_plan(tmp_path, gpus, training, text=text)
     found = differences(watch(plan, tmp_path), predict(plan, "cpu"))
     assert abs(found["resident"]) < 0.01, found
     peaks = {name: found[name] for name in (*plan.placements, "plan")}

@@ -13,7 +13,6 @@ import torch.distributed as dist
 
 from realloc.errors import PlanError
 from realloc.plan import read_plan
-from realloc.rendezvous import Operation, check_rendezvous
 from runtime.channels import Channel, Channels
 from runtime.dataset import open_dataset
 from runtime.engine import Engine, Observer
@@ -23,6 +22,7 @@ from runtime.tracing import Recorder
 from runtime.worker import make_plan_groups
 from tests.ranks.engine import make_plan, ppo_content, write_models
 from tests.ranks.launch import run_ranks
+from tests.rendezvous import Operation, check_rendezvous
 
 STAGES = 3
 

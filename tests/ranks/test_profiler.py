@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 from statistics import median
 
@@ -10,19 +14,24 @@ import torch
 import yaml
 
 from cost_models.model import CostModel
-from cost_models.profile import read_profile
+from cost_models.profile import load_profile, read_profile
+from cost_models.tables import VARIABLES
 from realloc.augmented import Placement
+from realloc.cli.profile import _links_of
 from realloc.cluster import Cluster
 from realloc.dataflow import CallKind
 from realloc.errors import InputError, RunError
 from realloc.experiment import read_experiment
+from realloc.files import dump_yaml, write_text
 from realloc.mesh import DeviceMesh
 from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy
+from runtime import machine
 from runtime import microbenchmarks as bench
 from runtime.call_benchmarks import CallBenchmarks
 from runtime.layer_benchmarks import Effort, ShardBenchmarks
-from runtime.profiler import ProfileOptions, run_profile
+from runtime.profile_content import profile_content
+from runtime.profiler import ProfileOptions, _ranks, run_profile
 from tests.ranks.engine import ppo_content, write_models
 
 
@@ -43,6 +52,9 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
     tables = dict(profile.intra_node.collectives)
     assert set(tables) == {"all_reduce", "all_gather", "reduce_scatter"}
     assert [row.ranks for row in tables["all_reduce"]] == [2]
+    # every number of a link says how far its samples lay apart
+    assert profile.intra_node.spread > 0
+    assert all(row.spread > 0 for rows in tables.values() for row in rows)
     if profile.attention.per_sequence:  # a CPU
         assert profile.concurrency is not None
         assert [x for x, _ in profile.concurrency.points] == [1, 2]
@@ -54,6 +66,63 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
 def test_ranks_are_checked(tmp_path: Path):
     with pytest.raises(InputError, match="--ranks is 0"):
         run_profile(tmp_path / "p.yaml", ProfileOptions(ranks=0, quick=True))
+
+
+def test_ranks_are_as_many_as_the_experiment_has(tmp_path: Path):
+    """Nothing is to be told by hand: groups that a plan will have are measured."""
+    content = ppo_content(tmp_path, write_models(tmp_path, hidden=32, layers=1, heads=4, kv_heads=2, ffn=64))
+    path = tmp_path / "experiment.yaml"
+    for on_node, expected in ((4, "4 ranks"), (1, "2 ranks"), (64, "8 ranks")):
+        content["cluster"] = {"gpus_per_node": on_node, "device": "cpu"}
+        path.write_text(yaml.safe_dump({"realloc": "experiment/1", **content}), encoding="utf-8")
+        options = ProfileOptions(quick=True, experiments=(str(path),))
+        assert f"{_ranks(options, gpus=0)} ranks" == expected
+    assert _ranks(ProfileOptions(), gpus=0) == 2
+    assert _ranks(ProfileOptions(), gpus=1) == 1
+
+
+def test_own_work_is_nobody_elses(monkeypatch: pytest.MonkeyPatch):
+    others_s = [0.0]
+    monkeypatch.setattr(machine, "_busy_s", lambda: 100.0 + sum(os.times()[:4]) + others_s[0])
+    use = machine.OthersUse()
+    # of this process, and of a child that has ended
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    start = time.monotonic()
+    while time.monotonic() - start < 0.2:
+        pass
+    assert use.share() == pytest.approx(0.0, abs=0.01)
+    others_s[0] = 1000.0
+    assert use.share() > 1.0
+
+
+def test_one_gpu_takes_its_links_from_what_is_known(tmp_path: Path):
+    """A GPU alone cannot see NVLink or the network; placeholders would say that they are terribly slow."""
+    measured = {
+        "device_type": "cuda",
+        "device": "NVIDIA H200",
+        "ranks": 1,
+        "nodes": 1,
+        "samples": 5,
+        "versions": {},
+        "memory_bytes": 10**11,
+        "matmul": {"bfloat16": [[1e6, 1e12]]},
+        "memory": [[1e9, 1e12]],
+        "attention": {"dtype": "bfloat16", "flops_per_s": 5e11, "launch_s": 1e-5},
+        "launch_s": 1e-5,
+        "optimizer_bytes_per_s": 1e12,
+        "host_bytes_per_s": 1e10,
+    }
+    content = profile_content(measured, "here", known=_links_of("NVIDIA H200"))
+    write_text(tmp_path / "here.yaml", dump_yaml("profile", content))
+    read, known = read_profile(tmp_path / "here.yaml"), load_profile("h200")
+    for found, expected in ((read.intra_node, known.intra_node), (read.inter_node, known.inter_node)):
+        for ranks in (2, 8):
+            assert found.collective_s("all_reduce", ranks, 1e8) == pytest.approx(
+                expected.collective_s("all_reduce", ranks, 1e8), rel=1e-3
+            )
+        assert found.message_s(1e8) == pytest.approx(expected.message_s(1e8), rel=1e-3)
+    assert "built-in profile h200" in read.intra_node.estimate
+    assert _links_of("a device that nobody knows") is None
 
 
 def test_a_late_measurement_ends_with_a_message(tmp_path: Path):
@@ -93,7 +162,10 @@ def test_tables_of_an_experiment_predict_its_calls(tmp_path: Path):
         if call.role is None:
             continue
         for placement in (alone, sharded):
-            assert "analytic" not in costs.call_sources(call, placement), call.name
+            # but for links and neighbours, which one rank has not
+            analytic = costs.call_sources(call, placement).partition("analytic: ")[2]
+            assert not any(quantity in analytic for quantity in VARIABLES), call.name
+            assert "2 ranks on a host (taken not to slow each other down)" in analytic
         bench = ShardBenchmarks(
             experiment.role_shape(graph, call.role), "float32", 1, None, torch.device("cpu")
         )

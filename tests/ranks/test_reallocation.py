@@ -18,7 +18,7 @@ from realloc.params import parameters
 from realloc.reallocation import STAGING_BYTES, schedule
 from realloc.strategy import Strategy, parse_strategy
 from runtime.parameters import views_of
-from runtime.reallocation import Holding, Reallocator, reallocate_states
+from runtime.reallocation import Holding, Reallocator, Staging
 from runtime.shared_memory import SharedMemory
 from tests.ranks.launch import run_ranks
 
@@ -227,7 +227,10 @@ def _states(rank: int, world_size: int, pairs: list[tuple[Placement, Placement]]
         for state, holding in src.items():
             for param, box in holding.boxes.items():
                 holding.tensors[param].copy_(dense[state][param][box.slices])
-        reallocate_states(schedule(a, b, 2, rank), rank, src, dst, dtypes)
+        copies, staging = schedule(a, b, 2, rank), Staging(torch.device("cpu"))
+        for state, (old, new) in dtypes.items():
+            held = src.get(state), dst.get(state)
+            Reallocator(copies, rank, *held, src_dtype=old, dst_dtype=new, staging=staging).run()
         for state, holding in dst.items():
             for param, box in holding.boxes.items():
                 expected = dense[state][param][box.slices].to(dtypes[state][1])

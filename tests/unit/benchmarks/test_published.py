@@ -165,9 +165,23 @@ def test_strategies_are_read(text: str, degrees: tuple[int, int, int], recompute
 def test_a_strategy_that_leaves_gpus_over_is_not_guessed():
     with pytest.raises(Unsupported, match="does not say how 16 GPUs are used"):
         titan_strategy(Row("t", {"strategy": "fsdp8", "gpus": 16}, "predict", 1.0))
-    row = Row("t", {"strategy": "fsdp8 cp2", "gpus": 16}, "predict", 1.0)
-    with pytest.raises(Unsupported, match="cp2"):
-        Titan("t", {"rows": [row.fields]}, "h100-sxm").predict(row, {"share": 1.0})
+    for text, reason in (
+        ("fsdp8 cp2", "context parallelism is not modelled"),
+        ("fsdp16 + torch.compile", "compiler fuses"),
+        ("hsdp", "HSDP"),
+        ("fsdp16 quick", "'quick' is unknown"),
+    ):
+        row = Row("t", {"strategy": text, "gpus": 16}, "predict", 1.0)
+        with pytest.raises(Unsupported, match=reason):
+            Titan("t", {"rows": [row.fields]}, "h100-sxm").predict(row, {"share": 1.0})
+
+
+def test_interleaved_stages_wait_less():
+    def rate(text: str) -> float:
+        row = Row("t", {"model": "llama-3-8b", "strategy": text, "gpus": 16}, "predict", 1.0)
+        return Titan("t", {"rows": [row.fields]}, "h100-sxm").predict(row, {"share": 1.0})
+
+    assert 1.05 < rate("fsdp4 pp4 interleaved 1f1b") / rate("fsdp4 pp4 1f1b") < 1.3
 
 
 def test_model_flops_are_six_for_each_parameter_and_token_beside_attention():

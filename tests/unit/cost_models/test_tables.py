@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cost_models.compute import ComputeCosts, Pack, Pass
 from cost_models.curve import Curve
-from cost_models.measured import MeasuredCosts, Source, compute_costs, describe_sources
+from cost_models.measured import MeasuredCosts, compute_costs
 from cost_models.profile import read_profile, write_profile
+from cost_models.sources import Source, describe
 from cost_models.tables import Row, Table, read_tables, tables_content
 from realloc.errors import InputError
 from realloc.model_shape import ModelShape
@@ -128,7 +129,7 @@ def test_what_was_not_measured_is_scaled_from_what_was():
     assert costs.sources["forward"][0] is Source.SCALED
     assert ratio > 1
     assert costs.recompute_layer_s(pack, Recompute.FULL) < 1.0
-    assert "scaled: forward (from inference)" in describe_sources(costs)
+    assert "scaled: forward (from inference)" in describe(costs.found)
 
 
 def test_what_feels_others_more_than_the_rest_is_told_so():

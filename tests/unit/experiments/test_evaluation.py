@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Mapping
+from itertools import combinations
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import pytest
@@ -81,10 +84,22 @@ def test_responses_are_judged_by_copies_of_what_judges_in_training(algorithm: st
     assert again.evaluation == experiment.evaluation
 
 
+def test_all_samples_are_judged_where_training_selects() -> None:
+    work = {"sequences": 8, "samples_per_prompt": 4, "prompt_tokens": 16, "response_tokens": 16}
+    graph = parse("iterative_dpo", {"every": 5}, workload=work).graph()
+    trained, judged = graph.by_name["ref_inf"], graph.by_name["eval_ref_inf"]
+    assert (trained.reads, trained.num_sequences(8)) == (("tokens", "scores"), 4)
+    assert (judged.reads, judged.select, judged.num_sequences(8)) == (("eval_tokens",), None, 8)
+
+
 def test_models_on_held_out_rows() -> None:
     gold = parse("reward", {"every": 2, "gold": "m:f"}).graph()
     assert [call.name for call in gold.calls if call.every] == ["eval_reward_inf", "eval_gold", "evaluation"]
     assert gold.by_name["evaluation"].together == 2
+    judged = parse("grpo", {"every": 2, "gold": "m:f", "sampled": True}).graph().by_name
+    assert judged["eval_gold"].reads == ("eval_tokens",)
+    assert "eval_gold" in judged["evaluation"].reads
+    assert judged["evaluation"].report == "experiments.evaluation_functions:sampled_responses"
     for algorithm in ("dpo", "sft"):
         workload = {"sequences": 8, "prompt_tokens": 16, "response_tokens": 16}
         changes = {"workload": workload} if algorithm == "sft" else {}
@@ -98,7 +113,7 @@ def test_what_is_refused() -> None:
     with pytest.raises(InputError, match="generates no responses"):
         parse("reward", {"every": 1, "win_rate": True})
     with pytest.raises(InputError, match="is for reward modelling"):
-        parse("ppo", {"every": 1, "gold": "m:f"})
+        parse("dpo", {"every": 1, "gold": "m:f"})
     with pytest.raises(InputError, match="below the least allowed, 1"):
         parse("ppo", {"every": 0})
     with pytest.raises(InputError, match=r"keep some with data\.holdout"):
@@ -167,7 +182,7 @@ def test_pairs_and_responses_by_hand() -> None:
     found = functions.pairs(FakeBatch(rows, 4, 4, num_prompts=2, samples_per_prompt=2), ("eval_gold",))
     assert found["accuracy"] == 0.5
     assert found["margin"] == pytest.approx((1 - 3) / 2)
-    assert found["best_of"] == pytest.approx((0.5 - 1.5) / (0.5 + 1.5))
+    assert found["best_of_2"] == pytest.approx((0.5 - 1.5) / (0.5 + 1.5))
     answers = [
         {
             "eval_logprobs": [-1.0, -2.0],
@@ -184,6 +199,60 @@ def test_pairs_and_responses_by_hand() -> None:
     assert found["kl"] == pytest.approx((1.5 - 0.5) / 3)
     assert found["reward"] == 2.0
     assert found["win_rate"] == pytest.approx(0.75)
+
+
+def test_a_reward_model_that_cannot_tell_chooses_by_chance() -> None:
+    rows = [{"prompt": 0, "sample": i, "eval_scores": 1.0, "eval_gold": g} for i, g in enumerate((1.0, 0.0))]
+    found = functions.pairs(FakeBatch(rows, 2, 2, num_prompts=1, samples_per_prompt=2), ("eval_gold",))
+    assert found["best_of_2"] == 0.0
+
+
+def test_best_of_k_is_the_mean_over_all_subsets() -> None:
+    rng = random.Random(0)
+    prompts, each = 4, 6
+    rows: list[dict[str, Any]] = [
+        {
+            "prompt": p,
+            "sample": i,
+            "eval_logprobs": [0.0],
+            # few different scores, so that there are ties; the last prompt lacks some, which leaves it three
+            "eval_scores": math.nan if p == prompts - 1 and i % 2 else float(rng.randrange(4)),
+            "eval_gold": rng.gauss(0, 1),
+        }
+        for p in range(prompts)
+        for i in range(each)
+    ]
+    shuffled = rng.sample(rows, len(rows))
+    batch = FakeBatch(shuffled, len(rows), len(rows), num_prompts=prompts, samples_per_prompt=each)
+    found = functions.sampled_responses(batch, ("eval_logprobs", "eval_scores", "eval_gold"))
+
+    def brute(k: int, judge: str) -> float:
+        means: list[float] = []
+        for p in range(prompts):
+            samples = [r for r in rows if r["prompt"] == p and not math.isnan(r["eval_scores"])]
+            values = []
+            for subset in combinations(samples, k):
+                best = max(r["eval_scores"] for r in subset)
+                values.append(mean(r[judge] for r in subset if r["eval_scores"] == best))
+            if values:
+                means.append(mean(values))
+        return mean(means)
+
+    for k in range(2, each + 1):
+        assert found[f"best_of_{k}"] == pytest.approx(brute(k, "eval_scores"), rel=1e-6), k
+        assert found[f"gold_best_of_{k}"] == pytest.approx(brute(k, "eval_gold"), rel=1e-6), k
+    assert found["gold"] == pytest.approx(mean(r["eval_gold"] for r in rows), rel=1e-6)
+    assert "best_of_1" not in found
+    assert f"best_of_{each + 1}" not in found
+
+
+def test_best_of_many_samples_is_exact() -> None:
+    n = 400
+    values = torch.arange(n, dtype=torch.float64)[None]
+    found = functions.best_of(values, values, torch.ones(1, n, dtype=torch.bool))
+    # the expected largest of k of 0..n-1 without replacement
+    expected = torch.tensor([k * (n + 1) / (k + 1) - 1 for k in range(1, n + 1)], dtype=torch.float64)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-9)
 
 
 def test_a_trace_counts_evaluation_by_its_share() -> None:

@@ -34,6 +34,11 @@ GRPO: Mapping[str, Any] = {
     "models": {"actor": "llama-7b", "ref": "llama-7b", "reward": "llama-7b"},
     "workload": DPO["workload"],
 }
+RAFT: Mapping[str, Any] = {
+    "algorithm": "raft",
+    "models": {"actor": "llama-7b", "reward": "llama-7b"},
+    "workload": DPO["workload"],
+}
 NO_REWARD_MODEL = {role: name for role, name in PPO["models"].items() if role != "reward"}
 
 
@@ -112,6 +117,13 @@ def test_hyperparameters_reach_the_calls_and_survive_a_round_trip() -> None:
         (PPO, {"kl_coef": 0, "kl_target": 6}, "hyperparameters.kl_coef: 0 stays 0"),
         (PPO, {"kl_target": 6, "kl_horizon": 1.6}, "1.6 is too short: each of the 8 sequences"),
         (GRPO, {"overlong_buffer": 17}, "17 is more than the 16 tokens of the longest response"),
+        (GRPO, {"dynamic_sampling": 4}, "dynamic_sampling: 4 of 4 prompts an iteration leaves none out"),
+        (
+            GRPO,
+            {"dynamic_sampling": 1, "mini_batches": 3},
+            "cannot be made of the 2 sequences of an iteration that",
+        ),
+        (RAFT, {"mini_batches": 5}, "5 mini-batches cannot be made of the 4 sequences of an iteration that"),
         (DPO, {"loss": "ipo", "label_smoothing": 0.1}, "label_smoothing: does nothing with the loss 'ipo'"),
     ],
 )
@@ -131,12 +143,29 @@ def test_sft_trains_one_role_on_tokens_of_the_data_set() -> None:
         parse(SFT, data={"path": "x.jsonl", "chosen": "a", "rejected": "b"})
 
 
-@pytest.mark.parametrize("content", [PPO, SFT], ids=["ppo", "sft"])
+def test_what_is_selected_is_known_before() -> None:
+    """Of 24 sequences, four samples to each of six prompts."""
+    work = {**PPO["workload"], "sequences": 24, "samples_per_prompt": 4}
+    raft = parse(RAFT, workload=work, hyperparameters={"keep": 3}).graph().by_name["actor_train"]
+    assert (raft.num_sequences(24), raft.together) == (18, 1)
+    pairs = parse({**GRPO, "algorithm": "iterative_dpo"}, workload=work, hyperparameters={}).graph()
+    assert [pairs.by_name[name].num_sequences(24) for name in ("ref_inf", "actor_train")] == [12, 12]
+    assert pairs.values_read("ref_inf", ("tokens", "scores")) == ("tokens", "scores")
+    two = parse({**GRPO, "algorithm": "iterative_dpo"}, hyperparameters={}).graph()
+    assert two.by_name["ref_inf"].select is None, "both samples of a prompt are chosen"
+    for algorithm in ("grpo", "rloo"):
+        graph = parse(
+            {**GRPO, "algorithm": algorithm}, workload=work, hyperparameters={"dynamic_sampling": 5}
+        )
+        assert graph.graph().by_name["actor_train"].num_sequences(24) == 20
+
+
+@pytest.mark.parametrize("content", [PPO, SFT, GRPO, RAFT], ids=["ppo", "sft", "grpo", "raft"])
 def test_the_functions_that_a_graph_names_exist(content: Mapping[str, Any]) -> None:
     experiment = parse(content)
     module = importlib.import_module(experiment.resolve_algorithm().functions)
     for call in experiment.graph().calls:
-        for name in (call.prepare, call.loss):
+        for name in (call.select, call.prepare, call.loss):
             assert name is None or callable(getattr(module, name))
 
 

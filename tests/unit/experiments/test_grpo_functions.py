@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from experiments import grpo_functions as grpo
+from experiments import rloo_functions
 from tests.unit.experiments.fake_batch import (
     FakeBatch,
     Sequence_,
@@ -83,6 +84,43 @@ def test_equal_scores_teach_nothing() -> None:
     sequences = [s | {"scores": 0.7} for s in groups()]
     advantages = grpo.prepare_actor(batch_of(sequences), H)["advantages"]
     assert advantages.abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("functions", [grpo, rloo_functions])
+def test_dynamic_sampling_takes_prompts_with_signal_first_in_order(functions: Any) -> None:
+    """Of five prompts the second and the fourth teach something; 1e-5 is rounding, not signal."""
+    table = [[1.0] * 3, [0.0, 1.0, 0.0], [0.0, 1e-5, 0.0], [2.0, 2.0, -1.0], [0.5] * 3]
+    sequences = make_sequences([4] * 15)
+    rows = [
+        s | {"prompt": i // 3, "sample": i % 3, "scores": table[i // 3][i % 3]}
+        for i, s in enumerate(sequences)
+    ]
+    for count, prompts, missing in ((1, {1}, 0), (2, {1, 3}, 0), (4, {0, 1, 2, 3}, 2)):
+        h = {**H, "dynamic_sampling": count}
+        for shares in ([rows], [rows[:4], [], rows[4:]]):
+            reports: list[Mapping[str, float]] = []
+
+            def select(batch: Any, given: Mapping[str, Any], found: Any = reports) -> Mapping[str, Any]:
+                flags = functions.select_prompts(batch, given)
+                found.append(batch.reported)
+                return {"flags": flags}
+
+            parts = prepare_on_ranks(select, shares, h, num_prompts=5, samples_per_prompt=3)
+            flags = [bool(flag) for part in parts for flag in part["flags"]]
+            assert {row["prompt"] for row, flag in zip(rows, flags, strict=True) if flag} == prompts
+            assert sum(flags) == 3 * count
+            assert all(r == {"without_signal": 3, "missing": missing} for r in reports)
+
+
+def test_signal_is_of_the_scores_after_the_overlong_punishment() -> None:
+    rows = [
+        s | {"prompt": i // 2, "sample": i % 2, "scores": 1.0}
+        for i, s in enumerate(make_sequences([4, 4, 4, 60]))
+    ]
+    batch = whole_batch(rows, num_prompts=2, samples_per_prompt=2, max_response_tokens=LIMIT)
+    h = {**H, "overlong_buffer": 16, "dynamic_sampling": 1}
+    assert grpo.select_prompts(batch, h).tolist() == [False, False, True, True]
+    assert grpo.select_prompts(batch, {**h, "overlong_buffer": 0}).tolist() == [True, True, False, False]
 
 
 def slow_loss(sequences: Sequence[Sequence_], h: Mapping[str, Any]) -> float:

@@ -18,21 +18,24 @@ LENGTHS = tuple(1 + i % 7 for i in range(16))
 
 def left() -> list[dict[str, Any]]:
     sequences = make_sequences(LENGTHS, seed=2)
-    rows = [
-        s | {"prompt": i // EACH, "sample": i % EACH, "weights": s["values"]} for i, s in enumerate(sequences)
-    ]
+    rows = [s | {"prompt": i // EACH, "sample": i % EACH} for i, s in enumerate(sequences)]
     return [row for i, row in enumerate(rows) if i not in MISSING]
 
 
-def prepared(prepare: Any, key: str, **hyperparameters: Any) -> list[float]:
-    """The values of the batch in order, computed on two ranks that split groups."""
+def prepared(function: Any, key: str, **hyperparameters: Any) -> list[float]:
+    """One value for each sequence of the batch in order, computed on two ranks that split groups."""
     rows = left()
-    shares = [rows[0::2], rows[1::2]]
-    found = prepare_on_ranks(prepare, shares, hyperparameters, num_prompts=4, samples_per_prompt=EACH)
+    found = prepare_on_ranks(
+        function, [rows[0::2], rows[1::2]], hyperparameters, num_prompts=4, samples_per_prompt=EACH
+    )
     parts = [iter(part[key].tolist()) for part in found]
-    counts = [len(row["weights"]) if key == "weights" else 1 for row in rows]
-    values = [[next(parts[i % 2]) for _ in range(count)] for i, count in enumerate(counts)]
-    return [first for first, *_ in values]
+    return [next(parts[i % 2]) for i in range(len(rows))]
+
+
+def selected(select: Any, **hyperparameters: Any) -> list[dict[str, Any]]:
+    """The sequences that two ranks select."""
+    flags = prepared(lambda batch, h: {"flags": select(batch, h)}, "flags", **hyperparameters)
+    return [row for row, flag in zip(left(), flags, strict=True) if flag]
 
 
 def by_group() -> Mapping[int, list[dict[str, Any]]]:
@@ -63,32 +66,34 @@ def test_grpo_and_rloo_compare_with_those_that_are_left() -> None:
 
 
 def test_raft_keeps_the_best_of_those_that_are_left() -> None:
-    kept = [row for rows in by_group().values() for row in sorted(rows, key=lambda r: -r["scores"])[:2]]
-    assert len(kept) == 5
-    expected = [(len(left()) / len(kept) / len(row["weights"])) if row in kept else 0.0 for row in left()]
-    assert prepared(raft_functions.prepare_actor, "weights", keep=2) == pytest.approx(expected, rel=1e-5)
+    best = [row for rows in by_group().values() for row in sorted(rows, key=lambda r: -r["scores"])[:2]]
+    assert len(best) == 5
+    assert sorted(scores(selected(raft_functions.select_best, keep=2))) == sorted(scores(best))
 
 
-def test_pairs_are_of_those_that_are_left_and_the_loss_is_their_mean() -> None:
-    choices = prepared(dpo_functions.prepare_best_and_worst, "choices")
-    expected = []
-    for rows in by_group().values():
-        found = scores(rows)
-        expected += [
-            0.0 if len(rows) == 1 else float(s == max(found)) - float(s == min(found)) for s in found
-        ]
-    assert [(c > 0) - (c < 0) for c in choices] == expected
-    rows = [row | {"choices": choice} for row, choice in zip(left(), choices, strict=True)]
+def test_pairs_are_of_prompts_with_two_that_are_left_and_the_loss_is_their_mean() -> None:
     h = {"beta": 0.3, "loss": "ipo", "label_smoothing": 0.0}
+    rows = selected(dpo_functions.select_best_and_worst)
     batch = FakeBatch(rows, len(rows), 0, num_prompts=4, samples_per_prompt=EACH)
     loss, metrics = dpo_functions.online_dpo_loss(batch["output"], batch, h)
-    losses = []
+    losses, expected = [], []
     for group in by_group().values():
         if len(group) == 1:
             continue
         best, worst = (pick(group, key=lambda r: r["scores"]) for pick in (max, min))
+        expected += [row["scores"] for row in group if row in (best, worst)]
         ratio = [(sum(r["output"]) - sum(r["ref_logprobs"])) / len(r["output"]) for r in (best, worst)]
         losses.append((ratio[0] - ratio[1] - 1 / (2 * h["beta"])) ** 2)  # type: ignore[operator]
+    assert scores(rows) == expected
     assert len(losses) == 2
     assert loss.item() == pytest.approx(statistics.mean(losses), rel=1e-4)
     assert metrics["accuracy"].item() in (0.0, 0.5, 1.0)
+
+
+def test_prompts_without_any_score_are_the_last_to_be_learned_from() -> None:
+    """Group 0 and 2 have signal, group 1 one sample alone, group 3 none at all."""
+    h = {"overlong_buffer": 0}
+    for select in (grpo_functions.select_prompts, rloo_functions.select_prompts):
+        for count, prompts in ((1, {0}), (2, {0, 2}), (3, {0, 1, 2}), (4, {0, 1, 2})):
+            rows = selected(select, dynamic_sampling=count, **h)
+            assert rows == [row for row in left() if row["prompt"] in prompts]

@@ -337,6 +337,21 @@ def test_the_actor_waits_for_the_critic() -> None:
     assert moved == [False, False, True]
 
 
+def test_the_loss_on_texts_is_their_mean_negative_logprob_and_waits_too() -> None:
+    """Micro-batches add up; whatever the coefficient, the metric is the loss itself."""
+    texts = make_sequences((4, 9, 1))
+    values = [value for text in texts for value in text["output"]]
+    expected = -fmean(values)
+    h = {**HYPERPARAMETERS, "ptx_coef": 2.5, "critic_warmup": 1}
+    for counted, factor in ((2.0, 2.5), (1.0, 0.0)):  # iterations so far, this one included
+        parts = [
+            FakeBatch(part, 3, len(values), state={"iterations": counted}) for part in (texts[:1], texts[1:])
+        ]
+        found = [ppo.ptx_loss(batch["output"], batch, h) for batch in parts]
+        assert sum(float(loss) for loss, _ in found) == pytest.approx(factor * expected, rel=1e-6)
+        assert sum(float(more["ptx_loss"]) for _, more in found) == pytest.approx(expected, rel=1e-6)
+
+
 def test_explained_variance_is_reported() -> None:
     sequences = make_sequences(LENGTHS)
     batch = whole_batch(sequences)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -19,9 +19,7 @@ H: Mapping[str, Any] = {"beta": 0.3, "loss": "sigmoid", "label_smoothing": 0.1, 
 
 def samples(each: int, seed: int = 0) -> list[dict[str, Any]]:
     sequences = make_sequences(LENGTHS, seed)
-    return [
-        s | {"prompt": i // each, "sample": i % each, "weights": s["values"]} for i, s in enumerate(sequences)
-    ]
+    return [s | {"prompt": i // each, "sample": i % each} for i, s in enumerate(sequences)]
 
 
 def batch_of(each: int, seed: int = 0) -> FakeBatch:
@@ -69,33 +67,38 @@ def test_an_actor_equal_to_its_reference_starts_at_log_2() -> None:
     assert metrics["margin"].item() == pytest.approx(0.0, abs=1e-5)
 
 
+def select_on_ranks(select: Any, shares: Sequence[Sequence[Any]], h: Mapping[str, Any]) -> list[bool]:
+    """What ranks select together, of two prompts with four samples each."""
+    parts = prepare_on_ranks(
+        lambda batch, h: {"chosen": select(batch, h)}, shares, h, num_prompts=2, samples_per_prompt=4
+    )
+    return [bool(chosen) for part in parts for chosen in part["chosen"]]
+
+
 def test_online_pairs_are_the_best_and_the_worst_of_a_prompt() -> None:
     sequences = samples(4)
-    shares = [sequences[:3], [], sequences[3:]]
-    parts = prepare_on_ranks(
-        dpo_functions.prepare_best_and_worst, shares, H, num_prompts=2, samples_per_prompt=4
+    flags = select_on_ranks(
+        dpo_functions.select_best_and_worst, [sequences[:3], [], sequences[3:6], sequences[6:]], H
     )
-    choices = torch.cat([part["choices"] for part in parts])
-    expected = []
+    chosen, terms = [], []
     for group in (sequences[:4], sequences[4:]):
-        scores = [s["scores"] for s in group]
-        expected += [float(x == max(scores)) - float(x == min(scores)) for x in scores]
-    assert choices.tolist() == expected
-    chosen = [s | {"choices": c} for s, c in zip(sequences, expected, strict=True)]
+        best, worst = (choose(group, key=lambda s: s["scores"]) for choose in (max, min))
+        chosen += [s for s in group if s in (best, worst)]
+        terms.append(slow_pair_loss(best, worst, H))
+    assert [s for s, flag in zip(sequences, flags, strict=True) if flag] == chosen
+    assert chosen[0]["scores"] < chosen[1]["scores"] or chosen[2]["scores"] < chosen[3]["scores"]
     batch = whole_batch(chosen, num_prompts=2, samples_per_prompt=4)
     value, _ = dpo_functions.online_dpo_loss(batch["output"], batch, H)
-    terms = []
-    for group in (chosen[:4], chosen[4:]):
-        best, worst = (next(s for s in group if s["choices"] == which) for which in (1.0, -1.0))
-        terms.append(slow_pair_loss(best, worst, H))
     assert value.item() == pytest.approx(statistics.mean(terms), rel=1e-4)
 
 
-def test_samples_of_equal_scores_still_make_a_pair() -> None:
-    sequences = [s | {"scores": 1.0} for s in samples(4)]
-    batch = whole_batch(sequences, num_prompts=2, samples_per_prompt=4)
-    choices = dpo_functions.prepare_best_and_worst(batch, H)["choices"]
-    assert choices.tolist() == [1.0, 0.0, 0.0, -1.0] * 2
+def test_samples_of_equal_scores_still_make_a_pair_and_one_alone_does_not() -> None:
+    sequences = [s | {"scores": 1.0} for s in samples(4)][:5]
+    flags = select_on_ranks(dpo_functions.select_best_and_worst, [sequences], H)
+    assert flags == [True, False, False, True, False]
+    batch = whole_batch([sequences[0], sequences[3]], num_prompts=2, samples_per_prompt=4)
+    value, _ = dpo_functions.online_dpo_loss(batch["output"], batch, H)
+    assert value.item() == pytest.approx(slow_pair_loss(sequences[0], sequences[3], H), rel=1e-4)
 
 
 def test_reward_loss_equals_the_formula() -> None:
@@ -113,23 +116,25 @@ def test_reward_loss_equals_the_formula() -> None:
 @pytest.mark.parametrize("keep", [1, 2])
 def test_raft_learns_from_the_best_samples_alone(keep: int) -> None:
     sequences = samples(4)
-    shares = [sequences[:3], [], sequences[3:]]
-    parts = prepare_on_ranks(
-        raft_functions.prepare_actor, shares, {"keep": keep}, num_prompts=2, samples_per_prompt=4
-    )
-    weights = torch.cat([part["weights"] for part in parts])
-    expected: list[float] = []
-    losses = []
+    h = {"keep": keep}
+    flags = select_on_ranks(raft_functions.select_best, [sequences[:3], [], sequences[3:]], h)
+    kept, losses = [], []
     for group in (sequences[:4], sequences[4:]):
         best = sorted((s["scores"] for s in group), reverse=True)[:keep]
         for s in group:
-            n = len(s["output"])
-            expected += [4 / keep / n if s["scores"] in best else 0.0] * n
             if s["scores"] in best:
+                n = len(s["output"])
+                kept.append(s | {"prompts": [0] * 3, "tokens": [0] * (3 + n)})
                 losses.append(-statistics.mean(s["output"]))
-    torch.testing.assert_close(weights, torch.tensor(expected))
-    batch = whole_batch(sequences, num_prompts=2, samples_per_prompt=4)
-    for s, part in zip(sequences, weights.split(list(LENGTHS)), strict=True):
-        s["weights"] = part.tolist()
-    value, _ = raft_functions.actor_loss(batch["output"], batch, {"keep": keep})
+    assert [s["scores"] for s, flag in zip(sequences, flags, strict=True) if flag] == [
+        s["scores"] for s in kept
+    ]
+    batch = whole_batch(kept, num_prompts=2, samples_per_prompt=4)
+    value, _ = raft_functions.actor_loss(batch["output"], batch, h)
     assert value.item() == pytest.approx(statistics.mean(losses), rel=1e-4)
+
+
+def test_of_equal_scores_raft_keeps_the_earlier_samples() -> None:
+    sequences = [s | {"scores": 1.0} for s in samples(4)]
+    flags = select_on_ranks(raft_functions.select_best, [sequences[:1], sequences[1:]], {"keep": 3})
+    assert flags == [True, True, True, False] * 2

@@ -51,7 +51,10 @@ def test_no_word_is_both_positive_and_negative() -> None:
 
 
 def test_the_lexicon_knows_the_moods_of_the_toy_language_and_nothing_else_of_it() -> None:
-    glad, gloomy = toy.mood_words(toy.GLAD), toy.mood_words(toy.GLOOMY)
+    glad, gloomy = (
+        {word for slot in toy.MOOD_SLOTS.values() for word in slot[mood].split()}
+        for mood in (toy.GLAD, toy.GLOOMY)
+    )
     assert glad <= POSITIVE
     assert gloomy <= NEGATIVE
     assert not (set(toy.vocabulary()) - glad - gloomy) & (POSITIVE | NEGATIVE)

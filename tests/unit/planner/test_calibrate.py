@@ -18,6 +18,7 @@ from realloc.cluster import Cluster
 from realloc.errors import InputError
 from realloc.experiment import Experiment
 from realloc.mesh import parse_mesh
+from realloc.pace import PACE, Pace
 from realloc.plan import ExecutionPlan
 from realloc.strategy import parse_strategy
 from realloc.trace import BatchLengths, Machine, Trace, TraceRecord
@@ -131,6 +132,48 @@ def test_calibrating_twice_multiplies(base: HardwareProfile):
     assert once.calibration is not None
     assert twice.profile.calibration.base == base.name
     assert dict(twice.profile.calibration.factors) == pytest.approx(dict(once.calibration.factors), rel=0.02)
+
+
+def at_pace(trace: Trace, slower: float, work_s: float) -> Trace:
+    """The run on a machine so many times slower, whose ranks do work of `work_s` as iterations end."""
+    records: list[TraceRecord] = []
+    ends: dict[int, float] = {}
+    for record in trace.records:
+        start, end = record.start_s * slower, record.end_s * slower
+        terms = {name: seconds * slower for name, seconds in record.terms.items()}
+        records.append(replace(record, start_s=start, end_s=end, terms=terms))
+        ends[record.iteration] = max(ends.get(record.iteration, 0.0), end)
+    for iteration, end in ends.items():
+        start, took = end - work_s * slower, work_s * slower
+        records += [
+            TraceRecord(iteration, rank, PACE, PACE, start, end, cpu_s=took)
+            for rank in range(trace.world_size)
+        ]
+    return replace(trace, records=tuple(records))
+
+
+def test_a_slow_day_is_not_mistaken_for_a_slow_device(base: HardwareProfile, tmp_path: Path):
+    profiled = replace(base, pace=Pace(1e-5, 1e-5, 8))
+    truth = slower(base)
+    ran = plan_of("d4t2p1", "d2t4p1m2", measured_lengths(experiment(sequences=64, prompt=100, response=100)))
+    trace = run_of(ran, truth, base.provenance.device)
+    quiet = calibrate(ran, trace, base, run="r", date="2026-11-22", name="b")
+    slow = calibrate(ran, at_pace(trace, 1.6, 1e-5), profiled, run="r", date="2026-11-22", name="b")
+    assert slow.pace is not None
+    assert slow.pace.ratio == pytest.approx(1.6, rel=0.01)
+    assert slow.measured_s == pytest.approx(1.6 * quiet.measured_s, rel=0.01)
+    assert slow.after_s == pytest.approx(quiet.after_s, rel=0.01)
+    assert dict(slow.factors) == pytest.approx(dict(quiet.factors), rel=0.02)
+    # the profile keeps the pace that its numbers are of, and says what was taken out
+    write_profile(slow.profile, tmp_path / "better.yaml")
+    kept = read_profile(tmp_path / "better.yaml")
+    assert kept.pace == profiled.pace
+    assert kept.calibration is not None
+    assert kept.calibration.pace == pytest.approx(1.6, rel=0.01)
+    # what is not known cannot be taken out
+    blind = calibrate(ran, at_pace(trace, 1.6, 1e-5), base, run="r", date="2026-11-22", name="b")
+    assert blind.pace is None
+    assert blind.after_s == pytest.approx(blind.measured_s, rel=0.02)
 
 
 def test_what_cannot_be_calibrated_is_refused(base: HardwareProfile):

@@ -41,6 +41,8 @@ def test_text_says_who_reads_what_from_whom() -> None:
     text = " ".join(graph_text(graph_of("remax")).split())
     assert "greedy_gen generate of actor, greedy; reads prompts from the data set" in text
     assert "greedy_scores from greedy_rew_inf" in text
+    chosen = " ".join(graph_text(graph_of("iterative_dpo")).split())
+    assert "actor_train train_step of actor, on 8 selected sequences; reads" in chosen
     assert "actor_train gives actor_gen, greedy_gen the parameters of the next iteration." in text
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from cost_models.profile import write_profile
+from cost_models.curve import Curve
+from cost_models.profile import Provenance, read_profile, write_profile
 from cost_models.tables import Row, Table
 from planner.predict import beyond_measured, predict
 from realloc.cluster import Cluster
@@ -45,3 +46,45 @@ def test_a_plan_keeps_what_was_measured_extrapolated_or_analytic(tmp_path: Path)
     again = read_plan(tmp_path / "plan.yaml").predictions
     assert again is not None
     assert again.sources == sources
+
+
+def test_a_plan_says_which_messages_were_measured(tmp_path: Path):
+    """A profile of one node with two ranks, asked for two nodes of four: nothing of that is silent."""
+    made = experiment("pythia-14m", sequences=8, prompt=16, response=16, dtype="float32")
+    named = {role: replace(spec, model="pythia-14m") for role, spec in made.models.items()}
+    made = replace(made, models=named)
+    base = profile()
+    here = replace(
+        base,
+        name="here",
+        provenance=Provenance("measured", "a round device", "2026-01-01"),
+        attention=replace(base.attention, per_sequence=True),
+        concurrency=Curve(((1.0, 1.0), (2.0, 1.3))),
+        inter_node=replace(base.inter_node, estimate="as in one node"),
+    )
+    hardware = tmp_path / "here.yaml"
+    write_profile(here, hardware)
+    assert read_profile(hardware).inter_node == here.inter_node
+    graph = made.graph()
+    placements = {call.name: place("d1t2p1", per_node=4) for call in graph.calls}
+    placements["ref_inf"] = place("d1t4p1", per_node=4)
+    placements["actor_train"] = place("d2t1p4m2", per_node=4)
+    plan = predict(ExecutionPlan(made, Cluster(2, 4, str(hardware)), placements))
+    assert plan.predictions is not None
+    sources = plan.predictions.sources
+    assert "measured: all_gather" not in sources["critic_inf"]
+    assert "measured: all_reduce" in sources["critic_inf"]
+    assert (
+        "extrapolated: 4 ranks on a host (measured up to 2), all_reduce (groups of 4, measured 2)"
+        in (sources["ref_inf"])
+    )
+    assert (
+        "analytic: all_reduce across nodes (as in one node), messages across nodes (as in one node)"
+        in (sources["actor_train"])
+    )
+    assert sources["transfer"] == (
+        "measured: messages; analytic: messages across nodes (as in one node), work beside messages "
+        "(taken as none)"
+    )
+    assert "across nodes" in sources["reallocate"]
+    assert "across nodes (as in one node)" in beyond_measured(sources)

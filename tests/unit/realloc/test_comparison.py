@@ -20,7 +20,7 @@ from realloc.comparison_text import comparison_content, comparison_text
 from realloc.errors import InputError
 from realloc.pace import Pace, pace_of
 from realloc.plan import ExecutionPlan, Predictions, read_plan
-from realloc.trace import BatchLengths, Machine, Trace, TraceRecord
+from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, read_trace, trace_lines
 from tests.unit.realloc.make import plan_mapping, write
 
 HOST = Machine("x86_64 host with 4 cores", 16)
@@ -84,6 +84,22 @@ def test_a_term_that_is_off_is_named_and_others_are_not(plan: ExecutionPlan):
     assert "no known cause" in comparison_text(comparison)
     content: Any = comparison_content(comparison)
     assert content["findings"][1]["ratio"] == pytest.approx(0.8 / 0.3)
+
+
+def test_memory_is_compared_where_the_allocators_tell(plan: ExecutionPlan, tmp_path: Path):
+    assert plan.predictions is not None
+    told = {"parameters": 6 << 30, "activations": 2 << 30}
+    plan = replace(plan, predictions=replace(plan.predictions, peak_bytes=told))
+    run = run_of(plan)
+    assert compare(plan, run).memory is None
+    full = next(i for i, r in enumerate(run.records) if r.node == "actor_train" and r.rank == 3)
+    peaks = [replace(r, peak_bytes=(9 << 30) if i == full else 1 << 30) for i, r in enumerate(run.records)]
+    (tmp_path / "trace.jsonl").write_text("\n".join(trace_lines(run.world_size, peaks, (), HOST)))
+    comparison = compare(plan, read_trace(tmp_path / "trace.jsonl"))
+    text = comparison_text(comparison)
+    assert "8 GiB predicted, 9 GiB measured, on rank 3 at actor_train: x 1.12" in text
+    content: Any = comparison_content(comparison)
+    assert content["memory"]["measured_bytes"] == 9 << 30
 
 
 def test_terms_are_those_of_the_rank_that_others_wait_for():

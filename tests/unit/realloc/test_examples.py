@@ -23,7 +23,7 @@ TEMPLATE = (
 NO_LIMITS = Limits()
 
 
-def user(text: str) -> dict[str, str]:
+def user(text: Any) -> dict[str, Any]:
     return {"role": "user", "content": text}
 
 
@@ -62,6 +62,7 @@ def text(tokenizer: TextTokenizer, ids: Sequence[int]) -> str:
 
 DOG, CAT = "the dog was happy .", "the cat was sad ."
 TURNS = [user("the dog"), assistant("was happy"), user("the cat"), assistant("was sad .")]
+PARTS = ("the ", "dog")
 PAIR = {"chosen": "the dog was happy .", "rejected": "the dog was sad ."}
 CHAT_PAIR = {
     "chosen": [user("the dog"), assistant("was happy")],
@@ -179,6 +180,18 @@ KINDS: Mapping[str, tuple[Mapping[str, Any], Want, Mapping[str, Any], str, Seque
         "<bos> the dog .",
         ["was happy <eos>", "was sad <eos>"],
     ),
+    "messages in parts": (
+        {
+            "messages": [
+                user("the"),
+                {"role": "user", "content": [{"type": "text", "text": w} for w in PARTS]},
+            ]
+        },
+        Want.PROMPTS,
+        {},
+        "<bos> the . <bos> the dog .",
+        (),
+    ),
     "columns of one's own": (
         {"question": "the dog", "answer": " was happy"},
         Want.RESPONSES,
@@ -228,7 +241,7 @@ def test_columns_that_are_not_there_are_said(
 
 GOOD = {"prompt": "the dog", "completion": "was happy"}
 BAD: Sequence[tuple[Any, dict[str, Any], str, str]] = (
-    ({"completion": "b"}, {}, "has no column 'prompt'", "no column 'prompt'"),
+    ({"completion": "b"}, {}, "line 2: has no column 'prompt'.", "no column 'prompt'"),
     ({"prompt": None, "completion": "b"}, {}, "prompt: expected text, found NoneType", "prompt is null"),
     ({"prompt": " ", "completion": "b"}, {}, "prompt: is empty", "prompt is empty"),
     ({"prompt": 3, "completion": "b"}, {}, "prompt: expected text, found int", "prompt is not text"),
@@ -238,6 +251,8 @@ BAD: Sequence[tuple[Any, dict[str, Any], str, str]] = (
     ({"prompt": [{"role": "user"}], "completion": "b"}, {}, "message 1 has no content", "bad message"),
     ({"prompt": [user("\ud800")], "completion": "b"}, {}, "a lone surrogate", "not UTF-8"),
     ({"prompt": [{"from": [], "value": "a"}], "completion": "b"}, {}, "message 1 is no map", "bad message"),
+    ({"prompt": [user({"image": "a"})], "completion": "b"}, {}, "that is not text", "content is not text"),
+    ({"prompt": [user("a")], "completion": "b", "tools": "[{"}, {}, "tools: not valid JSON", "bad tools"),
     ({"prompt": ["hello"], "completion": "b"}, {}, "message 1 is no mapping", "bad message"),
     ({"prompt": [assistant("a")], "completion": "b"}, {}, "does not end with a message to", "no prompt"),
     (
@@ -268,6 +283,7 @@ def test_bad_rows_are_errors_with_their_line_or_counted(
         opened(tmp_path, tokenizer, [GOOD, row], Want.RESPONSES, limits, **data).scan()
     assert "x.jsonl, line 2: " in str(error.value)
     assert message in str(error.value)
+    assert "Did you mean" not in str(error.value)
     if reason:
         rows = [GOOD, row, GOOD, row]
         kept, counts = opened(
@@ -287,6 +303,15 @@ def test_bad_rows_are_errors_with_their_line_or_counted(
                 response="completion",
                 **data,
             ).scan()
+
+
+def test_tools_are_a_list_or_json(tmp_path: Path, tokenizer: TextTokenizer):
+    path = tmp_path / "t.jinja"
+    path.write_text("<bos> {{ tools[0].name if tools else 'cat' }} {{ messages[0].content }}")
+    for tools, seen in ((None, "cat"), ([{"name": "fox"}], "fox"), ('[{"name": "fox"}]', "fox"), ("", "cat")):
+        rows = [{"prompt": [user("dog")], "tools": tools}]
+        (found,) = opened(tmp_path, tokenizer, rows, Want.PROMPTS, chat_template=str(path)).read([0])
+        assert text(tokenizer, found.prompt) == f"<bos> {seen} dog"
 
 
 def test_conversations_without_an_assistant_or_a_template(tmp_path: Path, tokenizer: TextTokenizer):

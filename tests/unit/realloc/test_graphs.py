@@ -100,6 +100,16 @@ def two_writers() -> DataflowGraph:
             "works on 'prompts' without reading it",
         ),
         (lambda: with_call(small_graph(), "train", mini_batches=0), "at least one mini-batch"),
+        (lambda: with_call(small_graph(), "train", selected=4), "train selects 4 sequences"),
+        (lambda: with_call(small_graph(), "train", select="pick"), "train selects 0 sequences"),
+        (
+            lambda: with_call(small_graph(), "gen", select="pick", selected=4),
+            "gen selects 4 sequences: only inference and train_step select",
+        ),
+        (
+            lambda: with_call(small_graph(), "train", select="pick", selected=3, together=2),
+            "train selects 3 sequences",
+        ),
         (
             lambda: with_call(small_graph(), "train", prepared=("advantage",)),
             "train uses 'advantage', which is not declared",

@@ -1,13 +1,17 @@
-"""Modules that a file names: whatever they raise is a message with the line."""
+"""Modules and algorithms that a file names: whatever they raise is a message with the line."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 
 from realloc.errors import InputError
+from realloc.experiment import parse_experiment
+from realloc.files import Reader
 from realloc.named_code import import_named
+from tests.unit.realloc.make import experiment_mapping
 
 
 @pytest.mark.parametrize(
@@ -31,3 +35,36 @@ def test_a_module_that_fails_is_a_message(
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=f"^here: cannot import '{name}': {message}"):
         import_named(name, "here")
+
+
+@pytest.mark.parametrize(
+    ("made", "read", "drawn", "message"),
+    [
+        ("pass", "return {}", "return 1", r"flawed:A\.graph returned int, expected DataflowGraph"),
+        ("pass", "return {}", "return 1 / 0", r"A\.graph raised ZeroDivisionError: .*flawed\.py, line 8\)"),
+        ("pass", "pass", "", r"A\.hyperparameters returned NoneType, expected Mapping"),
+        (
+            "pass",
+            "raise KeyError('x')",
+            "",
+            r"A\.hyperparameters raised KeyError: 'x' \(.*flawed\.py, line 6\)",
+        ),
+        ("{}['x']", "return {}", "", r"flawed:A: it raised KeyError: 'x' \(.*flawed\.py, line 4\)"),
+    ],
+)
+def test_an_algorithm_that_fails_is_a_message(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: str, read: str, drawn: str, message: str
+) -> None:
+    source = (
+        f"class A:\n    name, functions = 'a', 'b'\n    def __init__(self):\n        {made}\n"
+        f"    def hyperparameters(self, reader):\n        {read}\n"
+        f"    def graph(self, experiment):\n        {drawn or 'pass'}\n"
+    )
+    (tmp_path / "flawed.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "flawed", raising=False)
+    content = {k: v for k, v in experiment_mapping().items() if k not in ("realloc", "hyperparameters")}
+    content["algorithm"] = "flawed:A"
+    with pytest.raises(InputError, match=message):
+        parse_experiment(Reader(content, "experiment"), tmp_path)
+    sys.modules.pop("flawed", None)

@@ -18,9 +18,8 @@ from realloc.pipeline_schedule import (
     max_in_flight,
     pipeline_actions,
     source,
-    stage_actions,
 )
-from realloc.strategy import Schedule, Strategy
+from realloc.strategy import Schedule
 
 
 @st.composite
@@ -124,11 +123,11 @@ def test_long_pipelines_are_priced_as_if_simulated(
     assert makespan(long, *times, send) == pytest.approx(_exact_makespan(long, times, send), rel=2e-3)
 
 
-def test_stage_actions_of_a_strategy() -> None:
-    strategy = Strategy(pp=2, schedule=Schedule.ZERO_BUBBLE)
-    text = ["".join(f"{'FBW'[a.work]}{a.micro_batch}" for a in stage_actions(strategy, s, 3)) for s in (0, 1)]
+def test_actions_of_two_stages() -> None:
+    pipeline = Pipeline(Schedule.ZERO_BUBBLE, 2, 1, 3)
+    text = ["".join(f"{'FBW'[a.work]}{a.micro_batch}" for a in own) for own in pipeline_actions(pipeline)]
     assert text == ["F0F1B0W0F2B1W1B2W2", "F0B0F1B1W0F2B2W1W2"]
-    assert stage_actions(strategy, 0, 0) == ()
+    assert list(pipeline_actions(pipeline._replace(num_micro_batches=0))[0]) == []
 
 
 def test_bad_lists_are_refused() -> None:

@@ -13,7 +13,7 @@ import pytest
 
 from realloc.data_spec import DataSpec
 from realloc.errors import InputError
-from realloc.row_sources import BadRow, all_rows, open_source, row_at
+from realloc.row_sources import BadRow, Row, Rows, open_source, row_at
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"p{i} ü", "messages": [{"role": "user", "content": "x"}], "number": i} for i in range(2500)
@@ -30,6 +30,19 @@ def zipped(folder: Path) -> Path:
     path = folder / "rows.jsonl.gz"
     path.write_bytes(gzip.compress("".join(json.dumps(row) + "\r\n" for row in ROWS).encode()))
     return path
+
+
+def damaged(content: bytes) -> bytes:
+    """Compressed, with a first block of a kind that there is none of."""
+    found = bytearray(gzip.compress(content))
+    found[10] = 0xFF
+    return bytes(found)
+
+
+def every(rows: Rows) -> list[Row | BadRow]:
+    return [
+        row for start in range(0, len(rows), 1000) for row in rows.block(start, min(start + 1000, len(rows)))
+    ]
 
 
 def array(folder: Path) -> Path:
@@ -80,7 +93,7 @@ FORMATS = (jsonl, zipped, array, lines_called_json, parquet, saved, saved_splits
 @pytest.mark.parametrize("write", FORMATS)
 def test_every_format_gives_the_same_rows(tmp_path: Path, write: Callable[[Path], Path]):
     source = open_source(DataSpec((str(write(tmp_path)),)))
-    assert [row for _, row in all_rows(source.rows)] == ROWS
+    assert every(source.rows) == ROWS
     assert row_at(source.rows, 2044) == ROWS[2044]
     assert source.parts == (2500,)
 
@@ -105,7 +118,7 @@ def test_globs_and_lists_are_read_in_order(tmp_path: Path):
     for name, rows in (("b2", ROWS[2:5]), ("b1", ROWS[:2]), ("c", ROWS[5:9])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = open_source(DataSpec((str(tmp_path / "b*.jsonl"), str(tmp_path / "c.jsonl"))))
-    assert [row for _, row in all_rows(source.rows)] == ROWS[:9]
+    assert every(source.rows) == ROWS[:9]
     assert source.parts == (5, 4)
     assert source.rows.block(1, 7) == ROWS[1:7]
     assert [source.rows.where(i).rpartition("/")[2] for i in (1, 2, 5)] == [
@@ -139,6 +152,8 @@ def test_bad_lines_do_not_hide_good_ones(tmp_path: Path):
         ("x.json", b'[{"a": 1},\n{]', "x.json, line 2: not valid JSON"),
         ("x.json", b'["\xff"]', "x.json: not UTF-8 text"),
         ("x.jsonl.gz", b"no gzip", "x.jsonl.gz: cannot be decompressed"),
+        ("x.jsonl.gz", damaged(b'{"a": 1}\n' * 99), "x.jsonl.gz: cannot be decompressed"),
+        ("x.csv", b"a\n1\n", "x.csv: files of this kind (.csv) are not read; turn it into JSONL or Parquet"),
         ("x.parquet", b"no parquet", "x.parquet: cannot be read as Parquet"),
     ],
 )
@@ -149,6 +164,14 @@ def test_broken_files_are_named(tmp_path: Path, name: str, content: bytes, messa
     with pytest.raises(InputError) as error:
         open_source(DataSpec((str(tmp_path / name),)))
     assert message in str(error.value)
+
+
+def test_what_a_library_could_not_read_is_said(tmp_path: Path):
+    folder_of_files(tmp_path)
+    with (tmp_path / "files" / "train.jsonl").open("a") as file:
+        file.write("\n{bad\n")
+    with pytest.raises(InputError, match=r"files: cannot be read as a data set: .*JSON parse error"):
+        open_source(DataSpec((str(tmp_path / "files"),)))
 
 
 def test_splits_that_are_not_there_are_said(tmp_path: Path):

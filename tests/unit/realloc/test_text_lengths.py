@@ -65,7 +65,15 @@ def test_lengths_are_those_that_a_run_has(folder: Path):
     [
         ({"data": None}, "measuring takes data"),
         ({"models": {"actor": "llama-7b"}}, "a model's folder"),
-        ({"data": {"path": "train.jsonl", "prompt": "prompt"}}, "realloc lengths RUN"),
+        ({"data": {"path": "train.jsonl", "prompt": "prompt"}}, "takes prompts with a response"),
+        (
+            {
+                "algorithm": "reinforce_pp",
+                "hyperparameters": {"kl_coef": 0},
+                "reward": "experiments.rewards:sentiment",
+            },
+            "realloc lengths RUN",
+        ),
         (
             {"data": {"path": "train.jsonl", "prompt": "text", "response": "story"}},
             "line 1: has no column 'text'",
@@ -85,10 +93,27 @@ def test_what_cannot_be_measured_is_said(folder: Path, changes: dict[str, Any], 
 
 def test_a_bad_line_is_named(folder: Path, tmp_path: Path):
     path = tmp_path / "bad.jsonl"
-    path.write_text(json.dumps({"prompt": "a"}) + "\n\n{")
+    path.write_text(json.dumps({"prompt": "a", "completion": "b"}) + "\n\n{")
     with pytest.raises(InputError, match="line 3: not valid JSON"):
         experiment(
             folder,
             {"prompt_tokens": "measured", "response_tokens": 4},
             data={"path": str(path), "prompt": "prompt"},
         )
+
+
+def test_prompts_are_what_the_algorithm_takes(folder: Path, tmp_path: Path):
+    """Of a conversation whose first question is a column too, as some data sets have it."""
+    (tmp_path / "chat.jinja").write_text("{% for m in messages %}{{ m.content }} {% endfor %}")
+    words = [{"role": role, "content": "dog"} for role in ("user", "assistant", "user", "assistant")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps({"prompt": "dog", "messages": words}))
+    data = {"path": str(path), "chat_template": str(tmp_path / "chat.jinja")}
+    workload = {"prompt_tokens": "measured", "response_tokens": 4}
+    assert experiment(folder, workload, data=data).workload.prompt.maximum == 3  # all but the last answer
+    sampled = {
+        "algorithm": "reinforce_pp",
+        "hyperparameters": {"kl_coef": 0},
+        "reward": "experiments.rewards:sentiment",
+    }
+    assert experiment(folder, workload, data=data, **sampled).workload.prompt.maximum == 2  # bos, dog

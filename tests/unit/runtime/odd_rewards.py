@@ -24,6 +24,15 @@ def array(samples: Sequence[Sample]) -> Any:
     return np.array([len(s.response) for s in samples], dtype=np.float32)
 
 
+def scalars(samples: Sequence[Sample]) -> list[Any]:
+    return [np.bool_(True), np.array(2.0), np.float32(3)][: len(samples)]
+
+
+def memory_rank(samples: Sequence[Sample]) -> list[float]:
+    """What the kernel adds to this process's score when it looks for one to end."""
+    return [float(Path("/proc/self/oom_score_adj").read_text()) for _ in samples]
+
+
 def nan(samples: Sequence[Sample]) -> list[float]:
     return [float("nan") if s.response == "bad" else 1.0 for s in samples]
 
@@ -34,6 +43,15 @@ def infinite(samples: Sequence[Sample]) -> list[float]:
 
 def words(samples: Sequence[Sample]) -> list[Any]:
     return ["good" if s.response == "bad" else 1.0 for s in samples]
+
+
+def too_large(samples: Sequence[Sample]) -> list[Any]:
+    return [10**400 if s.response == "bad" else 1.0 for s in samples]
+
+
+def closes(samples: Sequence[Sample]) -> list[float]:
+    """Takes the pipes from its process, which then fails by itself."""
+    return [_if_bad(s, lambda: os.closerange(0, 100)) for s in samples]
 
 
 def raises(samples: Sequence[Sample]) -> list[float]:

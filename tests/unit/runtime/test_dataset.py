@@ -136,6 +136,9 @@ def test_rows_held_out_are_never_trained_on(tmp_path: Path, tokenizer: TextToken
     assert [row["number"] for row in both.rows[::2]] == held
     with pytest.raises(InputError, match=r"data\.holdout"):
         whole.held_out(4)
+    one = DataSpec((str(write(tmp_path / "one.jsonl", prompts(1))),), holdout=0.25)
+    with pytest.raises(InputError, match=r"data\.holdout: 0\.25 of 1 rows keeps 0 and leaves 1"):
+        read_dataset(one, tokenizer, want=Want.PROMPTS, **settings)
 
 
 @pytest.mark.parametrize("changes", [{}, {"weights": (1.0, 0.5)}, {"holdout": 0.3}])
@@ -323,8 +326,11 @@ def test_missing_files_and_folders_are_said(tmp_path: Path, tokenizer: TextToken
 
 def test_a_missing_response_column_is_an_error(tmp_path: Path, tokenizer: TextTokenizer) -> None:
     path = write(tmp_path / "x.jsonl", [{"prompt": "the dog .", "story": "they danced ."}])
-    with pytest.raises(InputError, match="Did you mean 'story'"):
+    with pytest.raises(InputError, match=r"'storys'\. Did you mean 'story'"):
         read(path, tokenizer, "storys")
+    data = DataSpec((str(path),), prompt="promt")
+    with pytest.raises(InputError, match=r"'promt'\. Did you mean 'prompt'"):
+        read_dataset(data, tokenizer, want=Want.PROMPTS, sequences=1, max_prompt=9, max_response=9, seed=0)
 
 
 def test_windows_files_are_read(tmp_path: Path, tokenizer: TextTokenizer) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from realloc.experiment import Sampling
+from realloc.sampling import Sampling
 from runtime import packed_weights
 from runtime.attention import pack
 from runtime.decoder import Decoder

@@ -14,7 +14,7 @@ from realloc.errors import InputError
 from realloc.layout import shard_boxes
 from realloc.model_shape import ModelShape, read_config, resolve_shape
 from runtime.attention import pack
-from runtime.hf import INDEX, load_boxes, save_hf
+from runtime.hf import INDEX, NEW_SCORES, load_boxes, save_hf
 from tests.hf_models import CONFIGS, edit_config, load_oracle, write_model
 from tests.unit.runtime.test_decoder import LENGTHS, decoder_of, oracle_logits, random_tokens
 
@@ -58,11 +58,11 @@ def test_round_trip(name: str, shard_bytes: int, tmp_path: Path) -> None:
 def test_a_critic_made_from_a_causal_lm_is_saved_as_a_classifier(name: str, tmp_path: Path) -> None:
     folder = write_model(tmp_path / "a", name)
     decoder = decoder_of(folder, head="scalar")
-    assert 0.05 < decoder.params["head.weight"].std() * decoder.shape.hidden**0.5 < 2.0
     save_hf(tmp_path / "b", decoder.shape, read_config(folder), decoder.params)
     tokens = random_tokens(decoder.shape)
     with torch.no_grad():
         values = decoder.scalar(decoder.forward(tokens, pack(LENGTHS)))
+        assert 0.3 < values.square().mean().sqrt() / NEW_SCORES < 3.0
         oracle = load_oracle(tmp_path / "b", head="scalar")
         for part, value in zip(tokens.split(LENGTHS), values.split(LENGTHS), strict=True):
             score = oracle(part[None], use_cache=False).logits
@@ -77,6 +77,22 @@ def test_bfloat16_is_recorded(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "b" / "config.json").read_text())["torch_dtype"] == "bfloat16"
     stored = load_file(tmp_path / "b" / "model.safetensors")
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
+
+
+def test_a_new_head_is_as_small_as_hidden_states_are_large(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama")
+    before = decoder_of(folder, head="scalar").params["head.weight"]
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"] *= 30.0
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    torch.testing.assert_close(decoder_of(folder, head="scalar").params["head.weight"], before / 30.0)
+
+
+def test_a_model_that_is_not_trained_gets_no_new_head(tmp_path: Path) -> None:
+    folder = write_model(tmp_path, "llama")
+    shape = replace(resolve_shape(str(folder), "test"), head="scalar")
+    with pytest.raises(InputError, match="lacks the tensor 'score.weight'.*not trained"):
+        load_boxes(folder, shape, shard_boxes(shape, 1, 1, 0, 0), torch.float32, CPU, new_head=False)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -20,9 +20,9 @@ from realloc.mesh import DeviceMesh
 from realloc.model_zoo import named_shapes
 from realloc.pipeline_schedule import Pipeline, Work, destination, pipeline_actions, source
 from realloc.reallocation import schedule
-from realloc.rendezvous import Operation, Step, check_rendezvous
 from realloc.strategy import Schedule, parse_strategy
 from runtime.reallocation import Holding, Reallocator
+from tests.rendezvous import Operation, Step, check_rendezvous
 
 
 def test_what_waits_forever_is_found() -> None:

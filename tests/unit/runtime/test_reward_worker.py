@@ -51,22 +51,31 @@ def test_numbers_come_back_whatever_is_printed() -> None:
         assert ask(made, many) == [2000.0] * 500
     with worker("array") as made:
         assert ask(made, samples("a", "bcd")) == [1.0, 3.0]
+    with worker("scalars") as made:
+        assert ask(made, samples("a", "b", "c")) == [1.0, 2.0, 3.0]
+
+
+def test_where_memory_runs_out_no_rank_is_ended_before_a_reward() -> None:
+    with worker("memory_rank") as made:
+        assert ask(made, samples("a")) == [1000.0]
 
 
 FAILURES = {
     "nan": "returned nan, expected a finite number",
     "infinite": "returned -inf, expected a finite number",
+    "too_large": "returned 1000",
     "words": "returned 'good', expected a finite number",
     "raises": "raised ZeroDivisionError: division by zero",
     "exits": "raised SystemExit: 0",
     "dies": "ended its process (exit code 3)",
+    "closes": "ended its process (exit code 1)",
     "hangs": "took longer than 1 s",
     "too_few": "returned 0 for 1 samples; it must return a list with one number for each",
 }
 
 
 @pytest.mark.parametrize("function", FAILURES)
-def test_a_failure_names_the_sample_or_marks_it(function: str) -> None:
+def test_a_failure_names_the_sample_or_marks_it(function: str, capfd: pytest.CaptureFixture[str]) -> None:
     asked = samples("good", "bad", "good")
     with worker(function, time_limit_s=1, sample_time_limit_s=1) as made:
         with pytest.raises(RunError) as caught:
@@ -80,6 +89,8 @@ def test_a_failure_names_the_sample_or_marks_it(function: str) -> None:
         assert (first, third) == (1.0, 1.0)
         assert isinstance(second, Failure)
         assert FAILURES[function] in second.text
+        assert f"{second.text} for sample 11 (data.jsonl, line 1)" in (told := capfd.readouterr().err)
+        assert "1 of 3 samples are left out" in told
         assert ask(made, samples("good")) == [1.0], "it goes on"
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from experiments import toy
-from realloc.experiment import Sampling
+from realloc.sampling import Sampling
 from runtime.stopping import StopStrings
 from runtime.tokenizer import TextTokenizer, read_tokenizer
 from tests.unit.runtime.test_decoder import decoder_of

@@ -12,10 +12,12 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+import experiments
 from realloc.errors import InputError
+from realloc.experiment import read_experiment
 from realloc.model_zoo import named_shapes
 from runtime.layer_benchmarks import pack_lengths
-from runtime.measuring_plan import Sizes, Work, subjects
+from runtime.measuring_plan import Sizes, Work, experiment_sizes, subjects
 from runtime.point_runner import PointRunner
 from runtime.table_profiler import TableSpec, measure_tables, wanted
 from runtime.table_rows import Kept, rising, table_rows
@@ -116,3 +118,18 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     quantities = {table["quantity"] for table in first["tables"]}
     assert {"inference", "forward", "backward", "decode", "sample", "optimizer", "call"} <= quantities
     assert table_rows([]) == []
+
+
+def test_what_is_mixed_in_is_measured_at_its_own_lengths_as_training_alone() -> None:
+    """Of the role that learns it; texts are spread over the optimizer steps of all passes."""
+    experiment = read_experiment(Path(experiments.__file__).parent / "recipes" / "ppo_ptx.yaml")
+    assert experiment.pretrain is not None
+    models = [(shape, sizes) for shape, sizes in experiment_sizes(experiment) if shape.head == "lm"]
+    ((shape, sizes),) = [(shape, sizes) for shape, sizes in models if sizes.trains and not sizes.generates]
+    assert (sizes.sequences, sizes.longest) == (64 // (4 * 2), experiment.pretrain.tokens.maximum)
+    whole = sizes.prompt + sizes.response
+    assert whole == pytest.approx(experiment.pretrain.tokens.mean, abs=1)
+    (made,) = subjects([(shape, "float32", sizes)], 1, quick=True)
+    lengths = {point.length for point in made.points if point.work is Work.TRAINING}
+    assert lengths == {whole, sizes.longest}
+    assert Work.DECODE not in {point.work for point in made.points}

@@ -42,9 +42,9 @@ def test_largest_values_and_deviations_are_those_of_all_ranks() -> None:
 def test_the_largest_of_several_micro_batches_counts_once() -> None:
     metrics = Metrics()
     for ratio in (1.5, 3.0, 2.0):
-        metrics.add_contribution("ratio_max", ratio)
-        metrics.add_contribution("loss", 0.25)
-    metrics.end_step(0.5)
+        metrics.add_contribution("ratio_max", ratio, 2)
+        metrics.add_contribution("loss", 0.25, 2)
+    metrics.end_step()
     assert combine([metrics.sums, metrics.sums]) == {"ratio_max": 3.0, "loss": 1.5}
 
 
