@@ -196,7 +196,7 @@ class CallPricer:
         own = resident_elements(elements, strategy)
         one["optimizer"] = self._costs.optimizer_s(own.optimizer, params) * self._slowdown
         cleared = GRADIENT_BYTES * (own.gradients - own.optimizer)
-        one["optimizer"] += self._costs.memory_s(cleared) * self._slowdown if cleared else 0.0
+        one["optimizer"] += self._communication.copy_s(cleared) if cleared else 0.0
         one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
         one["dp_communication"] = gradients_s(
             self._costs, self._communication, self._dp_group, strategy, units, micro_batches

@@ -71,11 +71,13 @@ class Communication:
         if group.nodes == 1:
             return self._contention(group), self._intra.ways(collective, group.per_node)
         latency = self._across_s(collective, group, 0.0)
-        knees = [way.knee for way in self._inter.ways(collective, group.nodes) if way.knee is not None]
-        at = knees[0][0] * group.per_node if knees else 1.0
-        knee_s = self._across_s(collective, group, at)
+        sizes = {
+            at * group.per_node for way in self._inter.ways(collective, group.nodes) for at, _ in way.knees
+        }
+        knees = tuple((at, self._across_s(collective, group, at)) for at in sorted(sizes or {1.0}))
+        at, knee_s = knees[-1]
         per_byte = (self._across_s(collective, group, 1e12) - knee_s) / (1e12 - at)
-        return 1.0, (CollectiveCost(group.size, latency, 1 / per_byte, (at, knee_s)),)
+        return 1.0, (CollectiveCost(group.size, latency, 1 / per_byte, knees),)
 
     def _across_s(self, collective: str, group: GroupShape, size_bytes: float) -> float:
         part = size_bytes / group.per_node
@@ -88,6 +90,10 @@ class Communication:
 
     def all_reduce_s(self, group: GroupShape, size_bytes: float) -> float:
         return self.collective_s("all_reduce", group, size_bytes)
+
+    def copy_s(self, moved: float) -> float:
+        """Bytes read and written on every rank of the mesh."""
+        return self._profile.copy_s(moved, self._per_node)
 
     def stage_message_s(self, size_bytes: float) -> float:
         """A message to the next pipeline stage, over the slowest boundary of the mesh."""

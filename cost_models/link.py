@@ -34,24 +34,25 @@ def traffic_share(collective: str, ranks: int) -> float:
 class CollectiveCost:
     """A collective in a group of `ranks`: latency plus tensor bytes / `bytes_per_s`.
 
-    With a `knee`, (bytes, seconds) that were measured between: a straight line up to it, and
-    `bytes_per_s` from there on. Small tensors go another way than large ones, through other caches.
+    With `knees`, (bytes, seconds) that were measured between, in the order of their bytes: straight lines
+    from one to the next, and `bytes_per_s` from the last on. Small tensors go another way than large ones,
+    and those of a cache another than those beyond it.
     `spread`: the distance of the samples' quartiles as a share of their median, where it was measured.
     """
 
     ranks: int
     latency_s: float
     bytes_per_s: float
-    knee: tuple[float, float] | None = None
+    knees: tuple[tuple[float, float], ...] = ()
     spread: float = 0.0
 
     def seconds(self, size_bytes: float) -> float:
-        if self.knee is None:
-            return self.latency_s + size_bytes / self.bytes_per_s
-        at, knee_s = self.knee
-        if size_bytes >= at:
-            return knee_s + (size_bytes - at) / self.bytes_per_s
-        return self.latency_s + (knee_s - self.latency_s) * size_bytes / at
+        before, before_s = 0.0, self.latency_s
+        for at, knee_s in self.knees:
+            if size_bytes < at:
+                return before_s + (knee_s - before_s) * (size_bytes - before) / (at - before)
+            before, before_s = at, knee_s
+        return before_s + (size_bytes - before) / self.bytes_per_s
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             ranks=reader.integer("ranks", minimum=2, maximum=1_000_000),
             latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
             bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
-            knee=_read_knee(reader),
+            knees=_read_knees(reader),
             spread=reader.number("spread", 0.0, minimum=0.0),
         )
         reader.done()
@@ -157,19 +158,24 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
     return tuple(rows)
 
 
-def _read_knee(reader: Reader) -> tuple[float, float] | None:
-    value = reader.raw("knee", None)
-    if value is None:
-        return None
-    where = reader.at("knee")
-    if not isinstance(value, list) or len(value) != 2:
-        raise InputError(f"{where}: expected [bytes, seconds], found {value!r}.")
-    return positive(value[0], where), positive(value[1], where)
+def _read_knees(reader: Reader) -> tuple[tuple[float, float], ...]:
+    knees: list[tuple[float, float]] = []
+    for value in reader.get("knees", list, []):
+        where = reader.at("knees")
+        if not isinstance(value, list) or len(value) != 2:
+            raise InputError(f"{where}: expected pairs [bytes, seconds], found {value!r}.")
+        at, knee_s = positive(value[0], where), positive(value[1], where)
+        if knees and at <= knees[-1][0]:
+            raise InputError(f"{where}: {at:g} bytes must be more than the {knees[-1][0]:g} before them.")
+        knees.append((at, knee_s))
+    return tuple(knees)
 
 
 def _row_content(row: CollectiveCost) -> Mapping[str, Any]:
-    content = {key: value for key, value in vars(row).items() if key != "knee" and (value or key != "spread")}
-    return content if row.knee is None else {**content, "knee": list(row.knee)}
+    content = {
+        key: value for key, value in vars(row).items() if key != "knees" and (value or key != "spread")
+    }
+    return {**content, "knees": [list(knee) for knee in row.knees]} if row.knees else content
 
 
 def link_content(link: Link) -> Mapping[str, Any]:

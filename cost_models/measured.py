@@ -43,11 +43,17 @@ class MeasuredCosts(ComputeCosts):
     """Compute seconds of a model of which the profile has tables.
 
     `sources`: quantity -> the worst that a number of it came from, and what was asked of which range
-    where that was exceeded.
+    where that was exceeded. `busy`: ranks of a host that compute at once. They slow down what streams
+    through memory more than what stays in a cache, and tables may tell of each quantity how much. Seconds are
+    those that, times the profile's `slowdown(busy)`, are what it takes then.
     """
 
-    def __init__(self, profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int) -> None:
+    def __init__(
+        self, profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int, busy: int = 1
+    ) -> None:
         super().__init__(profile, shape, dtype, tp)
+        self._crowding = profile.crowding(busy)
+        self._usual = profile.slowdown(busy) / profile.beyond(busy)
         self._dtype = dtype
         self._layer_name, self._ends_name = layer_signature(shape, tp), ends_signature(shape, tp)
         self._tables = profile.tables_of(dtype)
@@ -222,7 +228,10 @@ class MeasuredCosts(ComputeCosts):
             self._note(quantity, Source.EXTRAPOLATED, f"{asked}, measured {table.range_text}")
         else:
             self._note(quantity, Source.MEASURED, "")
-        return reading.seconds
+        if not self._crowding or table.together is None:
+            return reading.seconds
+        more = self._crowding * (table.together.at(x, y, slope).seconds - reading.seconds)
+        return (reading.seconds + more) / self._usual
 
     def _analytic(self, quantity: str, seconds: float) -> float:
         self._note(quantity, Source.ANALYTIC, "")
@@ -234,8 +243,10 @@ class MeasuredCosts(ComputeCosts):
             self.sources[quantity] = (source, detail)
 
 
-def compute_costs(profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int) -> ComputeCosts:
-    """The best that the profile can say of a shard: its tables, else the roofline."""
+def compute_costs(
+    profile: HardwareProfile, shape: ModelShape, dtype: str, tp: int, busy: int = 1
+) -> ComputeCosts:
+    """The best that the profile can say of a shard beside others: its tables, else the roofline."""
     if MeasuredCosts.suits(profile, shape, dtype, tp):
-        return MeasuredCosts(profile, shape, dtype, tp)
+        return MeasuredCosts(profile, shape, dtype, tp, busy)
     return ComputeCosts(profile, shape, dtype, tp)

@@ -53,7 +53,7 @@ class CostModel:
         self.profile = profile
         self._element_bytes = DTYPE_BYTES[experiment.dtype]
         self._shapes = {role: experiment.role_shape(graph, role) for role in graph.roles}
-        self._compute: dict[tuple[str | None, int], ComputeCosts] = {}
+        self._compute: dict[tuple[str | None, int, int], ComputeCosts] = {}
         self._calls: dict[tuple[str, Strategy, int, int], _Priced] = {}
         self._communications: dict[tuple[int, int], Communication] = {}
         self._memory: dict[tuple[str, Strategy, int | None], CallMemory] = {}
@@ -87,7 +87,8 @@ class CostModel:
             return "analytic: Python functions"
         strategy, mesh = placement.strategy, placement.mesh
         # fresh, so that they have been asked for this call alone
-        costs = compute_costs(self.profile, self._shapes[call.role], self.experiment.dtype, strategy.tp)
+        shape, busy = self._shapes[call.role], self._busy(mesh)
+        costs = compute_costs(self.profile, shape, self.experiment.dtype, strategy.tp, busy)
         links, work = Communication(self.profile, mesh), self.experiment.workload
         CallPricer(self.profile, costs, mesh, strategy, work, links, self.experiment.mixed).terms(call)
         beside: list[Found] = []
@@ -140,7 +141,7 @@ class CostModel:
             return 0.0
         held = self.call_memory(self.graph.calls_of(role)[0], dst).parameters / 2
         ranks = min(dst.mesh.size, dst.mesh.gpus_per_node)
-        return 5 * held / self.profile.memory.at(held) * self.profile.slowdown(ranks)
+        return self.profile.copy_s(5 * held, ranks)
 
     def least_reallocate_s(self, role: str, src: Placement, dst: Placement, *, anywhere: bool) -> float:
         """At most `reallocate_s`; `anywhere`: wherever meshes of these sizes lie."""
@@ -228,7 +229,7 @@ class CostModel:
         # only the form of the mesh matters: its size and where on a node it starts
         key = (call.name, strategy, mesh.size, mesh.first % mesh.gpus_per_node)
         if key not in self._calls:
-            costs = self._costs(call.role, strategy.tp)
+            costs = self._costs(call.role, strategy.tp, self._busy(mesh))
             form = (mesh.size, mesh.first % mesh.gpus_per_node)
             if form not in self._communications:
                 self._communications[form] = Communication(self.profile, mesh)
@@ -247,12 +248,16 @@ class CostModel:
             self._calls[key] = _Priced(terms, sum(terms.values()))
         return self._calls[key]
 
-    def _costs(self, role: str | None, tp: int) -> ComputeCosts:
-        key = (role, tp)
+    def _busy(self, mesh: DeviceMesh) -> int:
+        """Ranks of a host that compute at once, where that makes a difference."""
+        return min(mesh.size, mesh.gpus_per_node) if self.profile.concurrency is not None else 1
+
+    def _costs(self, role: str | None, tp: int, busy: int = 1) -> ComputeCosts:
+        key = (role, tp, busy)
         if key not in self._compute:
             # a compute call has no model: any shape will do, none of its numbers are used
             shape = self._shapes[role] if role is not None else next(iter(self._shapes.values()))
-            self._compute[key] = compute_costs(self.profile, shape, self.experiment.dtype, tp)
+            self._compute[key] = compute_costs(self.profile, shape, self.experiment.dtype, tp, busy)
         return self._compute[key]
 
 

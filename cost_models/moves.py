@@ -51,8 +51,9 @@ def _read_s(profile: HardwareProfile, size_bytes: int, src: Placement, dst: Plac
     senders = max(1.0, src.strategy.tp / dst.strategy.tp) * max(1.0, src.strategy.pp / dst.strategy.pp)
     ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
     moved = 2.0 * size_bytes  # read and written
-    copied_s = moved / profile.memory.at(moved) * profile.slowdown(ranks)
-    return copied_s + 2 * senders * profile.intra_node.latency_s * _pair_contention(profile, ranks)
+    return profile.copy_s(moved, ranks) + 2 * senders * profile.intra_node.latency_s * _pair_contention(
+        profile, ranks
+    )
 
 
 def transfer_s(

@@ -23,6 +23,9 @@ from realloc.files import Reader, dump_yaml, nearest, read_file, write_text
 from realloc.model_shape import DTYPE_BYTES
 from realloc.pace import Pace, pace_content, read_pace
 
+_CROWDED = 1.02
+"""Ranks that slow each other down by less do so evenly, whatever was measured between one and all."""
+
 
 @dataclass(frozen=True)
 class Provenance:
@@ -65,6 +68,16 @@ class Transfer:
 
 
 @dataclass(frozen=True)
+class Copies:
+    """Bytes/s that a copy reads and writes, over the bytes that it touches: of one rank of a host, and of
+    every rank while all are copying.
+    """
+
+    alone: Curve
+    together: Curve
+
+
+@dataclass(frozen=True)
 class HardwareProfile:
     """Costs of one device and of its links.
 
@@ -78,7 +91,7 @@ class HardwareProfile:
     `overlaps_host_copies`: the device computes while it copies from host memory. `tables`: what the
     runtime's own code took, of the models that were measured. `calibration`: factors on all that follows
     from the rest, found by `realloc calibrate`. `pace`: how fast the machine was meanwhile (hosts).
-    `transfer`: nothing where it was not measured.
+    `transfer`: nothing where it was not measured. `copies`: of ranks of one host.
     """
 
     name: str
@@ -101,6 +114,7 @@ class HardwareProfile:
     pace: Pace | None = None
     transfer: Transfer = Transfer()
     reserved_bytes: int = 0
+    copies: Copies | None = None
 
     def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
         """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
@@ -132,6 +146,28 @@ class HardwareProfile:
         if ranks > last_x:  # the cores are shared out already: time grows with the ranks
             return max(1.0, last_y * ranks / last_x) if last_y > 1.05 else last_y
         return self.concurrency.at(ranks)
+
+    def copy_s(self, moved: float, ranks: int) -> float:
+        """Seconds to read and write so many bytes while `ranks` ranks of the node do."""
+        if self.copies is None:
+            return moved / self.memory.at(moved) * self.slowdown(ranks)
+        alone_s = moved / self.copies.alone.at(moved)
+        more_s = moved / self.copies.together.at(moved) - alone_s
+        return (alone_s + self.crowding(ranks) * more_s) * self.beyond(ranks)
+
+    def beyond(self, ranks: float) -> float:
+        """How many times longer than the most ranks that were measured together."""
+        most = ranks if self.concurrency is None else self.concurrency.points[-1][0]
+        return self.slowdown(ranks) / self.slowdown(min(ranks, most))
+
+    def crowding(self, ranks: float) -> float:
+        """Where `ranks` at once lie between one (0) and as many as were measured together (1)."""
+        if self.concurrency is None or ranks <= 1:
+            return 0.0
+        most, slowest = self.concurrency.points[-1]
+        if slowest < _CROWDED:
+            return min(1.0, (ranks - 1) / max(1.0, most - 1))
+        return min(1.0, (self.slowdown(ranks) - 1) / (slowest - 1))
 
     def __str__(self) -> str:
         name = Path(self.name).name
@@ -194,6 +230,7 @@ def read_profile(path: str | Path) -> HardwareProfile:
         pace=read_pace(reader.optional_child("pace")),
         transfer=_read_transfer(reader.optional_child("transfer")),
         reserved_bytes=reader.integer("reserved_bytes", 0, minimum=0),
+        copies=_read_copies(reader.optional_child("copies")),
     )
     reader.done()
     if profile.reserved_bytes >= profile.memory_bytes:
@@ -247,6 +284,8 @@ def profile_content(profile: HardwareProfile) -> Mapping[str, Any]:
         content["pace"] = pace_content(profile.pace)
     if profile.transfer != Transfer():
         content["transfer"] = dict(vars(profile.transfer))
+    if profile.copies is not None:
+        content["copies"] = {name: curve_content(curve) for name, curve in vars(profile.copies).items()}
     return content
 
 
@@ -257,6 +296,14 @@ def _read_transfer(reader: Reader | None) -> Transfer:
     transfer = Transfer(*(reader.number(key, minimum=0.0, maximum=60.0) for key in keys))
     reader.done()
     return transfer
+
+
+def _read_copies(reader: Reader | None) -> Copies | None:
+    if reader is None:
+        return None
+    copies = Copies(read_curve(reader, "alone"), read_curve(reader, "together"))
+    reader.done()
+    return copies
 
 
 def _read_provenance(reader: Reader) -> Provenance:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from math import exp, log
 from typing import Any
@@ -59,12 +59,16 @@ Slope = Callable[[float, float], float]
 
 @dataclass(frozen=True)
 class Row:
-    """`seconds` at (x, y), typical of the samples; `spread`: the distance of their quartiles, as a share."""
+    """`seconds` at (x, y), typical of the samples; `spread`: the distance of their quartiles, as a share.
+
+    `beside`: how many times longer it takes while all ranks of the host are at the same, where that is known.
+    """
 
     x: float
     y: float
     seconds: float
     spread: float = 0.0
+    beside: float | None = None
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,14 @@ class Table:
     @property
     def key(self) -> tuple[str, str, str, bool]:
         return (self.of, self.dtype, self.quantity, self.ragged)
+
+    @cached_property
+    def together(self) -> Table | None:
+        """The same with all ranks of the host at it; None where that was not measured."""
+        if any(row.beside is None for row in self.rows):
+            return None
+        rows = (replace(row, seconds=row.seconds * (row.beside or 1.0), beside=None) for row in self.rows)
+        return replace(self, rows=tuple(rows))
 
     @cached_property
     def _lines(self) -> tuple[tuple[float, ...], tuple[tuple[tuple[float, ...], tuple[float, ...]], ...]]:
@@ -204,14 +216,15 @@ def _read_table(reader: Reader) -> Table:
 
 def _read_row(row: Any, variables: Sequence[str], where: str) -> Row:
     names = [*variables, "seconds", "spread"]
-    if not isinstance(row, list) or len(row) != len(names):
-        raise InputError(f"{where}: expected [{', '.join(names)}], found {row!r}.")
-    numbers = [positive(value, where) for value in row[:-1]]
-    spread = row[-1]
+    if not isinstance(row, list) or len(row) not in (len(names), len(names) + 1):
+        raise InputError(f"{where}: expected [{', '.join(names)}] and perhaps beside, found {row!r}.")
+    numbers = [positive(value, where) for value in row[: len(names) - 1]]
+    spread = row[len(names) - 1]
     if isinstance(spread, bool) or not isinstance(spread, (int, float)) or not 0 <= spread <= 1e6:
         raise InputError(f"{where}: the spread must be a number from 0 on, found {spread!r}.")
     y = numbers[1] if len(variables) > 1 else 1.0
-    return Row(numbers[0], y, numbers[-1], float(spread))
+    beside = positive(row[-1], where) if len(row) > len(names) else None
+    return Row(numbers[0], y, numbers[-1], float(spread), beside)
 
 
 def tables_content(tables: Sequence[Table]) -> Sequence[Mapping[str, Any]]:
@@ -222,10 +235,12 @@ def tables_content(tables: Sequence[Table]) -> Sequence[Mapping[str, Any]]:
             "dtype": table.dtype,
             "quantity": table.quantity,
             "ragged": table.ragged,
-            "rows": [
-                [row.x, *([row.y] if len(VARIABLES[table.quantity]) > 1 else []), row.seconds, row.spread]
-                for row in table.rows
-            ],
+            "rows": [_row_content(row, table.quantity) for row in table.rows],
         }
         for table in tables
     ]
+
+
+def _row_content(row: Row, quantity: str) -> Sequence[float]:
+    sizes = (row.x, row.y) if len(VARIABLES[quantity]) > 1 else (row.x,)
+    return [*sizes, row.seconds, row.spread, *(() if row.beside is None else (row.beside,))]

@@ -56,11 +56,11 @@ def gradients_s(
         sent = communication.collective_s("reduce_scatter", group, GRADIENT_BYTES * size)
         made = GRADIENT_BYTES if strategy.zero == 1 else costs.element_bytes
         copied = (made + GRADIENT_BYTES) * size + 2 * GRADIENT_BYTES * size / strategy.dp
-        return sent + costs.memory_s(copied)
+        return sent + communication.copy_s(copied)
 
     def gathered(size: int) -> float:
         received = communication.collective_s("all_gather", group, costs.element_bytes * size)
-        return received + costs.memory_s(2 * costs.element_bytes * size * (1 + 1 / strategy.dp))
+        return received + communication.copy_s(2 * costs.element_bytes * size * (1 + 1 / strategy.dp))
 
     reductions = 1 if strategy.zero == 1 else micro_batches
     gathers = 2 * micro_batches if strategy.zero == 3 else 1

@@ -74,7 +74,7 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
 
     Compared is with what the work took beside as many computing ranks of the host (`per_node` of them
     on each) as there were at its middle. What counts of the samples is their mean, as an iteration adds
-    up what it meets, without a tenth of them at either end.
+    up what it meets.
     """
     at_work = {(record.iteration, record.rank) for record in trace.records if record.kind == "call"}
     records = [r for r in trace.steady() if r.kind == PACE and (r.iteration, r.rank) in at_work]
@@ -89,14 +89,20 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
         busy = 1 + sum(_is_busy(computing.get(r, ()), middle) for r in others if r != record.rank)
         ratios.append(record.cpu_s / profiled.expected_s(busy))
     ratios.sort()
-    cut, quarter = int(_CUT * len(ratios)), len(ratios) // 4
-    kept = ratios[cut : len(ratios) - cut]
-    work = sum(kept) / len(kept)
+    quarter = len(ratios) // 4
+    work = usual(ratios)
     shares, seconds = core_shares(trace), trace.each_iteration_s()
     at_pace_s = median([s * shares.get(iteration, 1.0) / work for iteration, s in seconds.items()])
     share = median([shares.get(iteration, 1.0) for iteration in seconds])
     ratio = trace.iteration_seconds() / at_pace_s
     return PaceFound(ratio, work, ratios[quarter], ratios[-1 - quarter], share, len(ratios))
+
+
+def usual(samples: Sequence[float]) -> float:
+    """Their mean without a tenth of them at either end, of the profile's samples as of a run's."""
+    cut = int(_CUT * len(samples))
+    kept = sorted(samples)[cut : len(samples) - cut]
+    return sum(kept) / len(kept)
 
 
 def core_shares(trace: Trace) -> Mapping[int, float]:

@@ -108,7 +108,7 @@ def _respond(
         Lane(ready, links, prompts, waiting, responses, rules, slots)
         for _ in range(min(decoder.context.strategy.pp, groups))
     ]
-    _run(lanes)
+    _run(lanes, is_last=decoder.context.is_last)
 
 
 @contextmanager
@@ -122,12 +122,18 @@ def _flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(before)
 
 
-def _run(lanes: Sequence[Lane]) -> None:
-    """Steps the lanes in turn until all are empty. All stages meet them in the same order."""
+def _run(lanes: Sequence[Lane], *, is_last: bool) -> None:
+    """Steps the lanes in turn until all are empty. All stages meet them in the same order.
+
+    The last stage, which knows all tokens, begins with the next lane before it computes, so that what it
+    needs for it can come meanwhile.
+    """
     live = list(lanes)
     while live:
-        for lane in live:
-            lane.settle()
+        for lane, following in zip(live, [*live[1:], live[0]], strict=True):
+            lane.begin()
+            if following is not lane and is_last:
+                following.begin()
             lane.step()
         live = [lane for lane in live if not lane.is_done]
 

@@ -7,7 +7,7 @@ the same bookkeeping, so that only hidden states and tokens have to be sent.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,21 @@ class Prompts:
     draws: torch.Tensor | None
 
 
+@dataclass(frozen=True, eq=False)
+class _Step:
+    """One step of a lane that has begun: who was live, who enters, and what is computed from what.
+
+    `inputs` are the hidden states of the stage before, once they are asked for.
+    """
+
+    live: int
+    admission: Admission | None
+    prefill: Prefill | None
+    decode: DecodeStep | None
+    last_tokens: torch.Tensor
+    inputs: Callable[[], torch.Tensor] | None
+
+
 class Lane:
     """Slots of one cache. Slots 0..n-1 are live; slot s holds the sequence `rows[s]`.
 
@@ -81,6 +96,7 @@ class Lane:
         self._cache: KVCache = decoder.new_cache(slots)
         self._graphs = DecodeGraphs(decoder, self._cache) if DecodeGraphs.suit(decoder) else None
         self._awaits_tokens = False
+        self._begun: _Step | None = None
         self.last_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._occupy(self.last_tokens, torch.empty(3, 0, dtype=torch.int64, device=device))
 
@@ -97,21 +113,33 @@ class Lane:
             self._context, self._is_even = int(highest) + 1, bool(lowest == highest)
             self._steps_to_limit = int((self._rules.limits[rows] - self.counts).min())
 
-    def step(self) -> None:
-        """Lets waiting sequences in and takes all live ones one token further through this stage."""
+    def begin(self) -> None:
+        """Learns the tokens of the last step and lets waiting sequences in, unless that has been done."""
+        if self._begun is not None:
+            return
+        self._settle()
         live = self.rows.shape[0]
         admission = self._waiting.take(self._slots - live) if self._admits(live) else None
         if not live and admission is None:
             return
         last_tokens, decode = self.last_tokens, self._decode_step()
-        prefill = None
-        if admission is not None:
-            prefill = self._enter(admission, live)
-        hidden = self._forward(admission, prefill, decode, last_tokens)
-        if admission is not None:
-            hidden = self._share_prompts(admission, live, prefill, hidden)
-        context = self._decoder.context
-        if context.is_last:
+        prefill = None if admission is None else self._enter(admission, live)
+        num = 0 if prefill is None else prefill.packed.num_tokens
+        num += 0 if decode is None else decode.positions.shape[0]
+        inputs = None
+        if num and not self._decoder.context.is_first:
+            inputs = self._links.hidden_to_come(num)
+        self._begun = _Step(live, admission, prefill, decode, last_tokens, inputs)
+
+    def step(self) -> None:
+        """Takes all live sequences one token further through this stage, as it was begun."""
+        if self._begun is None:
+            return
+        step, self._begun = self._begun, None
+        hidden = self._forward(step)
+        if step.admission is not None:
+            hidden = self._share_prompts(step.admission, step.live, step.prefill, hidden)
+        if self._decoder.context.is_last:
             assert hidden is not None
             self._sample(hidden)
         else:
@@ -122,7 +150,7 @@ class Lane:
         enough = max(1, self._slots // ENTER_SHARE)
         return not live or self._slots - live >= min(enough, len(self._waiting))
 
-    def settle(self) -> None:
+    def _settle(self) -> None:
         """Learns the tokens of the last step from the last stage, if any are outstanding."""
         if self._awaits_tokens:
             self._awaits_tokens = False
@@ -148,31 +176,24 @@ class Lane:
         slots = [live + admission.rows.index(row) for row in admission.prompts]
         return Prefill(packed, torch.tensor(slots, device=device))
 
-    def _forward(
-        self,
-        admission: Admission | None,
-        prefill: Prefill | None,
-        decode: DecodeStep | None,
-        last_tokens: torch.Tensor,
-    ) -> torch.Tensor | None:
+    def _forward(self, step: _Step) -> torch.Tensor | None:
         """Hidden states of the prompts' tokens and of one token of each live sequence; None of none."""
-        decoder, links, context = self._decoder, self._links, self._decoder.context
-        num = 0 if prefill is None else prefill.packed.num_tokens
-        num += 0 if decode is None else decode.positions.shape[0]
-        if not num:
+        decoder, admission = self._decoder, step.admission
+        if step.prefill is None and step.decode is None:
             return None
-        if not context.is_first:
-            inputs = links.receive_hidden(num)
+        if step.inputs is not None:
+            inputs = step.inputs()
         elif admission is None or self._prompts.tokens is None:
-            inputs = last_tokens
+            inputs = step.last_tokens
         else:
-            inputs = torch.cat([*(self._prompts.tokens[row] for row in admission.prompts), last_tokens])
-        if prefill is None and decode is not None and self._graphs is not None:
-            hidden = self._graphs.decode(inputs, decode)
+            tokens = self._prompts.tokens
+            inputs = torch.cat([*(tokens[row] for row in admission.prompts), step.last_tokens])
+        if step.prefill is None and step.decode is not None and self._graphs is not None:
+            hidden = self._graphs.decode(inputs, step.decode)
         else:
-            hidden = decoder.step(inputs, prefill, decode, self._cache)
-        if not context.is_last:
-            links.send_hidden(hidden)
+            hidden = decoder.step(inputs, step.prefill, step.decode, self._cache)
+        if not decoder.context.is_last:
+            self._links.send_hidden(hidden)
         return hidden
 
     def _share_prompts(

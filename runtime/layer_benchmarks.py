@@ -43,11 +43,15 @@ MANY_STEPS = 1 << 20
 
 @dataclass(frozen=True)
 class Effort:
-    """At least `samples` of each size after a first that does not count, for `seconds` if they are short."""
+    """At least `samples` of each size after a first that does not count, for `seconds` if they are short.
+
+    Where there is `stopped`, so many as until it says so.
+    """
 
     samples: int
     seconds: float
     most: int = 50
+    stopped: Callable[[], bool] | None = None
 
 
 def pack_lengths(sequences: int, tokens_each: int, ragged: bool) -> tuple[int, ...]:
@@ -281,6 +285,11 @@ class ShardBenchmarks:
         """What `once` gives, as often as the effort says, after a first that does not count."""
         once()
         samples: list[_T] = []
+        if effort.stopped is not None:
+            samples.append(once())
+            while not effort.stopped():
+                samples[0] = once()
+            return samples
         start = perf_counter()
         while len(samples) < effort.samples or (
             perf_counter() - start < effort.seconds and len(samples) < effort.most

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import median
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ _GAP_OPERATORS, _STREAM = 60, 1 << 20
 """Before each message of ranks on a host: as many small operators, some 60 microseconds, and a stream over as
 many numbers, after which what a message needs is in no cache, as between the calls of a run."""
 _SAMPLES, _FEW, _FEWEST = 100, 16, 5
+_BEYOND_CACHES = 8
 _MOST_S = 2.0
 """About as long are messages of one size sent."""
 _ROUND = 20
@@ -46,7 +48,7 @@ class LinkClock:
     device: torch.device
     large: int
 
-    def sizes(self) -> tuple[int, int, int]:
+    def sizes(self) -> Sequence[int]:
         return SMALL_BYTES, max(SMALL_BYTES * 2, self.large // 64), self.large
 
     def seconds(self, action: Action, num_bytes: int) -> float:
@@ -116,12 +118,14 @@ def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]])
 
 
 def collective_rows(
-    clock: LinkClock, rank: int, groups: Sequence[Sequence[int]]
+    clock: LinkClock, rank: int, groups: Sequence[Sequence[int]], *, in_memory: bool = False
 ) -> dict[str, list[Mapping[str, object]]]:
     """Seconds of collectives by group size: latency, tensor bytes/s, what each size took, largest spread.
 
     `groups` are disjoint, of equal size, and work at once: for each group size, their first ranks.
+    `in_memory`: messages go through memory, whose caches the largest of them must not fit into.
     """
+    sizes = [*clock.sizes(), *([_BEYOND_CACHES * clock.large] if in_memory else [])]
     names = ("all_reduce", "all_gather", "reduce_scatter")
     tables: dict[str, list[Mapping[str, object]]] = {name: [] for name in names}
     for size in group_sizes(len(groups[0]), first=2):
@@ -132,19 +136,17 @@ def collective_rows(
         let_ranks_go_first()
         for name, rows in tables.items():
             found = []
-            for num_bytes in clock.sizes():
+            for num_bytes in sizes:
                 action = _collective(name, clock.device, num_bytes // 4, size, mine)
                 found.append(clock.timing(action, num_bytes))
-            small_s, middle_s, large_s = (timing.seconds for timing in found)
             spread = max(timing.spread for timing in found)
             # never faster for more bytes
-            middle_s, large_s = max(small_s, middle_s), max(small_s, middle_s, large_s)
-            middle, large = clock.sizes()[1:]
-            rate = (large - middle) / max(large_s - middle_s, 0.05 * large_s)
-            knee = [middle, middle_s]
-            rows.append(
-                {"ranks": size, "latency_s": small_s, "bytes_per_s": rate, "knee": knee, "spread": spread}
-            )
+            took = accumulate((timing.seconds for timing in found), max)
+            (_, small_s), *knees, (large, large_s) = zip(sizes, took, strict=True)
+            at, knee_s = knees[-1]
+            rate = (large - at) / max(large_s - knee_s, 0.05 * large_s)
+            row = {"ranks": size, "latency_s": small_s, "bytes_per_s": rate, "spread": spread}
+            rows.append({**row, "knees": [list(knee) for knee in knees]})
     return tables
 
 

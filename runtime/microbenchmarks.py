@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -138,6 +139,15 @@ def memory_points(
             spent = clock.seconds(sweep)
         moved = sum(weight.numel() * 4.0 for weight in weights)
         points.append([float(size), moved / max(spent - overhead_s * len(weights), 0.5 * spent)])
+    return points
+
+
+def copy_points(clock: Clock, device: torch.device, sets: Sequence[int]) -> list[list[float]]:
+    """[bytes touched, bytes/s read and written] of copies from one tensor to another."""
+    points = []
+    for size in sets:
+        source, target = torch.zeros(2, size // 8, device=device).unbind()
+        points.append([float(size), size / clock.seconds(partial(target.copy_, source))])
     return points
 
 

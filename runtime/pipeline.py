@@ -10,7 +10,8 @@ which they are sent; forwards and backwards go through channels of their own, so
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -51,9 +52,24 @@ class _Sent:
 class _Links:
     """This rank's messages to and from other stages, and the sends that are still under way."""
 
-    def __init__(self, decoder: Decoder, context: ParallelContext, pipeline: Pipeline) -> None:
-        self._decoder, self._context, self._pipeline = decoder, context, pipeline
+    def __init__(
+        self,
+        decoder: Decoder,
+        context: ParallelContext,
+        pipeline: Pipeline,
+        batches: Sequence[MicroBatch],
+        works: Collection[Work],
+    ) -> None:
+        """`works`: the kinds of actions of the schedule that are executed."""
+        self._decoder, self._context, self._pipeline, self._batches = decoder, context, pipeline, batches
         orders = pipeline_actions(pipeline)
+        mine = context.at.pp
+        self._to_come = deque(
+            action
+            for action in orders[mine]
+            if action.work in works and (source(pipeline, mine, action) or (mine,))[0] != mine
+        )
+        self._next: Callable[[], torch.Tensor] | None = None
         # where each action stands in the order of every stage that this one talks to
         self._places = {
             stage: {action: place for place, action in enumerate(orders[stage])}
@@ -61,17 +77,29 @@ class _Links:
         }
         self._sent: dict[int, list[_Sent]] = {stage: [] for stage in self._places}
 
-    def receive(self, action: Action, batch: MicroBatch) -> torch.Tensor:
-        """What the action takes from another stage, [num_rows(T), hidden]."""
-        needed = source(self._pipeline, self._context.at.pp, action)
-        assert needed is not None, action
-        stage, made_by = needed
-        shape = (self._decoder.num_rows(batch.packed.num_tokens), self._decoder.shape.hidden)
-        buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
-        self._context.channels.receive(buffer, self._context.stage_rank(stage), _CHANNELS[action.work])
+    def receive(self, action: Action) -> torch.Tensor:
+        """What the action takes from another stage, [num_rows(T), hidden]. Actions come in their order."""
+        stage, made_by = self._source(action)
+        assert self._to_come.popleft() == action, action
+        arrived = self._next or self._message(action)
+        # one ahead: its sender may send while this rank computes
+        self._next = self._message(self._to_come[0]) if self._to_come else None
+        tensor = arrived()
         # the sender has received all that its earlier actions took
         self._let_go(stage, before=self._places[stage][made_by])
-        return buffer
+        return tensor
+
+    def _message(self, action: Action) -> Callable[[], torch.Tensor]:
+        tokens = self._batches[action.micro_batch].packed.num_tokens
+        shape = (self._decoder.num_rows(tokens), self._decoder.shape.hidden)
+        buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
+        rank = self._context.stage_rank(self._source(action)[0])
+        return self._context.channels.to_come(buffer, rank, _CHANNELS[action.work])
+
+    def _source(self, action: Action) -> tuple[int, Action]:
+        needed = source(self._pipeline, self._context.at.pp, action)
+        assert needed is not None, action
+        return needed
 
     def send(self, action: Action, tensor: torch.Tensor) -> None:
         """Sends what the action made to the stage that takes it."""
@@ -106,11 +134,11 @@ def run_forward(
 ) -> None:
     """Forward passes; `finish(hidden [T, hidden], batch)` is called on the last stage."""
     pipeline = Pipeline(Schedule.ONE_F_ONE_B, context.strategy.pp, 1, len(batches))
-    links = _Links(decoder, context, pipeline)
+    links = _Links(decoder, context, pipeline, batches, {Work.FORWARD})
     with torch.no_grad():
         for index, batch in enumerate(batches):
             action = Action(Work.FORWARD, index, 0)
-            entry = _tokens(batch) if context.is_first else links.receive(action, batch)
+            entry = _tokens(batch) if context.is_first else links.receive(action)
             hidden = decoder.forward(entry, batch.packed)
             if context.is_last:
                 finish(hidden, batch)
@@ -131,7 +159,7 @@ def run_training(
     """
     strategy = context.strategy
     pipeline = Pipeline(strategy.schedule, strategy.pp, strategy.virtual_stages, len(batches))
-    stage = _TrainingStage(decoder, _Links(decoder, context, pipeline), batches, loss)
+    stage = _TrainingStage(decoder, _Links(decoder, context, pipeline, batches, set(Work)), batches, loss)
     for action in pipeline_actions(pipeline)[context.at.pp]:
         stage.run(action)
     stage.finish()
@@ -170,7 +198,7 @@ class _TrainingStage:
         if self._decoder.embeds(chunk):
             entry = _tokens(batch)
         else:
-            entry = self._links.receive(action, batch).requires_grad_(True)
+            entry = self._links.receive(action).requires_grad_(True)
         result = self._decoder.forward(entry, batch.packed, chunk)
         if self._decoder.ends(chunk):
             result = self._loss(result, batch)
@@ -179,9 +207,9 @@ class _TrainingStage:
         self._open[action.micro_batch, chunk] = entry, result
 
     def _backward(self, action: Action) -> None:
-        batch, chunk = self._batches[action.micro_batch], action.chunk
+        chunk = action.chunk
         entry, result = self._open.pop((action.micro_batch, chunk))
-        gradient = None if self._decoder.ends(chunk) else self._links.receive(action, batch)
+        gradient = None if self._decoder.ends(chunk) else self._links.receive(action)
         torch.autograd.backward(result, gradient)
         if self._decoder.weight_gradients is not None:
             self._decoder.weight_gradients.close()

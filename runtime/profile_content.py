@@ -76,6 +76,8 @@ def profile_content(
         content["tables"] = tables["tables"]
         if tables["concurrency"]:
             content["concurrency"] = tables["concurrency"]
+    if "copies" in measured:
+        content["copies"] = measured["copies"]
     if "transfer" in measured:
         content["transfer"] = measured["transfer"]
     if pace := _pace(measured.get("pace"), (tables or {}).get("pace")):

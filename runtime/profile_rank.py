@@ -80,8 +80,10 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         if device.type == "cpu":
             shared = bench.concurrency(clock, device, rank, len(local))
             result |= {"concurrency": shared.points, "pace": shared.pace}
+            result["copies"] = _copies(bench.Clock(device, budget, alone=True), budget, rank, local)
         link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
-        link["collectives"] = collective_rows(links, rank, [local])
+        in_memory = device.type == "cpu"
+        link["collectives"] = collective_rows(links, rank, [local], in_memory=in_memory)
         result["link"] = link
     if len(hosts) > 1:
         result["inter_link"] = _between(links, rank, hosts)
@@ -90,6 +92,17 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         timed = partial(links.seconds, num_bytes=SMALL_BYTES)
         result["transfer"] = transfer_costs(timed, first["latency_s"], rank)
     return result
+
+
+def _copies(clock: bench.Clock, budget: bench.Effort, rank: int, local: Sequence[int]) -> Mapping[str, Any]:
+    """Copies of one rank, then of all ranks of a host at once, which take about as long."""
+    copied = partial(bench.copy_points, clock, torch.device("cpu"), budget.working_sets)
+    alone = copied() if rank == local[0] else []
+    dist.barrier()
+    together = copied()
+    dist.barrier()
+    shared = bench.turns(len(local))
+    return {"alone": alone, "together": [[size, rate / shared] for size, rate in together]}
 
 
 def _between(clock: LinkClock, rank: int, hosts: Sequence[Sequence[int]]) -> dict[str, Any]:

@@ -7,6 +7,7 @@ mean, and when they are sent, is not decided here.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -41,10 +42,12 @@ class Links:
     def send_hidden(self, hidden: torch.Tensor) -> None:
         self._send(hidden, self._context.at.pp + 1, Channel.FORWARD)
 
-    def receive_hidden(self, rows: int) -> torch.Tensor:
+    def hidden_to_come(self, rows: int) -> Callable[[], torch.Tensor]:
+        """The hidden states that the stage before sends next, once they are asked for."""
         size = (rows, self._decoder.shape.hidden)
         buffer = torch.empty(size, dtype=self._decoder.dtype, device=self._context.device)
-        return self._receive(buffer, self._context.at.pp - 1, Channel.FORWARD)
+        before = self._context.stage_rank(self._context.at.pp - 1)
+        return self._context.channels.to_come(buffer, before, Channel.FORWARD)
 
     def send_tokens(self, tokens: torch.Tensor) -> None:
         for stage in range(self._last):

@@ -71,6 +71,7 @@ class Stopwatch:
         replaced = {name: self._timing(function) for name, function in own.items()}
         if context.strategy.pp > 1:
             own["recv"], replaced["recv"] = dist.recv, self._receiving(dist.recv)
+            own["irecv"], replaced["irecv"] = dist.irecv, self._expecting(dist.irecv)
         try:
             for name, function in replaced.items():
                 setattr(dist, name, function)
@@ -94,6 +95,12 @@ class Stopwatch:
 
         return receiving
 
+    def _expecting(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def expecting(*args: Any, **kwargs: Any) -> Any:
+            return _Expected(function(*args, **kwargs), self._receiving)
+
+        return expecting
+
     def _run(self, term: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`timed` for what nothing is timed within: a third of its price, for decoding's many."""
         start = perf_counter()
@@ -102,3 +109,10 @@ class Stopwatch:
         self._seconds[term] = self._seconds.get(term, 0.0) + spent
         self._inside += spent
         return result
+
+
+class _Expected:
+    """A reception under way, of which the waiting is timed: what a caller of `irecv` needs of a work."""
+
+    def __init__(self, work: dist.Work, timing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self.wait = timing(work.wait)

@@ -12,12 +12,11 @@ import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import closing
+from dataclasses import dataclass
 from pathlib import Path
-from statistics import median
 from typing import Any
 
-import psutil
 import torch
 import torch.distributed as dist
 
@@ -25,28 +24,24 @@ from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
 from realloc.model_shape import ModelShape, resolve_shape
-from realloc.signature import call_signature, ends_signature, layer_signature
-from realloc.strategy import Recompute
+from realloc.pace import usual
+from realloc.signature import call_signature
 from runtime.call_benchmarks import CallBenchmarks
 from runtime.host_memory import keep_freed_memory
-from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
+from runtime.layer_benchmarks import Effort, ShardBenchmarks
 from runtime.measuring_plan import (
-    Point,
     Sizes,
     Subject,
-    Work,
     default_sizes,
     experiment_sizes,
     subjects,
 )
 from runtime.pace import Probe
+from runtime.point_runner import SubjectRunner, fitting
 from runtime.shared_cores import SharedCores, shared_cores
 from runtime.supported import check_runs
-from runtime.table_rows import LEAST_S, Entry, Kept, table_rows, typical
-from runtime.unit_timer import PassSeconds
+from runtime.table_rows import Entry, Kept, table_rows
 
-# New tokens of two generate calls: the second's further steps are all alike.
-_FEW, _MANY = 10, 26
 _MOST_SEQUENCES = 64
 """Of whole calls: what they do beside their models grows evenly with the sequences."""
 
@@ -81,109 +76,6 @@ def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
     return subjects(sizes, spec.tp, quick=spec.quick)
 
 
-class PointRunner:
-    """Runs the points of one subject."""
-
-    def __init__(self, subject: Subject, bench: ShardBenchmarks, effort: Effort) -> None:
-        self._bench, self._effort = bench, effort
-        self._layer = layer_signature(subject.shape, subject.tp)
-        self._ends = ends_signature(subject.shape, subject.tp)
-
-    def run(self, point: Point) -> tuple[float, list[Entry]]:
-        """Seconds of the point's longest pass, and what was measured."""
-        if point.work is Work.OPTIMIZER:
-            samples = self._bench.optimizer(self._effort)
-            entry = Entry("optimizer", "optimizer", False, float(self._bench.num_elements), 1.0, samples)
-            return max(samples), [entry]
-        if point.work is Work.DECODE:
-            steps = self._bench.decode(point.count, point.length, point.ragged, self._effort)
-            return max(steps), [self._of_layer(point, "decode", self._each(steps))]
-        if point.work is Work.GENERATE:
-            return self._generate(point)
-        return self._passes(point)
-
-    def _passes(self, point: Point) -> tuple[float, list[Entry]]:
-        bench, effort, rows = self._bench, self._effort, max(1, point.rows)
-        lengths = pack_lengths(point.count, point.length, point.ragged)
-        tokens = sum(lengths)
-        if point.work in (Work.INFERENCE, Work.INFERENCE_SP):
-            split = point.work is Work.INFERENCE_SP
-            passes = bench.inference(lengths, rows, effort, split=split)
-            entries = [self._of_layer(point, str(point.work), [p.layer for p in passes])]
-            if not split:
-                entries.append(self._of_ends("enter", tokens, [p.enter for p in passes]))
-                entries.append(self._of_ends("head", rows, [p.output for p in passes]))
-            return _seconds(passes, bench), entries
-        if point.work is Work.PREFILL:
-            whole = bench.prefill(lengths, effort)
-            return max(whole), [self._of_layer(point, "prefill", self._each(whole))]
-        if point.work is Work.WEIGHT:
-            samples = bench.weight_gradients(lengths, rows, effort)
-            pass_s = 3 * typical(samples) * bench.shape.num_layers
-            return pass_s, [self._of_layer(point, "weight", samples)]
-        if point.work in (Work.SELECTIVE, Work.FULL):
-            return self._recompute(point, lengths, rows)
-        split = point.work is Work.TRAINING_SP
-        passes = bench.training(lengths, rows, effort, split=split)
-        suffix = "_sp" if split else ""
-        entries = [
-            self._of_layer(point, f"forward{suffix}", [p.layer for p in passes]),
-            self._of_layer(point, f"backward{suffix}", [p.layer_backward for p in passes]),
-        ]
-        if not split:
-            entries += [
-                self._of_ends("enter_train", tokens, [p.enter for p in passes]),
-                self._of_ends("enter_backward", tokens, [p.leave for p in passes]),
-                self._of_ends("head_train", rows, [p.output for p in passes]),
-                self._of_ends("head_backward", rows, [p.output_backward for p in passes]),
-            ]
-        return _seconds(passes, bench), entries
-
-    def _recompute(self, point: Point, lengths: Sequence[int], rows: int) -> tuple[float, list[Entry]]:
-        """What recomputation adds, against passes without it at about the same time."""
-        kind = Recompute(str(point.work))
-        plain = self._bench.training(lengths, rows, self._effort)
-        passes = self._bench.training(lengths, rows, self._effort, recompute=kind)
-        without = typical([p.layer + p.layer_backward for p in plain])
-        least = 0.02 * without  # noise must not make it free
-        samples = [max(least, p.layer + p.layer_backward - without) for p in passes]
-        return _seconds(passes, self._bench), [self._of_layer(point, str(kind), samples)]
-
-    def _generate(self, point: Point) -> tuple[float, list[Entry]]:
-        """Sampling, and what a generate call takes beside its steps: whole calls less what they hold."""
-        bench, effort = self._bench, self._effort
-        in_step = typical(bench.decode(point.count, point.length + (_FEW + _MANY) // 2, False, effort))
-        prefill_s = typical(bench.prefill((point.length,) * point.count, effort))
-        # differences of long times: more of them
-        often = replace(effort, samples=3 * effort.samples)
-        rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, often)
-        few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
-        step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))
-        sample = [max(LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
-        last_s = step_s - in_step
-        fixed = [max(LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
-        entries = [
-            self._of_ends("sample", point.count, sample),
-            Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
-        ]
-        return max(many for _, many in rounds) / 4, entries
-
-    def _each(self, whole: Sequence[float]) -> list[float]:
-        """A layer's part of passes; what little there is around the layers counts with them."""
-        return [seconds / self._bench.shape.num_layers for seconds in whole]
-
-    def _of_layer(self, point: Point, quantity: str, samples: list[float]) -> Entry:
-        return Entry(self._layer, quantity, point.ragged, float(point.count), float(point.length), samples)
-
-    def _of_ends(self, quantity: str, rows: int, samples: list[float]) -> Entry:
-        return Entry(self._ends, quantity, False, float(rows), 1.0, samples)
-
-
-def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
-    layers = bench.shape.num_layers
-    return max(p.total + layers * (p.layer + p.layer_backward) for p in passes)
-
-
 def measure_tables(
     spec: TableSpec, device: torch.device, fingerprint: str, groups: Mapping[int, dist.ProcessGroup]
 ) -> Mapping[str, Any]:
@@ -204,24 +96,22 @@ def measure_tables(
     notes: list[str] = []
     pace = TablePace(kept)
     for subject in todo:
-        bench: ShardBenchmarks | None = None
+        group = groups.get(subject.tp)
         over: dict[tuple[object, ...], int] = {}
-        for point in subject.points:
-            steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
-            if point.line in over:
-                continue
-            key = f"{subject.name} {point}"
-            found = kept.get(key)
-            if found is None:
-                if bench is None:
-                    shape = _fitting(subject, device)
-                    bench = ShardBenchmarks(shape, subject.dtype, subject.tp, groups.get(subject.tp), device)
-                found = PointRunner(subject, bench, effort).run(point)
-                kept.put(key, *found)
-                pace.sample()
-            collected += [(subject.dtype, entry) for entry in found[1]]
-            if found[0] > longest_s:
-                over[point.line] = point.count
+        with closing(SubjectRunner(subject, group, device, effort, spec.ranks)) as runner:
+            for number, point in enumerate(subject.points):
+                steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
+                if point.line in over:
+                    continue
+                key = f"{subject.name} {point}"
+                found = kept.get(key)
+                if found is None:
+                    found = runner.run(number)
+                    kept.put(key, *found)
+                    pace.sample()
+                collected += [(subject.dtype, entry) for entry in found[1]]
+                if found[0] > longest_s:
+                    over[point.line] = point.count
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device, steps)
     shared: SharedCores | None = None
@@ -258,9 +148,9 @@ class TablePace:
         self._samples = [] if found is None else list(found[1][0].samples)
 
     def sample(self) -> None:
-        """Beside every point, as warm as the work that tables are of."""
+        """Beside every point, as in a run: the second of two counts."""
         self._probe.run()
-        self._samples.append(min(self._probe.seconds(time.process_time) for _ in range(2)))
+        self._samples.append(self._probe.seconds(time.process_time))
         entry = Entry(self._KEY, self._KEY, False, 1.0, 1.0, self._samples)
         self._kept.put(self._KEY, 0.0, [entry])
 
@@ -268,7 +158,7 @@ class TablePace:
         """What a profile holds of it: what more ranks do to it counts where that was measured."""
         if not self._samples:
             return {}
-        alone_s = median(self._samples)
+        alone_s = usual(self._samples)
         quarter = len(self._samples) // 4
         ordered = sorted(self._samples)
         return {
@@ -305,7 +195,7 @@ def _calls_of(
                 known = kept.get(key)
                 if known is None:
                     if bench is None:
-                        shape = _fitting(subject, device)
+                        shape = fitting(subject, device)
                         bench = CallBenchmarks(
                             experiment, ShardBenchmarks(shape, experiment.dtype, 1, None, device)
                         )
@@ -315,26 +205,6 @@ def _calls_of(
                     kept.put(key, *known)
                 found += [(experiment.dtype, entry) for entry in known[1]]
     return found
-
-
-def _fitting(subject: Subject, device: torch.device) -> ModelShape:
-    """The shape with as many layers as a third of the memory trains."""
-    if device.type == "cuda":
-        available = torch.cuda.mem_get_info(device)[0]
-    else:
-        available = psutil.virtual_memory().available
-    shape = subject.shape
-    per_element = 16 if subject.dtype == "float32" else 18
-    ends = (1 if shape.tied_embeddings or shape.head == "scalar" else 2) * shape.vocab * shape.hidden
-    layer = max(1, (shape.num_params - ends) // shape.num_layers)
-    fits = int((available / 3 / per_element * subject.tp - ends) // layer)
-    if fits < 1:
-        raise InputError(
-            f"realloc profile: one layer of {layer_signature(shape, subject.tp)} and its embedding need "
-            f"{per_element * (layer + ends) / subject.tp / 2**30:.1f} GiB to train, and a third of the "
-            f"{available / 2**30:.1f} GiB that are free may be used; measure a larger --tp alone."
-        )
-    return replace(shape, num_layers=min(shape.num_layers, fits))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ LEAST_S = 1e-8
 
 @dataclass(frozen=True)
 class Entry:
-    """Samples of one row of one table."""
+    """Samples of one row of one table; `together`: those with all ranks of the host at the same."""
 
     of: str
     quantity: str
@@ -29,6 +29,7 @@ class Entry:
     x: float
     y: float
     samples: list[float]
+    together: list[float] = field(default_factory=list)
 
 
 class Kept:
@@ -61,15 +62,26 @@ class Kept:
 def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
     """`tables` of a `profile/1` file: typical seconds, never falling as a variable grows."""
     samples: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
+    ratios: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
     for dtype, entry in dtype_entries:
         key = (entry.of, dtype, entry.quantity, entry.ragged)
         samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
+        if entry.together:
+            ratio = typical(entry.together) / max(LEAST_S, typical(entry.samples))
+            ratios.setdefault(key, defaultdict(list))[entry.x, entry.y].append(max(1.0, ratio))
     tables: list[Mapping[str, Any]] = []
     for (of, dtype, quantity, ragged), points in samples.items():
         seconds = rising({at: max(LEAST_S, typical(values)) for at, values in points.items()})
         two = not quantity.startswith(_ONE_VARIABLE)
+        beside = ratios.get((of, dtype, quantity, ragged), {})
+        known = beside.keys() == points.keys()
         rows = [
-            [_plain(x), *([_plain(y)] if two else []), seconds[x, y], _spread(points[x, y])]
+            [
+                *([_plain(x), _plain(y)] if two else [_plain(x)]),
+                seconds[x, y],
+                _spread(points[x, y]),
+                *([typical(beside[x, y])] if known else []),
+            ]
             for x, y in sorted(points)
         ]
         tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
@@ -86,13 +98,15 @@ def _plain(size: float) -> float:
 
 
 def typical(values: Sequence[float]) -> float:
-    """The lower quartile: what else the machine does only ever adds to a sample."""
+    """Their mean without a quarter of them at either end: a run adds up what it meets, not its best."""
     ordered = sorted(values)
-    return ordered[(len(ordered) - 1) // 4]
+    quarter = len(ordered) // 4
+    kept = ordered[quarter : len(ordered) - quarter]
+    return sum(kept) / len(kept)
 
 
 def _spread(values: Sequence[float]) -> float:
-    """Distance between the quartiles as a share of the lower one."""
+    """Distance between the quartiles as a share of what is typical."""
     ordered = sorted(values)
     quarter = len(ordered) // 4
     return min(100.0, (ordered[-1 - quarter] - ordered[quarter]) / max(LEAST_S, typical(ordered)))

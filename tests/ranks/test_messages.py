@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -41,6 +42,17 @@ class Recording(Channels):
         number = 2 * channel + (rank < dist.get_rank())
         self.steps.append(Operation(rank, False, number, buffer.numel()))
         return super().receive(buffer, rank, channel)
+
+    def to_come(self, buffer: torch.Tensor, rank: int, channel: Channel) -> Callable[[], torch.Tensor]:
+        number = 2 * channel + (rank < dist.get_rank())
+        arrived = super().to_come(buffer, rank, channel)
+
+        def received() -> torch.Tensor:
+            # where groups are channels, it is only now received
+            self.steps.append(Operation(rank, False, number, buffer.numel()))
+            return arrived()
+
+        return received
 
 
 def test_generation_inference_and_training_meet(tmp_path: Path) -> None:

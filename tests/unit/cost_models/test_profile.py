@@ -73,18 +73,19 @@ def test_collectives_use_measured_group_sizes_and_interpolate_bus_bandwidth():
     assert beyond.bytes_per_s == pytest.approx(1e9 * 1.75 / (2 * 63 / 64))
 
 
-def test_a_knee_is_met_from_both_sides():
-    row = CollectiveCost(2, 1e-3, 1e9, (1e5, 3e-3))
-    assert [row.seconds(x) for x in (0.0, 5e4, 1e5, 1e5 + 1e9)] == pytest.approx([1e-3, 2e-3, 3e-3, 1.003])
+def test_knees_are_met_from_both_sides():
+    row = CollectiveCost(2, 1e-3, 1e9, ((1e5, 3e-3), (3e5, 4e-3)))
+    sizes = (0.0, 5e4, 1e5, 2e5, 3e5, 3e5 + 1e9)
+    assert [row.seconds(x) for x in sizes] == pytest.approx([1e-3, 2e-3, 3e-3, 3.5e-3, 4e-3, 1.004])
     inter = Link(1e-3, 1e9, (("all_gather", (row,)),))
     two_nodes = Communication(profile(inter_node=inter), DeviceMesh(0, 4, 2))
     across = GroupShape(2, 1)
-    for size in (0.0, 5e4, 1e5, 1e8):
+    for size in (*sizes, 1e12):
         assert two_nodes.collective_s("all_gather", across, size) == pytest.approx(row.seconds(size))
 
 
 def test_what_hosts_add_round_trips(tmp_path: Path):
-    row = CollectiveCost(2, 1e-3, 1e9, (1e5, 3e-3))
+    row = CollectiveCost(2, 1e-3, 1e9, ((1e5, 3e-3),))
     made = profile(
         intra_node=Link(1e-3, 1e9, (("all_reduce", (row,)),)),
         pace=Pace(1e-3, 1.25e-3, 2, 0.1),

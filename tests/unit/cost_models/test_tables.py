@@ -11,10 +11,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cost_models.compute import ComputeCosts, Pack, Pass
+from cost_models.curve import Curve
 from cost_models.measured import MeasuredCosts, compute_costs
 from cost_models.profile import read_profile, write_profile
 from cost_models.sources import Source, describe
-from cost_models.tables import Row, Table
+from cost_models.tables import Row, Table, read_tables, tables_content
 from realloc.errors import InputError
 from realloc.model_shape import ModelShape
 from realloc.signature import ends_signature, layer_signature
@@ -129,6 +130,30 @@ def test_what_was_not_measured_is_scaled_from_what_was():
     assert ratio > 1
     assert costs.recompute_layer_s(pack, Recompute.FULL) < 1.0
     assert "scaled: forward (from inference)" in describe(costs.found)
+
+
+def test_what_feels_others_more_than_the_rest_is_told_so():
+    """Seconds times the usual slowdown are those that were measured beside others."""
+    rows = (Row(1, 64, 1.0, 0.0, beside=2.0), Row(4, 64, 2.0, 0.0, beside=3.0))
+    made = replace(
+        profile(),
+        tables=(Table(layer_signature(SHAPE, 1), "float32", "inference", False, rows),),
+        concurrency=Curve(((1, 1.0), (2, 1.1), (4, 1.5))),
+    )
+
+    def seconds(busy: int, sequences: int) -> float:
+        costs = compute_costs(made, SHAPE, "float32", 1, busy)
+        pack = Pack(64.0 * sequences, sequences * 64.0**2, 1, 0)
+        return made.slowdown(busy) * costs.forward_layer_s(pack, use=Pass.INFERENCE)
+
+    assert [seconds(1, n) for n in (1, 4)] == pytest.approx([1.0, 2.0])
+    assert [seconds(4, n) for n in (1, 4)] == pytest.approx([2.0, 6.0])
+    assert seconds(2, 4) == pytest.approx(2.0 + 0.2 * 4.0)  # a fifth of what four ranks are to each other
+    assert seconds(8, 4) == pytest.approx(2 * seconds(4, 4))  # cores are shared out already
+    old = replace(made, tables=(replace(made.tables[0], rows=tuple(replace(r, beside=None) for r in rows)),))
+    plain = compute_costs(old, SHAPE, "float32", 1, 4)
+    assert plain.forward_layer_s(Pack(64, 64**2, 1, 0), use=Pass.INFERENCE) == pytest.approx(1.0)
+    assert tables_content(read_tables(tables_content(made.tables), "")) == tables_content(made.tables)
 
 
 def test_another_model_gets_the_roofline():

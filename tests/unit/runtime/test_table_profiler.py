@@ -18,7 +18,8 @@ from realloc.experiment import read_experiment
 from realloc.model_zoo import named_shapes
 from runtime.layer_benchmarks import pack_lengths
 from runtime.measuring_plan import Sizes, Work, experiment_sizes, subjects
-from runtime.table_profiler import PointRunner, TableSpec, measure_tables, wanted
+from runtime.point_runner import PointRunner
+from runtime.table_profiler import TableSpec, measure_tables, wanted
 from runtime.table_rows import Kept, rising, table_rows
 from tests.ranks.engine import ppo_content, write_models
 
