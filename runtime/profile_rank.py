@@ -55,6 +55,8 @@ def _versions() -> Mapping[str, str]:
     }
     if torch.version.cuda is not None:
         versions["cuda"] = torch.version.cuda
+    if torch.cuda.is_available() and dist.is_nccl_available():
+        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
     gpus = find_gpus() if torch.cuda.is_available() else None
     return versions if gpus is None else {**versions, "driver": gpus.driver}
 
