@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import log
+from math import log, nan
 from pathlib import Path
 from typing import Any
 
@@ -215,3 +215,16 @@ def test_a_batch_without_any_score_is_an_error(tmp_path: Path) -> None:
     gpus, placements = PLANS["replicas"]
     with pytest.raises(RankFailure, match="none of the 12 samples of this iteration has a score"):
         run(make_plan(tmp_path, experiment, gpus, placements), tmp_path / "run")
+
+
+def test_a_reward_model_that_gives_no_number_is_an_error(tmp_path: Path) -> None:
+    models = models_for(tmp_path, "grpo")
+    path = Path(models["reward"]) / "model.safetensors"
+    weights = load_file(path)
+    weights["score.weight"][:] = nan
+    save_file(weights, path, {"format": "pt"})
+    roles = ("actor", "ref", "reward")
+    experiment = ppo_content(tmp_path, {role: models[role] for role in roles}, algorithm="grpo")
+    experiment["workload"]["samples_per_prompt"] = 4
+    with pytest.raises(RankFailure, match=r"rew_inf: the model's score of sample 0 is nan"):
+        run(make_plan(tmp_path, experiment, 1, ALONE), tmp_path / "run")
