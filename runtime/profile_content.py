@@ -76,10 +76,7 @@ def profile_content(
         content["tables"] = tables["tables"]
         if tables["concurrency"]:
             content["concurrency"] = tables["concurrency"]
-    if "copies" in measured:
-        content["copies"] = measured["copies"]
-    if "transfer" in measured:
-        content["transfer"] = measured["transfer"]
+    content |= {key: measured[key] for key in ("copies", "transfer") if key in measured}
     if pace := _pace(measured.get("pace"), (tables or {}).get("pace")):
         content["pace"] = pace
     return _rounded(content)  # type: ignore[no-any-return]
