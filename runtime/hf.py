@@ -276,4 +276,8 @@ def _hf_config(shape: ModelShape, config: Mapping[str, Any], dtype: torch.dtype)
         content["id2label"] = {"0": "LABEL_0"}
         content["label2id"] = {"LABEL_0": 0}
         content.pop("num_labels", None)
+        # the classifier looks for the last token that is no padding: it would score the one before EOS
+        ends = content.get("eos_token_id")
+        if content.get("pad_token_id") in (ends if isinstance(ends, list) else [ends]):
+            content["pad_token_id"] = None
     return content

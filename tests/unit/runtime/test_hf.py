@@ -79,6 +79,19 @@ def test_bfloat16_is_recorded(tmp_path: Path) -> None:
     assert {tensor.dtype for tensor in stored.values()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("eos", [2, [1, 2]])
+def test_the_classifier_scores_eos_where_it_pads_as_well(eos: int | list[int], tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "a", "llama")
+    edit_config(folder, eos_token_id=eos, pad_token_id=2)
+    decoder = decoder_of(folder, head="scalar")
+    save_hf(tmp_path / "b", decoder.shape, read_config(folder), decoder.params)
+    tokens = torch.tensor([5, 7, 11, 2])
+    with torch.no_grad():
+        values = decoder.scalar(decoder.forward(tokens, pack((4,))))
+        score = load_oracle(tmp_path / "b", head="scalar")(tokens[None], use_cache=False).logits
+    torch.testing.assert_close(score[0], values[-1:], rtol=1e-4, atol=1e-4)
+
+
 def test_a_new_head_is_as_small_as_hidden_states_are_large(tmp_path: Path) -> None:
     folder = write_model(tmp_path, "llama")
     before = decoder_of(folder, head="scalar").params["head.weight"]
