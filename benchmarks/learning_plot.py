@@ -39,9 +39,9 @@ def _page(
     for index, (name, curves) in enumerate(charts):
         _chart(drawing, index * PITCH, f"{title}: {name}", curves)
     for index, (side, css) in enumerate(zip(sides, _CLASSES, strict=False)):
-        x, y = LEFT + 90.0 * index, FOOT + 34
-        drawing.line(x, y - 4, x + 22, y - 4, f"{css}mean")
-        drawing.text(x + 28, y, side, size=12)
+        x, y = LEFT + 76.0 * index, FOOT + 34
+        drawing.line(x, y - 4, x + 16, y - 4, f"{css}mean")
+        drawing.text(x + 21, y, side, size=12)
     return drawing.file(_STYLE)
 
 
