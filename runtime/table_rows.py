@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from realloc.files import write_text
@@ -68,24 +69,38 @@ def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, 
         samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
         if entry.together:
             ratio = typical(entry.together) / max(LEAST_S, typical(entry.samples))
-            ratios.setdefault(key, defaultdict(list))[entry.x, entry.y].append(max(1.0, ratio))
+            ratios.setdefault(key, defaultdict(list))[entry.x, entry.y].append(ratio)
     tables: list[Mapping[str, Any]] = []
     for (of, dtype, quantity, ragged), points in samples.items():
         seconds = rising({at: max(LEAST_S, typical(values)) for at, values in points.items()})
         two = not quantity.startswith(_ONE_VARIABLE)
-        beside = ratios.get((of, dtype, quantity, ragged), {})
+        beside = _beside(quantity, ratios.get((of, dtype, quantity, ragged), {}))
         known = beside.keys() == points.keys()
         rows = [
             [
                 *([_plain(x), _plain(y)] if two else [_plain(x)]),
                 seconds[x, y],
                 _spread(points[x, y]),
-                *([typical(beside[x, y])] if known else []),
+                *([beside[x, y]] if known else []),
             ]
             for x, y in sorted(points)
         ]
         tables.append({"of": of, "dtype": dtype, "quantity": quantity, "ragged": ragged, "rows": rows})
     return tables
+
+
+def _beside(
+    quantity: str, ratios: Mapping[tuple[float, float], Sequence[float]]
+) -> Mapping[tuple[float, float], float]:
+    """How many times longer rows take beside others: the optimizer's by its size, as a cache holds it or not.
+
+    Of all other tables the median of their rows: a row's two times are as far apart as the pace has changed
+    between them.
+    """
+    if quantity == "optimizer":
+        return {at: max(1.0, typical(found)) for at, found in ratios.items()}
+    every = [ratio for found in ratios.values() for ratio in found]
+    return dict.fromkeys(ratios, max(1.0, median(every))) if every else {}
 
 
 # Tables of one variable: of the ends, the optimizer, and what a generate call does once.
