@@ -56,7 +56,7 @@ from tests.tiny import write_tiny_llama  # noqa: E402
 RANKS = 2
 QUICK_S, FULL_S = 7.0, 25.0
 """For how long each plan runs, all rounds together."""
-QUICK_ROUNDS, FULL_ROUNDS = 2, 3
+ROUNDS = 3
 FEWEST = 4
 """Iterations of a round, however long they take."""
 QUICK_CASES = ("ppo-260K", "grpo-15M")
@@ -203,16 +203,14 @@ def place(experiment: Experiment, placed: Mapping[str, Placed]) -> ExecutionPlan
     return plan
 
 
-def run_case(
-    case: Case, folder: Path, profile: Path, seconds: float, rounds: int, *, quiet: bool
-) -> Sequence[Result]:
-    """Predicts every plan of one experiment, and runs it for about so many seconds, in so many rounds."""
+def run_case(case: Case, folder: Path, profile: Path, seconds: float, *, quiet: bool) -> Sequence[Result]:
+    """Predicts every plan of one experiment, and runs it for about so many seconds, in rounds."""
     experiment = read_experiment(folder / "experiment.yaml")
     plans = {label: predict(place(experiment, placed), str(profile)) for label, placed in PLANS.items()}
     traces: dict[str, list[Trace]] = {label: [] for label in plans}
-    for _ in range(rounds):
+    for _ in range(ROUNDS):
         for label, plan in plans.items():
-            traces[label].append(run_once(plan, folder, seconds / rounds))
+            traces[label].append(run_once(plan, folder, seconds / ROUNDS))
     results = [result_of(case.name, label, plan, traces[label]) for label, plan in plans.items()]
     for result in () if quiet else results:
         print(
@@ -370,8 +368,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             profile = folder / "profile.yaml"
             _profile(profile, experiments, options.quick)
         for case in cases:
-            effort = (QUICK_S, QUICK_ROUNDS) if options.quick else (FULL_S, FULL_ROUNDS)
-            found = run_case(case, folder / case.name, profile.resolve(), *effort, quiet=options.json)
+            seconds = QUICK_S if options.quick else FULL_S
+            found = run_case(case, folder / case.name, profile.resolve(), seconds, quiet=options.json)
             results += found
             if options.verbose:
                 for result in found:
