@@ -213,7 +213,7 @@ def concurrency(clock: Clock, device: torch.device, rank: int, ranks: int) -> Co
         for _ in range(_ROUNDS):
             dist.barrier()
             if rank < active:
-                probed += [probe.seconds(time.process_time) for _ in range(4)][1:]
+                probed += [probe.seconds() for _ in range(3)]
                 samples.append(_own_seconds(load, count))
             dist.barrier()
         seconds = median(samples) if samples else 0.0

@@ -112,8 +112,7 @@ def _time(load: Load, probe: Probe, seconds: float) -> tuple[float, float]:
     start, spent, count = time.perf_counter(), 0.0, 0
     while count < _PROBES or time.perf_counter() < start + seconds:
         if count < _PROBES:
-            probe.run()
-            probed.append(probe.seconds(time.process_time))
+            probed.append(probe.seconds())
         begin = time.process_time()
         load()
         spent += time.process_time() - begin

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
@@ -148,9 +147,8 @@ class TablePace:
         self._samples = [] if found is None else list(found[1][0].samples)
 
     def sample(self) -> None:
-        """Beside every point, as in a run: the second of two counts."""
-        self._probe.run()
-        self._samples.append(self._probe.seconds(time.process_time))
+        """Beside every point."""
+        self._samples.append(self._probe.seconds())
         entry = Entry(self._KEY, self._KEY, False, 1.0, 1.0, self._samples)
         self._kept.put(self._KEY, 0.0, [entry])
 
