@@ -21,13 +21,14 @@ from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
 from runtime.measuring_plan import Point, Subject, Work
 from runtime.microbenchmarks import turns
 from runtime.neighbours import Neighbours
-from runtime.table_rows import LEAST_S, Entry, typical
+from runtime.table_rows import LEAST_S, STEP, Entry, typical
 from runtime.unit_timer import PassSeconds
 
 # New tokens of two generate calls: the second's further steps are all alike.
 _FEW, _MANY = 10, 26
-_DIFFERENCES = ("pack_weights", "selective", "full")
-"""Quantities that are small differences of large ones: what others do to them is lost in those."""
+_NOT_BESIDE = ("pack_weights", "selective", "full", "sample", "decode")
+"""Of these what others do to them is not taken: small differences of large times, and parts of a decode step,
+which by themselves find in a cache what the whole step must fetch from memory."""
 
 
 class PointRunner:
@@ -111,8 +112,11 @@ class PointRunner:
         sample = [max(LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
         last_s = step_s - in_step
         fixed = [max(LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
+        steps = [max(LEAST_S, (many - few) / (_MANY - _FEW)) for few, many in rounds]
         entries = [
             self._of_ends("sample", point.count, sample),
+            self._of_ends(STEP, point.count, steps),
+            Entry(self._layer, STEP, False, float(point.count), 1.0, steps),
             Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
         ]
         return max(many for _, many in rounds) / 4, entries
@@ -162,7 +166,7 @@ class SubjectRunner:
         shared = turns(self._ranks)
         return seconds, [
             replace(alone, together=[shared * sample for sample in other.samples])
-            if alone.quantity not in _DIFFERENCES
+            if alone.quantity not in _NOT_BESIDE
             else alone
             for alone, other in zip(entries, together, strict=True)
         ]

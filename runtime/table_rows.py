@@ -16,6 +16,9 @@ from typing import Any
 
 from realloc.files import write_text
 
+STEP = "step"
+"""Entries of whole decode steps, in which a model is gone through from its first layer to the token: no table
+of its own, but what others do to its parts."""
 LEAST_S = 1e-8
 """What a difference of two times counts as when noise has made it less."""
 
@@ -72,16 +75,18 @@ def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, 
             ratios.setdefault(key, defaultdict(list))[entry.x, entry.y].append(ratio)
     tables: list[Mapping[str, Any]] = []
     for (of, dtype, quantity, ragged), points in samples.items():
+        if quantity == STEP:
+            continue
         seconds = rising({at: max(LEAST_S, typical(values)) for at, values in points.items()})
         two = not quantity.startswith(_ONE_VARIABLE)
-        beside = _beside(quantity, ratios.get((of, dtype, quantity, ragged), {}))
-        known = beside.keys() == points.keys()
+        asked = (of, dtype, STEP, False) if quantity in _OF_A_STEP else (of, dtype, quantity, ragged)
+        beside = _beside(quantity, ratios.get(asked, {}), points)
         rows = [
             [
                 *([_plain(x), _plain(y)] if two else [_plain(x)]),
                 seconds[x, y],
                 _spread(points[x, y]),
-                *([beside[x, y]] if known else []),
+                *([beside[x, y]] if beside else []),
             ]
             for x, y in sorted(points)
         ]
@@ -89,9 +94,13 @@ def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, 
     return tables
 
 
+_OF_A_STEP = ("decode", "sample")
+_Point = tuple[float, float]
+
+
 def _beside(
-    quantity: str, ratios: Mapping[tuple[float, float], Sequence[float]]
-) -> Mapping[tuple[float, float], float]:
+    quantity: str, ratios: Mapping[_Point, Sequence[float]], points: Iterable[_Point]
+) -> Mapping[_Point, float]:
     """How many times longer rows take beside others: the optimizer's by its size, as a cache holds it or not.
 
     Of all other tables the median of their rows: a row's two times are as far apart as the pace has changed
@@ -100,7 +109,7 @@ def _beside(
     if quantity == "optimizer":
         return {at: max(1.0, typical(found)) for at, found in ratios.items()}
     every = [ratio for found in ratios.values() for ratio in found]
-    return dict.fromkeys(ratios, max(1.0, median(every))) if every else {}
+    return dict.fromkeys(points, max(1.0, median(every))) if every else {}
 
 
 # Tables of one variable: of the ends, the optimizer, and what a generate call does once.
