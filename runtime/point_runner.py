@@ -6,6 +6,7 @@ Decides what of a point's passes becomes an entry of which table. Which points t
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -26,9 +27,10 @@ from runtime.unit_timer import PassSeconds
 
 # New tokens of two generate calls: the second's further steps are all alike.
 _FEW, _MANY = 10, 26
-_NOT_BESIDE = ("pack_weights", "selective", "full", "sample", "decode")
-"""Of these what others do to them is not taken: small differences of large times, and parts of a decode step,
-which by themselves find in a cache what the whole step must fetch from memory."""
+_ALONE = (Work.SELECTIVE, Work.FULL, Work.DECODE)
+_NOT_BESIDE = ("pack_weights", "sample")
+"""Work and quantities of which what others do to them is not taken: small differences of large times, and parts
+of a decode step, which by themselves find in a cache what the whole step must fetch from memory."""
 
 
 class PointRunner:
@@ -156,10 +158,11 @@ class SubjectRunner:
 
     def run(self, number: int) -> tuple[float, list[Entry]]:
         """What `PointRunner.run` finds of the point, with what it is together."""
-        if self._neighbours is None and self._ranks > 1:  # before there is anything for them to share
-            self._neighbours = Neighbours(self._ranks - 1, self._beside)
+        beside = min(self._ranks, len(os.sched_getaffinity(0))) - 1  # more of them would only take turns
+        if self._neighbours is None and beside > 0:  # before there is anything for them to share
+            self._neighbours = Neighbours(beside, self._beside)
         seconds, entries = self._run(number, self._effort)
-        if self._neighbours is None:
+        if self._neighbours is None or self._subject.points[number].work in _ALONE:
             return seconds, entries
         with self._neighbours.at(number):
             together = self._run(number, self._effort)[1]
