@@ -29,8 +29,8 @@ from runtime.unit_timer import PassSeconds
 _FEW, _MANY = 10, 26
 _ALONE = (Work.SELECTIVE, Work.FULL, Work.DECODE)
 _NOT_BESIDE = ("pack_weights", "sample")
-"""Work and quantities of which what others do to them is not taken: small differences of large times, and parts
-of a decode step, which by themselves find in a cache what the whole step must fetch from memory."""
+"""Work and quantities that are not measured beside others: small differences of large times, and parts of a
+decode step, which by themselves find in a cache what the whole step must fetch from memory."""
 
 
 class PointRunner:
