@@ -10,7 +10,7 @@ import os
 import select
 import struct
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from realloc.errors import RunError
 
@@ -24,6 +24,7 @@ class Neighbours:
     """`count` of them, idle until `at`."""
 
     def __init__(self, count: int, work: Work) -> None:
+        self._pids: list[int] = []
         self._pipes: list[tuple[int, int]] = []
         for _ in range(count):
             self._pipes.append(self._fork(work))
@@ -32,7 +33,8 @@ class Neighbours:
         """The ends to give orders and to hear words."""
         hears, orders = os.pipe()
         words, says = os.pipe()
-        if os.fork():
+        if pid := os.fork():
+            self._pids.append(pid)
             os.close(hears)
             os.close(says)
             return orders, words
@@ -57,7 +59,8 @@ class Neighbours:
 
     def _tell(self, order: int) -> None:
         for orders, _ in self._pipes:
-            os.write(orders, _ORDER.pack(order))
+            with suppress(BrokenPipeError):  # it will say nothing either
+                os.write(orders, _ORDER.pack(order))
         for _, words in self._pipes:
             if not os.read(words, 1):
                 raise RunError("realloc profile: a process that measures beside this one has died.")
@@ -67,9 +70,9 @@ class Neighbours:
         for pipe in self._pipes:
             for end in pipe:
                 os.close(end)
-        for _ in self._pipes:
-            os.wait()
-        self._pipes = []
+        for pid in self._pids:
+            os.waitpid(pid, 0)
+        self._pipes, self._pids = [], []
 
 
 def _serve(hears: int, says: int, work: Work) -> None:
