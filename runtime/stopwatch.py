@@ -1,6 +1,6 @@
 """What of a call is communication: seconds of collectives and receptions, by what they are for.
 
-While a call runs, the blocking functions of torch.distributed are replaced by ones that look at the
+While a call runs, the blocking functions of torch.distributed and of channels are replaced by ones that look at the
 clock as well, so that nobody who communicates knows of it. A reading costs a microsecond, the
 fastest collective a hundred. Only where these functions block the host is the time that of the
 communication: on a GPU they return at once, and nothing is timed.
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch.distributed as dist
 
+from runtime import channels
 from runtime.parallel import ParallelContext
 
 COLLECTIVES = (
@@ -67,18 +68,21 @@ class Stopwatch:
         }
         self._terms.pop(None, None)  # groups of one rank, and the whole world's
         names = COLLECTIVES if context.mesh.size > 1 else ()
-        own = {name: getattr(dist, name) for name in names if hasattr(dist, name)}
-        replaced = {name: self._timing(function) for name, function in own.items()}
+        own: dict[tuple[Any, str], Callable[..., Any]] = {
+            (dist, name): getattr(dist, name) for name in names if hasattr(dist, name)
+        }
+        replaced = {door: self._timing(function) for door, function in own.items()}
         if context.strategy.pp > 1:
-            own["recv"], replaced["recv"] = dist.recv, self._receiving(dist.recv)
-            own["irecv"], replaced["irecv"] = dist.irecv, self._expecting(dist.irecv)
+            for door in ((dist, "recv"), (channels, "wait_for")):
+                own[door] = getattr(*door)
+                replaced[door] = self._receiving(own[door])
         try:
-            for name, function in replaced.items():
-                setattr(dist, name, function)
+            for door, function in replaced.items():
+                setattr(*door, function)
             yield self._seconds
         finally:
-            for name, function in own.items():
-                setattr(dist, name, function)
+            for door, function in own.items():
+                setattr(*door, function)
 
     def _timing(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def timing(*args: Any, **kwargs: Any) -> Any:
@@ -95,12 +99,6 @@ class Stopwatch:
 
         return receiving
 
-    def _expecting(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def expecting(*args: Any, **kwargs: Any) -> Any:
-            return _Expected(function(*args, **kwargs), self._receiving)
-
-        return expecting
-
     def _run(self, term: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`timed` for what nothing is timed within: a third of its price, for decoding's many."""
         start = perf_counter()
@@ -109,10 +107,3 @@ class Stopwatch:
         self._seconds[term] = self._seconds.get(term, 0.0) + spent
         self._inside += spent
         return result
-
-
-class _Expected:
-    """A reception under way, of which the waiting is timed: what a caller of `irecv` needs of a work."""
-
-    def __init__(self, work: dist.Work, timing: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self.wait = timing(work.wait)
