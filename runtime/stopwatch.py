@@ -1,8 +1,8 @@
 """What of a call is communication: seconds of collectives and receptions, by what they are for.
 
-While a call runs, the blocking functions of torch.distributed and of channels are replaced by ones that look at the
-clock as well, so that nobody who communicates knows of it. A reading costs a microsecond, the
-fastest collective a hundred. Only where these functions block the host is the time that of the
+While a call runs, the blocking functions of torch.distributed and of `runtime.channels` are replaced by ones
+that look at the clock as well, so that nobody who communicates knows of it. A reading costs a microsecond,
+the fastest collective a hundred. Only where these functions block the host is the time that of the
 communication: on a GPU they return at once, and nothing is timed.
 """
 
