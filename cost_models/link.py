@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import log2
 from typing import Any
 
-from cost_models.curve import positive
+from cost_models.curve import read_curve
 from realloc.errors import InputError
 from realloc.files import Reader
 
@@ -146,7 +146,7 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             ranks=reader.integer("ranks", minimum=2, maximum=1_000_000),
             latency_s=reader.number("latency_s", minimum=0.0, maximum=60.0),
             bytes_per_s=reader.number("bytes_per_s", minimum=1.0),
-            knees=_read_knees(reader),
+            knees=read_curve(reader, "knees").points if reader.has("knees") else (),
             spread=reader.number("spread", 0.0, minimum=0.0),
         )
         reader.done()
@@ -156,19 +156,6 @@ def _read_rows(tables: Reader, name: str) -> tuple[CollectiveCost, ...]:
             )
         rows.append(row)
     return tuple(rows)
-
-
-def _read_knees(reader: Reader) -> tuple[tuple[float, float], ...]:
-    knees: list[tuple[float, float]] = []
-    for value in reader.get("knees", list, []):
-        where = reader.at("knees")
-        if not isinstance(value, list) or len(value) != 2:
-            raise InputError(f"{where}: expected pairs [bytes, seconds], found {value!r}.")
-        at, knee_s = positive(value[0], where), positive(value[1], where)
-        if knees and at <= knees[-1][0]:
-            raise InputError(f"{where}: {at:g} bytes must be more than the {knees[-1][0]:g} before them.")
-        knees.append((at, knee_s))
-    return tuple(knees)
 
 
 def _row_content(row: CollectiveCost) -> Mapping[str, Any]:

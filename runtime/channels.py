@@ -48,15 +48,18 @@ class Channels:
         dist.recv(buffer, rank, group=self._group(channel, upwards), tag=int(channel))
         return buffer
 
-    def to_come(self, buffer: torch.Tensor, rank: int, channel: Channel) -> Callable[[], torch.Tensor]:
-        """`receive`, once it is called: best made as soon as it is known that the message will come.
+    def to_come(
+        self, make: Callable[[], torch.Tensor], rank: int, channel: Channel
+    ) -> Callable[[], torch.Tensor]:
+        """`receive` into what `make` gives, once it is called: best made as soon as a message is known of.
 
         gloo sends nothing before the receiver has asked, and a sender that has gone on computing learns of it
         only when its socket's thread gets the core, up to a scheduler's tick later (4 ms at 250 Hz). So there
         the receiver asks at once. NCCL's receive would wait on the device meanwhile, and hold a part of it.
         """
         if self.groups:
-            return lambda: self.receive(buffer, rank, channel)
+            return lambda: self.receive(make(), rank, channel)
+        buffer = make()
         work = dist.irecv(buffer, rank, tag=int(channel))
         assert work is not None, "this rank is of the group"
 

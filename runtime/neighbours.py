@@ -49,19 +49,23 @@ class Neighbours:
             os._exit(1)
 
     @contextmanager
-    def at(self, number: int) -> Iterator[None]:
-        """All are at it while the block runs, and idle after. Raises RunError when one has died."""
-        self._tell(number)
+    def at(self, number: int, count: int | None = None) -> Iterator[None]:
+        """`count` of them (None: all) are at it while the block runs, and idle after.
+
+        Raises RunError when one has died.
+        """
+        self._tell(number, count)
         try:
             yield
         finally:
-            self._tell(_STOP)
+            self._tell(_STOP, count)
 
-    def _tell(self, order: int) -> None:
-        for orders, _ in self._pipes:
+    def _tell(self, order: int, count: int | None) -> None:
+        told = self._pipes[:count]
+        for orders, _ in told:
             with suppress(BrokenPipeError):  # it will say nothing either
                 os.write(orders, _ORDER.pack(order))
-        for _, words in self._pipes:
+        for _, words in told:
             if not os.read(words, 1):
                 raise RunError("realloc profile: a process that measures beside this one has died.")
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -92,9 +93,9 @@ class _Links:
     def _message(self, action: Action) -> Callable[[], torch.Tensor]:
         tokens = self._batches[action.micro_batch].packed.num_tokens
         shape = (self._decoder.num_rows(tokens), self._decoder.shape.hidden)
-        buffer = torch.empty(shape, dtype=self._decoder.dtype, device=self._context.device)
+        make = partial(torch.empty, shape, dtype=self._decoder.dtype, device=self._context.device)
         rank = self._context.stage_rank(self._source(action)[0])
-        return self._context.channels.to_come(buffer, rank, _CHANNELS[action.work])
+        return self._context.channels.to_come(make, rank, _CHANNELS[action.work])
 
     def _source(self, action: Action) -> tuple[int, Action]:
         needed = source(self._pipeline, self._context.at.pp, action)

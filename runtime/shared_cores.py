@@ -9,31 +9,26 @@ ranks beyond the cores take turns besides. Only of hosts without GPUs.
 
 from __future__ import annotations
 
-import argparse
-import select
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
+from functools import partial
 from statistics import mean, median
 
 import torch
 
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Experiment, read_experiment
-from runtime.host_memory import keep_freed_memory
 from runtime.layer_benchmarks import ShardBenchmarks, pack_lengths
 from runtime.microbenchmarks import group_sizes, turns
+from runtime.neighbours import Neighbours, Work
 from runtime.pace import Probe
 
 Load = Callable[[], None]
 _ROUNDS = 6
 _PROBES = 4
 """Of the pace, in each round, alone and beside others."""
-_GO, _STOP = "go\n", "stop\n"
 
 
 @dataclass(frozen=True)
@@ -54,23 +49,19 @@ def shared_cores(paths: Sequence[str], ranks: int, seconds: float) -> SharedCore
     """
     curves: list[Mapping[int, tuple[float, float]]] = []
     for path in paths:
-        load = training_load(read_experiment(path))
-        if load is not None:
-            curves.append(_slowdowns(path, load, ranks, seconds))
+        experiment = read_experiment(path)
+        trained = [call for call in experiment.graph().calls if call.kind is CallKind.TRAIN_STEP]
+        if trained:
+            curves.append(_slowdowns(partial(training_load, experiment, trained[0]), ranks, seconds))
     if not curves:
         return None
     points = [[float(n), max(1.0, mean(curve[n][0] for curve in curves))] for n in sorted(curves[0])]
     return SharedCores(points, max(1.0, mean(curve[ranks][1] for curve in curves)))
 
 
-def training_load(experiment: Experiment) -> Load | None:
-    """One forward and backward pass of the first trained role, of a rank's share of a mini-batch."""
-    graph = experiment.graph()
-    trained = [call for call in graph.calls if call.kind is CallKind.TRAIN_STEP]
-    if not trained:
-        return None
-    call = trained[0]
-    shape = experiment.role_shape(graph, str(call.role))
+def training_load(experiment: Experiment, call: Call) -> Load:
+    """One forward and backward pass of the role that the call trains, of a rank's share of a mini-batch."""
+    shape = experiment.role_shape(experiment.graph(), str(call.role))
     bench = ShardBenchmarks(shape, experiment.dtype, 1, None, torch.device("cpu"))
     lengths = _lengths(experiment, call)
     return bench.training_pass(lengths, max(1, sum(lengths) // 2))
@@ -83,27 +74,40 @@ def _lengths(experiment: Experiment, call: Call) -> tuple[int, ...]:
     return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, not work.response.is_fixed))
 
 
-def _slowdowns(path: str, load: Load, ranks: int, seconds: float) -> Mapping[int, tuple[float, float]]:
-    """Ranks at once -> slowdown of the load, of the probe.
+def _slowdowns(make: Callable[[], Load], ranks: int, seconds: float) -> Mapping[int, tuple[float, float]]:
+    """Ranks at once -> slowdown of the load, of the probe. Every process makes a load of its own.
 
     In turns with the load alone, in windows of seconds, and the median over them: hosts change pace.
     """
-    load()
-    probe = Probe()
     window = seconds / 2 / _ROUNDS
-    with _neighbours(path, ranks - 1) as others:
+    # forked before there is a load that they could share
+    with closing(Neighbours(ranks - 1, _beside(make))) as others:
+        load, probe = make(), Probe()
+        load()
         found = {1: (1.0, 1.0)}
         for busy in group_sizes(ranks, first=2):
             ratios, probed = [], []
             for _ in range(_ROUNDS):
                 alone = _time(load, probe, window)
-                _tell(others[: busy - 1], _GO)
-                beside = _time(load, probe, window)
-                _tell(others[: busy - 1], _STOP)
+                with others.at(0, busy - 1):
+                    beside = _time(load, probe, window)
                 ratios.append(beside[0] / alone[0])
                 probed.append(beside[1] / alone[1])
             found[busy] = (median(ratios) * turns(busy), median(probed) * turns(busy))
     return found
+
+
+def _beside(make: Callable[[], Load]) -> Work:
+    """What a neighbour does: the load, which it makes once."""
+    made: list[Load] = []
+
+    def work(_: int, stopped: Callable[[], bool]) -> None:
+        made.extend([] if made else [make()])
+        made[0]()
+        while not stopped():
+            made[0]()
+
+    return work
 
 
 def _time(load: Load, probe: Probe, seconds: float) -> tuple[float, float]:
@@ -118,57 +122,3 @@ def _time(load: Load, probe: Probe, seconds: float) -> tuple[float, float]:
         spent += time.process_time() - begin
         count += 1
     return spent / count, mean(probed)
-
-
-@contextmanager
-def _neighbours(path: str, count: int) -> Iterator[Sequence[subprocess.Popen[str]]]:
-    """Processes that run the same load when told to."""
-    command = [sys.executable, "-m", "runtime.shared_cores", path]
-    started = [
-        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        for _ in range(count)
-    ]
-    try:
-        for process in started:
-            assert process.stdout is not None
-            process.stdout.readline()  # it is ready
-        yield started
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
-
-
-def _tell(processes: Sequence[subprocess.Popen[str]], what: str) -> None:
-    for process in processes:
-        assert process.stdin is not None
-        process.stdin.write(what)
-        process.stdin.flush()
-
-
-def main(arguments: Sequence[str] | None = None) -> None:
-    """A neighbour: runs the load while it is told to, until its input ends."""
-    parser = argparse.ArgumentParser(prog="runtime.shared_cores")
-    parser.add_argument("experiment", type=Path)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    keep_freed_memory()
-    load = training_load(read_experiment(options.experiment))
-    if load is None:
-        return
-    load()
-    print("ready", flush=True)
-    busy = False
-    while True:
-        readable, _, _ = select.select([sys.stdin], [], [], 0 if busy else None)
-        if readable:
-            line = sys.stdin.readline()
-            if not line:
-                return
-            busy = line == _GO
-        if busy:
-            load()
-
-
-if __name__ == "__main__":
-    main()

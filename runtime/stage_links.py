@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -45,9 +46,9 @@ class Links:
     def hidden_to_come(self, rows: int) -> Callable[[], torch.Tensor]:
         """The hidden states that the stage before sends next, once they are asked for."""
         size = (rows, self._decoder.shape.hidden)
-        buffer = torch.empty(size, dtype=self._decoder.dtype, device=self._context.device)
+        make = partial(torch.empty, size, dtype=self._decoder.dtype, device=self._context.device)
         before = self._context.stage_rank(self._context.at.pp - 1)
-        return self._context.channels.to_come(buffer, before, Channel.FORWARD)
+        return self._context.channels.to_come(make, before, Channel.FORWARD)
 
     def send_tokens(self, tokens: torch.Tensor) -> None:
         for stage in range(self._last):

@@ -43,14 +43,17 @@ class Recording(Channels):
         self.steps.append(Operation(rank, False, number, buffer.numel()))
         return super().receive(buffer, rank, channel)
 
-    def to_come(self, buffer: torch.Tensor, rank: int, channel: Channel) -> Callable[[], torch.Tensor]:
+    def to_come(
+        self, make: Callable[[], torch.Tensor], rank: int, channel: Channel
+    ) -> Callable[[], torch.Tensor]:
         number = 2 * channel + (rank < dist.get_rank())
-        arrived = super().to_come(buffer, rank, channel)
+        arrived = super().to_come(make, rank, channel)
 
         def received() -> torch.Tensor:
+            tensor = arrived()
             # where groups are channels, it is only now received
-            self.steps.append(Operation(rank, False, number, buffer.numel()))
-            return arrived()
+            self.steps.append(Operation(rank, False, number, tensor.numel()))
+            return tensor
 
         return received
 

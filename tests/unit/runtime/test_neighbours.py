@@ -7,10 +7,15 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from realloc.errors import RunError
+from realloc.files import dump_yaml
+from runtime.microbenchmarks import turns
 from runtime.neighbours import Neighbours
+from runtime.shared_cores import shared_cores
+from tests.ranks.engine import ppo_content, write_models
 
 
 def test_they_work_while_the_block_runs_and_only_then(tmp_path: Path) -> None:
@@ -31,6 +36,8 @@ def test_they_work_while_the_block_runs_and_only_then(tmp_path: Path) -> None:
         idle = {path: path.stat().st_size for path in tmp_path.glob(f"{number}-*")}
         time.sleep(0.05)
         assert {path: path.stat().st_size for path in idle} == idle
+    with made.at(9, 1):
+        assert len(list(tmp_path.glob("9-*"))) == 1  # the other one stays idle
     pids = {int(path.name.partition("-")[2]) for path in tmp_path.iterdir()}
     assert len(pids) == 2
     assert os.getpid() not in pids
@@ -38,6 +45,20 @@ def test_they_work_while_the_block_runs_and_only_then(tmp_path: Path) -> None:
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_ranks_at_once_are_measured_with_an_experiment_of_theirs(tmp_path: Path) -> None:
+    models = write_models(tmp_path, hidden=16, layers=1, heads=2, kv_heads=1, ffn=16)
+    workload = {"sequences": 4, "prompt_tokens": 4, "response_tokens": 4}
+    content = ppo_content(tmp_path, models, workload=workload, hyperparameters={"mini_batches": 1})
+    path = tmp_path / "experiment.yaml"
+    path.write_text(dump_yaml("experiment", content), encoding="utf-8")
+    found = shared_cores([str(path)], 3, 0.2)
+    assert found is not None
+    assert [ranks for ranks, _ in found.points] == [1, 2, 3]
+    assert found.points[0][1] == 1.0
+    assert all(slowdown >= turns(int(ranks)) / 3 for ranks, slowdown in found.points)
+    assert not psutil.Process().children()  # nobody is left
 
 
 def test_one_that_dies_is_told() -> None:
