@@ -51,6 +51,7 @@ from realloc.mesh import parse_mesh  # noqa: E402
 from realloc.plan import ExecutionPlan, write_plan  # noqa: E402
 from realloc.strategy import parse_strategy  # noqa: E402
 from realloc.trace import Trace, read_trace  # noqa: E402
+from runtime.host_memory import keep_freed_memory  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
 RANKS = 2
@@ -357,6 +358,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = parser.parse_args(argv)
     if len(os.sched_getaffinity(0)) < RANKS:
         raise SystemExit(f"needs {RANKS} cores, one for each rank")
+    keep_freed_memory()  # ranks are forked from this process
     results: list[Result] = []
     with tempfile.TemporaryDirectory(prefix="realloc-fidelity-") as name:
         folder = Path(name)

@@ -73,6 +73,9 @@ def add(commands: Commands) -> None:
 def _profile(arguments: argparse.Namespace) -> int:
     check_output(arguments.output)
     check_nodes(arguments)
+    from runtime.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # before torch has threads: under a launcher this process measures
     from runtime.profiler import ProfileOptions, run_profile
 
     options = ProfileOptions(

@@ -136,6 +136,9 @@ def _run(arguments: argparse.Namespace) -> int:
         return _by_launcher(arguments)
     # a store whose host is gone prints C++ stacks otherwise; our own message names the host
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    from runtime.host_memory import keep_freed_memory
+
+    keep_freed_memory()  # before torch has threads
     from runtime.attempts import RunOptions
     from runtime.checkpoint import SaveOptions
     from runtime.launch import resume_run, run_plan
