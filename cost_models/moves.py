@@ -6,10 +6,14 @@ how long links take to move it.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from cost_models.communication import Communication, group_shape
+from cost_models.compute import local_elements
 from cost_models.profile import HardwareProfile
 from realloc.augmented import Placement
 from realloc.dataflow import Call, CallKind
+from realloc.layout import on_stage
 from realloc.mesh import DeviceMesh
 from realloc.model_shape import ModelShape
 from realloc.params import parameters
@@ -23,17 +27,21 @@ def reallocate_s(
     """Seconds to bring one role's parameters from the layout of `src` to that of `dst`.
 
     The time of the busiest rank: the bytes that it sends and receives over the links they cross,
-    plus a latency for each message. Ranks of one CPU host read each other's memory instead
-    (`runtime.shared_transport`): the time in which the busiest reader copies what it receives. (But
-    for roles that are offloaded, which is not known here: memory that comes and goes is not shared.)
+    plus a latency for each message; meanwhile it copies what it has and keeps, for both layouts have
+    memory of their own. Ranks of one CPU host read each other's memory instead (`runtime.shared_transport`):
+    they copy all that they hold afterwards. (But for roles that are offloaded, which is not known here:
+    memory that comes and goes is not shared.)
     """
+    if src.layout_key == dst.layout_key:
+        return 0.0
     traffic = schedule_bytes(shape, src, dst)
     between = traffic.sent_between_nodes + traffic.received_between_nodes
     total = traffic.sent + traffic.received
-    if not total.any():
-        return 0.0
+    ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
+    held = held_elements(shape, dst.strategy)
+    copied_s = profile.copy_s(2.0 * element_bytes * held, ranks)  # read and written
     if profile.attention.per_sequence and not between.any():  # a CPU
-        return _read_s(profile, element_bytes * int(traffic.received.max()), src, dst)
+        return copied_s + (_words_s(profile, src, dst, ranks) if total.any() else 0.0)
     intra, inter = profile.intra_node, profile.inter_node
     seconds = element_bytes * (between / inter.bytes_per_s + (total - between) / intra.bytes_per_s)
     busiest = int(seconds.argmax())
@@ -42,18 +50,31 @@ def reallocate_s(
     pieces = len(parameters(shape)) / max(src.strategy.pp, dst.strategy.pp)
     pieces *= max(1.0, src.strategy.tp / dst.strategy.tp, dst.strategy.tp / src.strategy.tp)
     messages = min(pieces, element_bytes * int(total[busiest]) / COALESCE_BYTES) + 1
-    ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
-    return (float(seconds[busiest]) + messages * link.latency_s) * _pair_contention(profile, ranks)
+    sent_s = (float(seconds[busiest]) + messages * link.latency_s) * _pair_contention(profile, ranks)
+    return max(sent_s, copied_s)
 
 
-def _read_s(profile: HardwareProfile, size_bytes: int, src: Placement, dst: Placement) -> float:
-    """Seconds to copy bytes out of the memory of other ranks; each sender and reader exchange two words."""
-    senders = max(1.0, src.strategy.tp / dst.strategy.tp) * max(1.0, src.strategy.pp / dst.strategy.pp)
-    ranks = min(len({*src.mesh.ranks, *dst.mesh.ranks}), dst.mesh.gpus_per_node)
-    moved = 2.0 * size_bytes  # read and written
-    return profile.copy_s(moved, ranks) + 2 * senders * profile.intra_node.latency_s * _pair_contention(
-        profile, ranks
+def held_elements(shape: ModelShape, strategy: Strategy) -> int:
+    """Elements of a role that the rank with the most of them holds between calls."""
+    return _held_elements(
+        shape, strategy.tp, strategy.pp, strategy.virtual_stages, strategy.dp if strategy.zero == 3 else 1
     )
+
+
+@lru_cache(maxsize=1024)
+def _held_elements(shape: ModelShape, tp: int, pp: int, virtual: int, split: int) -> int:
+    specs = parameters(shape)
+    whole = max(
+        sum(local_elements(spec, tp) for spec in specs if on_stage(spec, shape, pp, stage, virtual))
+        for stage in range(pp)
+    )
+    return -(-whole // split)
+
+
+def _words_s(profile: HardwareProfile, src: Placement, dst: Placement, ranks: int) -> float:
+    """Seconds of the two words that a reader and each of those whose memory it reads exchange."""
+    senders = max(1.0, src.strategy.tp / dst.strategy.tp) * max(1.0, src.strategy.pp / dst.strategy.pp)
+    return 2 * senders * profile.intra_node.latency_s * _pair_contention(profile, ranks)
 
 
 def transfer_s(

@@ -10,7 +10,6 @@ import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from statistics import median
 from typing import Any
 
@@ -24,6 +23,8 @@ from runtime.pace import Probe
 Action = Callable[[], object]
 _ROUNDS = 5
 """Of ranks that compute at once."""
+_PAIRS, _COLD_BYTES, _PIECE_BYTES = 6, 1 << 28, 1 << 19
+"""Of copies: pairs of tensors at most, what they reach to together, and how much is copied at once."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +144,23 @@ def memory_points(
 
 
 def copy_points(clock: Clock, device: torch.device, sets: Sequence[int]) -> list[list[float]]:
-    """[bytes touched, bytes/s read and written] of copies from one tensor to another."""
+    """[bytes touched, bytes/s read and written] of copies from some tensors to others, of all they hold.
+
+    In pieces, as parameters are, and of several such pairs in turn: between two copies of the same tensors a
+    run touches about as much other memory as they have, several times over.
+    """
     points = []
     for size in sets:
-        source, target = torch.zeros(2, size // 8, device=device).unbind()
-        points.append([float(size), size / clock.seconds(partial(target.copy_, source))])
+        pairs = max(1, min(_PAIRS, _COLD_BYTES // size))
+        memory = torch.zeros(pairs, 2, size // 8, device=device)
+        pieces = [pair.split(_PIECE_BYTES // 4, dim=1) for pair in memory]
+
+        def copy(pieces: list[tuple[torch.Tensor, ...]] = pieces) -> None:
+            for pair in pieces:
+                for source, target in pair:
+                    target.copy_(source)
+
+        points.append([float(size), pairs * size / clock.seconds(copy)])
     return points
 
 

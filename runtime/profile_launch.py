@@ -94,7 +94,7 @@ def _check(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], f
 
 
 def _environment(options: RankOptions) -> Mapping[str, str]:
-    """One thread and one arena each; gloo talks over the interface that leads to node 0 unless told otherwise."""
+    """One thread and arena each; gloo talks over the interface that leads to node 0 unless told otherwise."""
     environment = {**os.environ, **ONE_ARENA, "OMP_NUM_THREADS": "1"}
     if options.nodes > 1:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface_towards(options.endpoint[0]))

@@ -9,10 +9,14 @@ import pytest
 
 from cost_models.curve import Curve
 from cost_models.link import Link
+from cost_models.moves import held_elements
 from cost_models.profile import Attention, Transfer, load_profile
 from realloc.augmented import NodeKind, Placement, augment
 from realloc.errors import InputError
+from realloc.layout import layout
 from realloc.mesh import DeviceMesh
+from realloc.model_zoo import named_shapes
+from realloc.params import parameters
 from realloc.strategy import Strategy
 from tests.unit.cost_models.cases import cost_model, experiment, place, profile
 
@@ -48,8 +52,20 @@ def test_ranks_of_a_cpu_host_read_each_others_memory():
     assert model.reallocate_s("actor", place("d1t1p1"), place("d1t1p1", 1)) == pytest.approx(
         2 * BYTES / 1e11 + words
     )
+    # nothing is received, but the other layout has memory of its own
+    assert model.reallocate_s("actor", place("d2t1p1"), place("d1t1p1")) == pytest.approx(2 * BYTES / 1e11)
     # another host's memory cannot be read
     assert model.reallocate_s("actor", place("d1t1p1"), place("d1t1p1", 8)) > BYTES / 1e9
+
+
+@pytest.mark.parametrize("strategy", ["d1t1p1", "d2t2p1", "d1t2p2", "d2t1p4", "d4t1p1z3", "d2t1p2z3"])
+def test_held_elements_are_those_of_the_layout(strategy: str):
+    shape = named_shapes()["llama-7b"]
+    placed = place(strategy)
+    held = layout(shape, placed.mesh, placed.strategy)
+    most = max(held.num_elements(rank) for rank in held.ranks)
+    apart = 4096 * len(parameters(shape))  # ZeRO splits each by its rows
+    assert 0 <= most - held_elements(shape, placed.strategy) <= apart
 
 
 def test_reallocation_between_nodes_uses_the_slow_link():
