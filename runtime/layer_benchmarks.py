@@ -1,7 +1,7 @@
 """Times the runtime's own code on one device: passes, decode steps, optimizer steps of one model shard.
 
 A shard of a tensor-parallel model is run as the shard that it is, in a group whose collectives do
-nothing, so that everything but communication is what a run does. Decides how a size is run; which
+nothing but wait, so that everything but communication is what a run does. Decides how a size is run; which
 sizes, and what becomes of the seconds, is decided elsewhere (`runtime.measuring_plan`,
 `runtime.table_profiler`).
 """
@@ -9,6 +9,7 @@ sizes, and what becomes of the seconds, is decided elsewhere (`runtime.measuring
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from time import perf_counter, process_time
@@ -32,6 +33,7 @@ from runtime.parallel import ParallelContext
 from runtime.parameters import allocate
 from runtime.pipeline import MicroBatch, run_forward, run_training
 from runtime.rollout_decoder import Prefill, RolloutDecoder
+from runtime.stand_ins import StandIns
 from runtime.training import Trainer
 from runtime.unit_timer import PassSeconds, TimedDecoder, UnitTimer
 
@@ -74,7 +76,9 @@ class ShardBenchmarks:
         self.shape, self.device = shape, device
         self._dtype, self._group = DTYPES[dtype], group
         self._strategy = Strategy(tp=tp)
-        self.timer = UnitTimer(device)
+        self._stand_ins = None if group is None or device.type == "cuda" else StandIns()
+        self._now = process_time if self._stand_ins is None else self._stand_ins.now
+        self.timer = UnitTimer(device, self._now)
         # the last shard: where shards are uneven, it has most
         self._at = Coordinates(0, 0, tp - 1)
         self._generator = torch.Generator().manual_seed(0)
@@ -272,9 +276,9 @@ class ShardBenchmarks:
     def timed(self, action: Callable[[], object]) -> float:
         """Seconds of one action, until the device is done with it; on CPUs, of this process alone."""
         if self.device.type != "cuda":
-            start = process_time()
+            start = self._now()
             action()
-            return process_time() - start
+            return self._now() - start
         torch.cuda.synchronize(self.device)
         start = perf_counter()
         action()
@@ -283,6 +287,10 @@ class ShardBenchmarks:
 
     def samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
         """What `once` gives, as often as the effort says, after a first that does not count."""
+        with nullcontext() if self._stand_ins is None else self._stand_ins.waiting():
+            return self._samples(once, effort)
+
+    def _samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
         once()
         samples: list[_T] = []
         if effort.stopped is not None:

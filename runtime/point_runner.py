@@ -107,7 +107,7 @@ class PointRunner:
         in_step = typical(bench.decode(point.count, point.length + (_FEW + _MANY) // 2, False, effort))
         prefill_s = typical(bench.prefill((point.length,) * point.count, effort))
         # differences of long times: more of them
-        often = replace(effort, samples=3 * effort.samples)
+        often = replace(effort, samples=2 * effort.samples)
         rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, often)
         few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
         step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))

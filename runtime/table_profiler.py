@@ -116,7 +116,7 @@ def measure_tables(
     shared: SharedCores | None = None
     if shares:
         steps.begin(f"{spec.ranks} ranks at once")
-        shared = shared_cores(spec.experiments, spec.ranks, 8.0 if spec.quick else 24.0)
+        shared = shared_cores(spec.experiments, spec.ranks, 4.0 if spec.quick else 24.0)
     return {
         "tables": table_rows(collected),
         "notes": notes,

@@ -9,7 +9,7 @@ does is not the code's affair.
 from __future__ import annotations
 
 import time
-from collections.abc import MutableMapping
+from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,8 +46,9 @@ class PassSeconds:
 class UnitTimer:
     """Stamps on one device; `start` clears them. A ParameterSource that brings no parameters."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, now: Callable[[], float] = time.process_time) -> None:
+        """`now`: the clock of CPUs."""
+        self._device, self._now = device, now
         self._stamps: list[tuple[str, str, Any]] = []
 
     def before(self, unit: str) -> None:
@@ -69,7 +70,7 @@ class UnitTimer:
             event.record()
             self._stamps.append((what, unit, event))
         else:
-            self._stamps.append((what, unit, time.process_time()))
+            self._stamps.append((what, unit, self._now()))
 
     def start(self) -> None:
         self._stamps.clear()

@@ -6,14 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.fidelity import CASES, PLANS, Result, place, prepare, regret, spearman, summary
+from benchmarks.fidelity import CASES, PLANS, place, prepare
+from benchmarks.fidelity_numbers import Result, Round, regret, spearman, summary
 from realloc.comparison import Comparison, Line
 from realloc.experiment import read_experiment
 
 
 def result(plan: str, predicted_s: float, measured_s: float, case: str = "a") -> Result:
+    return Result(case, plan, (round_of(predicted_s, measured_s),))
+
+
+def round_of(predicted_s: float, measured_s: float, pace: float = 1.0) -> Round:
     total = Line("", "", "", predicted_s, measured_s)
-    return Result(case, plan, predicted_s, (measured_s,), (1.0,), Comparison((total,), total, (), ""), 1.0)
+    return Round(predicted_s, measured_s, pace, 1.0, Comparison((total,), total, (), ""))
 
 
 def test_rank_correlation():
@@ -38,14 +43,24 @@ def test_numbers_are_of_the_worst_experiment():
 
 
 def test_what_a_slow_machine_adds_is_told_apart_and_hides_nothing():
-    whole = Comparison((), Line("", "", "", 1.0, 1.3), (), "")
-    slow = Result("a", "x", 1.0, (1.3, 1.8, 1.1), (1.3, 1.5, 1.0), whole, 1.0)
-    assert slow.measured_s == 1.3
+    slow = Result("a", "x", (round_of(1.0, 1.3, 1.3), round_of(1.1, 1.8, 1.5), round_of(0.9, 1.1)))
+    assert (slow.predicted_s, slow.measured_s) == (1.0, 1.3)
     assert slow.at_pace_s == pytest.approx(1.1)  # of 1.0, 1.2 and 1.1
+    assert slow.typical is slow.rounds[0]
     found = summary([slow])
     assert found["error_mean"] == pytest.approx(0.3 / 1.3)
     assert found["error_mean_at_pace"] == pytest.approx(0.1 / 1.1)
     assert found["plans"][0]["rounds_s"] == [1.3, 1.8, 1.1]
+    assert found["plans"][0]["predictions_s"] == [1.0, 1.1, 0.9]
+
+
+def test_what_one_profile_says_and_how_far_rounds_are_apart():
+    found = summary([Result("a", "x", (round_of(2.0, 1.0), round_of(1.0, 1.5), round_of(1.0, 1.0)))])
+    assert found["error_worst"] == 0.0
+    assert found["error_worst_one_profile"] == pytest.approx(1.0)
+    assert found["repeat_worst"] == pytest.approx(0.4)
+    assert found["repeat_mean"] == pytest.approx(0.8 / 3)
+    assert summary([result("x", 1.0, 1.0)])["repeat_worst"] == 0.0  # one round says nothing
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.name.endswith("260K")])
