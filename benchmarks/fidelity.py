@@ -7,15 +7,16 @@ parallelism, reallocation between layouts, disjoint meshes, offload.
 There are several rounds. In each a profile is taken first, from the experiments themselves (never from their
 runs), predictions are made from it, and then every plan runs, one after the other: shared machines drift, and
 profile and run should meet the same one. Predicted is the median over rounds; measured the median over rounds
-of the median distance between the ends of successive iterations, the first left out. `error` is
-|predicted - measured| / measured; `..._one_profile` is the same of the first round's predictions. `repeat` is
-how far two rounds of one plan are apart, |a - b| / (a + b) * 2: what nobody can predict here. Ranks also
-take the pace of the machine (`realloc.pace`): `..._at_pace` are errors with measured seconds divided by how
-much slower the machine was than while it was profiled. `spearman` is the rank
-correlation of predicted and measured seconds among the plans of one experiment, `regret` how much slower the
-plan predicted best ran than the fastest that ran; both are those of the worst experiment. Between
-experiments ranking is easy and says nothing. `core_share` says whether the machine was quiet: below about
-0.95 other work took the ranks' cores, and no time is to be trusted.
+of the median distance between the ends of successive iterations, without the first quarter of them.
+
+`error` is |predicted - measured| / measured; `..._one_profile` is the same of the first round's predictions.
+`repeat` is how far two rounds of one plan are apart, 2 |a - b| / (a + b): what nobody can predict here. Ranks
+also take the pace of the machine (`realloc.pace`): `..._at_pace` are errors with measured seconds divided by
+how much slower the machine was than while it was profiled. `spearman` is the rank correlation of predicted
+and measured seconds among the plans of one experiment, `regret` how much slower the plan predicted best ran
+than the fastest that ran; both are those of the worst experiment. Between experiments ranking is easy and
+says nothing. `core_share` says whether the machine was quiet: below about 0.95 other work took the ranks'
+cores, and no time is to be trusted.
 
     python benchmarks/fidelity.py [--quick] [--json] [--experiments NAME ...] [--profile FILE] [--verbose]
 
@@ -32,6 +33,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -57,11 +59,13 @@ from runtime.host_memory import keep_freed_memory  # noqa: E402
 from tests.tiny import write_tiny_llama  # noqa: E402
 
 RANKS = 2
-QUICK_S, FULL_S = 6.0, 25.0
+QUICK_S, FULL_S = 5.0, 25.0
 """For how long each plan runs, all rounds together."""
 ROUNDS = 3
-FEWEST = 4
+FEWEST = 6
 """Iterations of a round, however long they take."""
+WARMING = 1 / 4
+"""Of a round's iterations, which do not count: memory is fetched from the system in the first ones."""
 QUICK_CASES = ("ppo-260K", "grpo-15M")
 BOTH, ONE, OTHER = "node[0]", "node0:gpu[0]", "node0:gpu[1]"
 MAX_PROMPT = 16
@@ -195,9 +199,10 @@ def round_of(plan: ExecutionPlan, trace: Trace) -> Round:
     """What a run of a plan gives."""
     assert plan.predictions is not None
     comparison = compare(plan, trace)
+    iterations = len({record.iteration for record in trace.records})
     return Round(
         predicted_s=plan.predictions.iteration_s,
-        measured_s=trace.iteration_seconds(),
+        measured_s=trace.iteration_seconds(skip_iterations=ceil(WARMING * iterations)),
         pace=1.0 if comparison.pace is None else comparison.pace.ratio,
         core_share=core_share(trace),
         comparison=comparison,

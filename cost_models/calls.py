@@ -167,8 +167,8 @@ class CallPricer:
             terms["tp_communication"] += count * lanes * slowest.tp
             if pp > 1:
                 terms["bubble"] += count * (pp - lanes) * slowest.total
-                message_s = self._communication.stage_message_s(rows * hidden_bytes)
-                terms["pp_communication"] += count * pp * message_s
+                round_s = self._communication.decode_round_s(rows * hidden_bytes, pp, lanes)
+                terms["pp_communication"] += count * round_s
         begun = max(self._costs.generate_s(stage.layers) for stage in self._stages)
         terms["overhead"] += begun * self._slowdown
         # every replica learns the response lengths of the others

@@ -99,3 +99,13 @@ class Communication:
         """A message to the next pipeline stage, over the slowest boundary of the mesh."""
         link = self._inter if self._across else self._intra
         return link.message_s(size_bytes)
+
+    def decode_round_s(self, size_bytes: float, stages: int, lanes: int) -> float:
+        """Messages of this size in a decode step of every lane, with what else stages do for it.
+
+        Where that was measured, between ranks of a host, it holds what a message takes there at least.
+        """
+        message_s, lane_s = self.stage_message_s(size_bytes), self._profile.transfer.lane_s
+        if not lane_s:
+            return stages * message_s
+        return lanes * lane_s + stages * max(0.0, message_s - self._intra.latency_s)

@@ -60,11 +60,13 @@ class Attention:
 class Transfer:
     """What a transfer of data takes beside its messages: in any case, for every sequence of the batch (who
     gets it is worked out), for every key of every sequence that moves (put together, taken apart).
+    `lane_s`: what a decode step takes on a pipeline stage beside its model, its message included.
     """
 
     node_s: float = 0.0
     sequence_s: float = 0.0
     value_s: float = 0.0
+    lane_s: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -293,7 +295,8 @@ def _read_transfer(reader: Reader | None) -> Transfer:
     if reader is None:
         return Transfer()
     keys = ("node_s", "sequence_s", "value_s")
-    transfer = Transfer(*(reader.number(key, minimum=0.0, maximum=60.0) for key in keys))
+    seconds = {key: reader.number(key, minimum=0.0, maximum=60.0) for key in keys}
+    transfer = Transfer(**seconds, lane_s=reader.number("lane_s", 0.0, minimum=0.0, maximum=60.0))
     reader.done()
     return transfer
 

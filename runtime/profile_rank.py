@@ -27,6 +27,7 @@ from runtime import microbenchmarks as bench
 from runtime.collectives import all_gather
 from runtime.gloo_threads import let_ranks_go_first
 from runtime.host_memory import keep_freed_memory
+from runtime.lane_benchmarks import lane_s
 from runtime.link_benchmarks import SMALL_BYTES, LinkClock, collective_rows, message_costs
 from runtime.machine import device_name
 from runtime.nvml import find_gpus
@@ -93,6 +94,7 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         first = result["link" if len(local) > 1 else "inter_link"]  # between ranks 0 and 1
         timed = partial(links.seconds, num_bytes=SMALL_BYTES)
         result["transfer"] = transfer_costs(timed, first["latency_s"], rank)
+        result["transfer"] |= {"lane_s": lane_s(timed, rank)}
     return result
 
 

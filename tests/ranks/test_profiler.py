@@ -61,6 +61,7 @@ def test_a_quick_profile_is_read_by_the_cost_models(tmp_path: Path):
         beside = profile.transfer
         # Python on every sequence and value: some are moved
         assert 1e-7 < beside.sequence_s + beside.value_s < 1e-3
+        assert beside.lane_s < 0.1
 
 
 def test_ranks_are_checked(tmp_path: Path):

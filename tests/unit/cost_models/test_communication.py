@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from cost_models.communication import Communication, GroupShape, group_shape
-from cost_models.profile import load_profile
+from cost_models.link import Link
+from cost_models.profile import Transfer, load_profile
 from realloc.mesh import DeviceMesh
+from tests.unit.cost_models.cases import profile
 
 H100 = load_profile("h100-sxm")
 NODE, NODES = DeviceMesh(0, 8, 8), DeviceMesh(0, 32, 8)
@@ -36,3 +40,14 @@ def test_replicas_of_tensor_parallel_groups_talk_across_nodes_alone():
     assert group == GroupShape(4, 1)
     found = Communication(H100, NODES).all_reduce_s(group, 1e12)
     assert found == pytest.approx(2 * 1e12 * 3 / 4 / 40e9, rel=1e-3)
+
+
+def test_a_decode_round_of_stages_by_hand():
+    """Two lanes on two stages: a message for each, or what steps were measured to take beside the model."""
+    plain = profile(intra_node=Link(1e-3, 1e6), inter_node=Link(3e-3, 1e6))
+    timed = replace(plain, transfer=Transfer(lane_s=5e-3))
+    one, two = DeviceMesh(0, 2, 2), DeviceMesh(0, 4, 2)
+    assert Communication(plain, one).decode_round_s(1000, 2, 2) == pytest.approx(2 * (1e-3 + 1e-3))
+    assert Communication(timed, one).decode_round_s(1000, 2, 2) == pytest.approx(2 * 5e-3 + 2 * 1e-3)
+    # between nodes a message takes longer than the one that was measured
+    assert Communication(timed, two).decode_round_s(1000, 4, 2) == pytest.approx(2 * 5e-3 + 4 * (2e-3 + 1e-3))

@@ -89,7 +89,7 @@ def test_what_hosts_add_round_trips(tmp_path: Path):
     made = profile(
         intra_node=Link(1e-3, 1e9, (("all_reduce", (row,)),)),
         pace=Pace(1e-3, 1.25e-3, 2, 0.1),
-        transfer=Transfer(1e-4, 1e-6, 2e-6),
+        transfer=Transfer(1e-4, 1e-6, 2e-6, 3e-4),
     )
     write_profile(made, tmp_path / "copy.yaml")
     assert read_profile(tmp_path / "copy.yaml") == made
