@@ -6,7 +6,8 @@ vocabulary that is a third of the time. Ranks use the same sizes again and again
 
 Threads but the main one have arenas of their own, whose heaps go back whole whatever these limits are:
 gloo's threads take their scratch memory there, and paid for its pages in every reduction. So all threads
-share one arena. glibc decides on that once, when a second thread first needs memory.
+share one arena. glibc decides on that once, when a second thread first needs memory. Not where there are
+GPUs: nothing is reduced on such hosts, and on many cores threads that tokenize would wait for each other.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from __future__ import annotations
 import ctypes
 import platform
 from collections.abc import Mapping
+from pathlib import Path
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h
 KEPT_BLOCK_BYTES = 1 << 28
 """Smaller blocks stay with the process; larger ones, such as whole models, go back to the system."""
 KEPT_FREE_BYTES = 1 << 30
 """Free memory at the end of the heap beyond this goes back as well."""
+NVIDIA = Path("/dev/nvidiactl")
+"""There where a driver has GPUs."""
 ONE_ARENA: Mapping[str, str] = {"MALLOC_ARENA_MAX": "1"}
 """The environment of a process that has threads before it can ask, because it imports torch first."""
 
@@ -34,4 +38,5 @@ def keep_freed_memory() -> None:
     library = ctypes.CDLL(None)
     library.mallopt(_M_MMAP_THRESHOLD, KEPT_BLOCK_BYTES)
     library.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
-    library.mallopt(_M_ARENA_MAX, 1)
+    if not NVIDIA.exists():
+        library.mallopt(_M_ARENA_MAX, 1)

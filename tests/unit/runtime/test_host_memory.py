@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from runtime.host_memory import NVIDIA
+
 SIZE, TIMES = 36 << 20, 5
 PROGRAM = f"""
 import resource, sys, threading
@@ -24,7 +26,7 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) * resource.g
 """
 
 
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc" or NVIDIA.exists(), reason="another C library, or GPUs")
 def test_freed_memory_is_paid_for_once_whichever_thread_takes_it() -> None:
     def paid(*arguments: str) -> int:
         command = [sys.executable, "-c", PROGRAM, *arguments]
