@@ -24,6 +24,7 @@ OFF = 0.2
 """A term is off when the measured seconds differ from the predicted ones by more than this share."""
 LEAST_SHARE = 0.01
 """Differences below this share of an iteration are not worth a word."""
+_NOTHING = 0.01
 _LENGTHS_OFF = 0.05
 _UNEVEN = 0.2
 _UNSTEADY = 0.3
@@ -44,8 +45,10 @@ class Line:
 
     @property
     def ratio(self) -> float | None:
-        """Measured over predicted."""
-        if self.predicted_s is None or self.measured_s is None or self.predicted_s < 1e-6:
+        """Measured over predicted; None where next to nothing was predicted."""
+        if self.predicted_s is None or self.measured_s is None:
+            return None
+        if self.predicted_s < max(1e-6, _NOTHING * self.measured_s):
             return None
         return self.measured_s / self.predicted_s
 

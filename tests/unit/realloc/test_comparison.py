@@ -11,6 +11,7 @@ import pytest
 
 from realloc.comparison import (
     Comparison,
+    Line,
     check_match,
     compare,
     measured_terms,
@@ -284,3 +285,9 @@ def test_a_resumed_run_may_have_been_at_no_evaluation(tmp_path: Path):
     check_match(plan, run(range(5, 11)))
     with pytest.raises(InputError, match="'eval_rew_inf' is in the plan and not in the run"):
         check_match(plan, run(range(5, 11), but="eval_rew_inf"))
+
+
+def test_a_ratio_to_next_to_nothing_says_nothing():
+    assert Line("", "waiting", "", 3e-5, 15e-3).ratio is None
+    assert Line("", "waiting", "", 3e-4, 15e-3).ratio == pytest.approx(50.0)
+    assert Line("", "waiting", "", 0.0, 0.0).ratio is None
