@@ -11,6 +11,7 @@ from functools import lru_cache
 from cost_models.communication import Communication, group_shape
 from cost_models.compute import local_elements
 from cost_models.profile import HardwareProfile
+from cost_models.zero import resident_elements
 from realloc.augmented import Placement
 from realloc.dataflow import Call, CallKind
 from realloc.layout import on_stage
@@ -56,19 +57,18 @@ def reallocate_s(
 
 def held_elements(shape: ModelShape, strategy: Strategy) -> int:
     """Elements of a role that the rank with the most of them holds between calls."""
-    return _held_elements(
-        shape, strategy.tp, strategy.pp, strategy.virtual_stages, strategy.dp if strategy.zero == 3 else 1
-    )
+    whole = _computed_with(shape, strategy.tp, strategy.pp, strategy.virtual_stages)
+    return resident_elements(whole, strategy).parameters
 
 
 @lru_cache(maxsize=1024)
-def _held_elements(shape: ModelShape, tp: int, pp: int, virtual: int, split: int) -> int:
+def _computed_with(shape: ModelShape, tp: int, pp: int, virtual: int) -> int:
+    """Elements that a rank of the largest stage computes with."""
     specs = parameters(shape)
-    whole = max(
+    return max(
         sum(local_elements(spec, tp) for spec in specs if on_stage(spec, shape, pp, stage, virtual))
         for stage in range(pp)
     )
-    return -(-whole // split)
 
 
 def _words_s(profile: HardwareProfile, src: Placement, dst: Placement, ranks: int) -> float:

@@ -24,8 +24,6 @@ KEPT_FREE_BYTES = 1 << 30
 """Free memory at the end of the heap beyond this goes back as well."""
 NVIDIA = Path("/dev/nvidiactl")
 """There where a driver has GPUs."""
-ONE_ARENA: Mapping[str, str] = {"MALLOC_ARENA_MAX": "1"}
-"""The environment of a process that has threads before it can ask, because it imports torch first."""
 
 
 def keep_freed_memory() -> None:
@@ -40,3 +38,8 @@ def keep_freed_memory() -> None:
     library.mallopt(_M_TRIM_THRESHOLD, KEPT_FREE_BYTES)
     if not NVIDIA.exists():
         library.mallopt(_M_ARENA_MAX, 1)
+
+
+def arena_environment() -> Mapping[str, str]:
+    """The same arenas for a process that has threads before it can ask, because it imports torch first."""
+    return {} if NVIDIA.exists() else {"MALLOC_ARENA_MAX": "1"}

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Protocol
 
 from realloc.errors import RunError
-from runtime.host_memory import ONE_ARENA
+from runtime.host_memory import arena_environment
 from runtime.stores import LOOPBACK, interface_towards, listen, wait_for
 
 
@@ -95,7 +95,7 @@ def _check(processes: Sequence[subprocess.Popen[bytes]], logs: Sequence[Path], f
 
 def _environment(options: RankOptions) -> Mapping[str, str]:
     """One thread and arena each; gloo talks over the interface that leads to node 0 unless told otherwise."""
-    environment = {**os.environ, **ONE_ARENA, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **arena_environment(), "OMP_NUM_THREADS": "1"}
     if options.nodes > 1:
         environment.setdefault("GLOO_SOCKET_IFNAME", interface_towards(options.endpoint[0]))
         environment["GROUP_RANK"] = str(options.node)

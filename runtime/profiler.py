@@ -23,7 +23,7 @@ import torch
 from realloc.errors import InputError, RunError
 from realloc.experiment import read_experiment
 from realloc.files import dump_yaml, write_text
-from runtime.host_memory import ONE_ARENA
+from runtime.host_memory import arena_environment
 from runtime.machine import OthersUse, device_name
 from runtime.profile_content import Links, profile_content
 from runtime.profile_launch import last_line, run_ranks
@@ -200,7 +200,7 @@ def _tables(spec: TableSpec, progress: Progress) -> Mapping[str, Any] | None:
 def _environment() -> Mapping[str, str]:
     """That of a process which measures alone, whatever launched this one."""
     kept = {key: value for key, value in os.environ.items() if key not in (*_LAUNCHED, "LOCAL_RANK")}
-    return {**kept, **ONE_ARENA, "OMP_NUM_THREADS": "1"}
+    return {**kept, **arena_environment(), "OMP_NUM_THREADS": "1"}
 
 
 def found_device() -> str:

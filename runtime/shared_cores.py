@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from statistics import mean, median
 
 import torch
@@ -99,13 +99,12 @@ def _slowdowns(make: Callable[[], Load], ranks: int, seconds: float) -> Mapping[
 
 def _beside(make: Callable[[], Load]) -> Work:
     """What a neighbour does: the load, which it makes once."""
-    made: list[Load] = []
+    load = cache(make)
 
     def work(_: int, stopped: Callable[[], bool]) -> None:
-        made.extend([] if made else [make()])
-        made[0]()
+        load()()
         while not stopped():
-            made[0]()
+            load()()
 
     return work
 
