@@ -10,7 +10,7 @@ import logging
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +37,8 @@ _SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
 
 Stop = Callable[[], str | None]
 """Why the ranks must stop, None as long as they may go on. Asked again and again while they run."""
+Starting = Callable[[], AbstractContextManager[None]]
+"""What is around the moment in which the ranks are forked."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Ended:
     sent: signal.Signals | None = None
 
 
-def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> Ended:
+def run_agent(spec: WorkerSpec, logs: Path, starting: Starting, stop: Stop, watchdog: Watchdog) -> Ended:
     """Runs this machine's ranks until all have ended, one has failed, or `stop` gives a reason.
 
     In the main thread. When it returns, no rank is left. `logs` gets what the ranks print and the agent's
@@ -60,7 +62,7 @@ def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> E
     """
     logs.mkdir(parents=True, exist_ok=True)
     _log_to_file(logs / "agent.log")
-    agent = _Agent(spec, logs, stop, watchdog)
+    agent = _Agent(spec, logs, starting, stop, watchdog)
     with _handlers_restored():
         try:
             agent.run()
@@ -72,7 +74,9 @@ def run_agent(spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> E
 class _Agent(LocalElasticAgent):
     """Torchrun's agent for the ranks of one machine, which may also be stopped for a reason from outside."""
 
-    def __init__(self, spec: WorkerSpec, logs: Path, stop: Stop, watchdog: Watchdog) -> None:
+    def __init__(
+        self, spec: WorkerSpec, logs: Path, starting: Starting, stop: Stop, watchdog: Watchdog
+    ) -> None:
         agent_spec = AgentSpec(
             role="ranks",
             local_world_size=spec.ranks_per_node,
@@ -84,12 +88,13 @@ class _Agent(LocalElasticAgent):
         )
         logs_specs = DefaultLogsSpecs(log_dir=str(logs), redirects=Std.ALL)
         super().__init__(agent_spec, logs_specs, start_method="fork")
-        self._stop, self._watchdog = stop, watchdog
+        self._starting, self._stop, self._watchdog = starting, stop, watchdog
         self.reason: str | None = None
         self.evidence: Evidence | None = None
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
-        started: dict[int, Any] = super()._start_workers(worker_group)
+        with self._starting():
+            started: dict[int, Any] = super()._start_workers(worker_group)
         context = self._pcontext
         assert isinstance(context, MultiprocessContext), "ranks are forked"
         assert context._pc is not None, "they have been started"

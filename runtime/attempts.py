@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from itertools import count
@@ -160,7 +161,7 @@ def follow(run: Run) -> None:
         run = run.with_options(order.options)
         name = order.checkpoint
         spec = run.spec(attempt, None if name is None else checkpoints_folder(run.out) / name)
-        ended = _run_ranks(run, spec)
+        ended = _run_ranks(run, spec, lambda: None, lambda: None)
         failure = _failure(ended, run)
         run.team.end(_report(run.team.node, failure, ended))
 
@@ -176,7 +177,7 @@ def _lead_attempt(run: Run, attempt: int, checkpoint: Path | None) -> tuple[Moni
     run.team.give(attempt, Order(None if checkpoint is None else checkpoint.name, run.told), run.out)
     try:
         with Monitor(run.plan, channel, run.out, first, run.options.watching) as monitor:
-            ended = _run_ranks(run, spec, lambda: monitor.trouble)
+            ended = _run_ranks(run, spec, monitor.begin, lambda: monitor.trouble)
             if monitor.trouble is not None and ended.reason == monitor.trouble:
                 raise RunError(f"{monitor.trouble}{run.continuation}")
             failure = _first(_reports(run, ended))
@@ -196,11 +197,21 @@ def _reports(run: Run, ended: Ended) -> Sequence[Report]:
         raise RunError(f"{error}{run.continuation}") from None
 
 
-def _run_ranks(run: Run, spec: WorkerSpec, stop: Stop = lambda: None) -> Ended:
-    """Runs this node's ranks until they end, or `stop` or another node gives a reason to end them."""
+def _run_ranks(run: Run, spec: WorkerSpec, begun: Callable[[], None], stop: Stop) -> Ended:
+    """Runs this node's ranks until they end, or `stop` or another node gives a reason to end them.
+
+    `begun` is called when they have been forked.
+    """
     first = spec.node * spec.ranks_per_node
     watchdog = Watchdog(Board(spec.ranks_per_node), first, run.program, run.options.limits)
-    return run_agent(spec, run.logs, lambda: run.team.reason_to_stop() or stop(), watchdog)
+
+    @contextmanager
+    def starting() -> Iterator[None]:
+        with run.team.quiet():
+            yield
+        begun()
+
+    return run_agent(spec, run.logs, starting, lambda: run.team.reason_to_stop() or stop(), watchdog)
 
 
 def _choose_interface(team: Team) -> None:

@@ -45,7 +45,7 @@ class Watching:
 
 
 class Monitor:
-    """Collects each iteration's metrics in a thread, in the launcher's process."""
+    """Collects each iteration's metrics in a thread, in the launcher's process, from `begin` on."""
 
     def __init__(
         self,
@@ -81,9 +81,13 @@ class Monitor:
         self._seconds: list[float] = []
 
     def __enter__(self) -> Monitor:
+        return self
+
+    def begin(self) -> None:
+        """Begins to watch. Not before the ranks are forked: a lock that a thread of the launcher holds at
+        that moment, inside torch's store or for the terminal, would be held for ever in the rank."""
         self._tell(lambda display: display.begin())
         self._thread.start()
-        return self
 
     def __exit__(
         self,
@@ -92,7 +96,8 @@ class Monitor:
         trace: TracebackType | None,
     ) -> None:
         self._stop.set()
-        self._thread.join(timeout=10)
+        if self._thread.ident is not None:
+            self._thread.join(timeout=10)
         for close in (self._file.close, self._samples.close, *(writer.close for writer in self._writers)):
             with suppress(OSError):  # each line was flushed: it was told when that failed
                 close()

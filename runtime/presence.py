@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 import torch.distributed as dist
@@ -63,6 +64,7 @@ class Presence:
         self._troubles: dict[int, Trouble] = {}
         self._lost: set[int] = set()
         self._stop = threading.Event()
+        self._talking = threading.Lock()
         self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
         self.attempt = 0
         """The one whose alarm is listened for."""
@@ -90,11 +92,26 @@ class Presence:
         if not self.is_cut_off:
             self._thread.join(self._lost_s)
 
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """The thread is not inside torch's store while the block runs, unless a cut link holds it there.
+
+        For forks: the store's locks are the process's, and one that a thread holds is held for ever in the
+        child, which has no such thread.
+        """
+        held = self._talking.acquire(timeout=self._lost_s)
+        try:
+            yield
+        finally:
+            if held:
+                self._talking.release()
+
     def _run(self) -> None:
         try:
             while not self._stop.wait(self._lost_s / 12):
-                self._store.set(_beat(self._node), str(self._turns))
-                self._listen()
+                with self._talking:
+                    self._store.set(_beat(self._node), str(self._turns))
+                    self._listen()
                 self._turns += 1
         except dist.DistError:
             self._is_broken = True

@@ -19,7 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from functools import partial
@@ -225,6 +225,10 @@ class Team:
         if presence.lost:
             return self._lost_text()
         return self._cut_off_text() if presence.is_cut_off else None
+
+    def quiet(self) -> AbstractContextManager[None]:
+        """While it lasts, no thread of this launcher is inside torch's store: ranks may be forked."""
+        return nullcontext() if self._presence is None else self._presence.quiet()
 
     def end(self, report: Report) -> Sequence[Report]:
         """Tells how this node's ranks have ended; on node 0, returns how those of all nodes have.

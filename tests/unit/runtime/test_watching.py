@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from statistics import pstdev
@@ -184,8 +185,10 @@ def test_a_place_that_fails_is_told_at_the_end(
 ) -> None:
     monkeypatch.setattr("runtime.monitor.open_writers", lambda *_: (Broken(),))
     message = r"metrics\.jsonl: lacks the metrics of some iterations"
-    with Monitor(plan, reported(1), tmp_path) as monitor, pytest.raises(RunError, match=message):
-        monitor.finish()
+    with Monitor(plan, reported(1), tmp_path) as monitor:
+        monitor.begin()
+        with pytest.raises(RunError, match=message):
+            monitor.finish()
 
 
 @pytest.mark.parametrize("error", [BrokenPipeError(), SystemExit(1)])  # the second is how rich says it
@@ -198,5 +201,15 @@ def test_a_run_goes_on_when_nobody_looks_any_more(
 
     monkeypatch.setattr("runtime.monitor.open_display", lambda *_: Gone(Console()))
     with Monitor(plan, reported(2), tmp_path) as monitor:
+        monitor.begin()
         monitor.finish()
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_nothing_runs_beside_the_launcher_before_it_begins(plan: ExecutionPlan, tmp_path: Path) -> None:
+    threads = threading.active_count()
+    with Monitor(plan, reported(1), tmp_path) as monitor:
+        assert threading.active_count() == threads
+        monitor.begin()
+        monitor.finish()
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
