@@ -10,6 +10,7 @@ enough.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -40,6 +41,8 @@ class Channels:
         upwards = dist.get_rank() < rank
         work = dist.isend(tensor, rank, group=self._group(channel, upwards), tag=int(channel))
         assert work is not None, "this rank is of the group"
+        if not self.groups:
+            os.sched_yield()  # to the socket's thread, which may not have heard yet that the receiver asks
         return work
 
     def receive(self, buffer: torch.Tensor, rank: int, channel: Channel) -> torch.Tensor:
@@ -55,7 +58,8 @@ class Channels:
 
         gloo sends nothing before the receiver has asked, and a sender that has gone on computing learns of it
         only when its socket's thread gets the core, up to a scheduler's tick later (4 ms at 250 Hz). So there
-        the receiver asks at once. NCCL's receive would wait on the device meanwhile, and hold a part of it.
+        the receiver asks at once, and the sender gives that thread its turn. NCCL's receive would wait on the
+        device meanwhile, and hold a part of it.
         """
         if self.groups:
             return lambda: self.receive(make(), rank, channel)

@@ -15,7 +15,7 @@ import torch
 from realloc.sampling import Sampling
 from runtime.decoder import Decoder
 from runtime.filtering import Filter
-from runtime.lane import Lane, Prompts, Rules
+from runtime.lane import Lane, Prompts, Rules, Watch
 from runtime.rollout_decoder import RolloutDecoder
 from runtime.sampling import uniforms
 from runtime.stage_links import Links
@@ -55,6 +55,7 @@ def generate(
     prompt_keys: Sequence[int] | None = None,
     limits: Sequence[int] | None = None,
     tokenizer: TextTokenizer | None = None,
+    watch: Watch | None = None,
 ) -> Generated:
     """Continues the prompts of this data replica. Every rank of the replica calls it alike.
 
@@ -65,7 +66,7 @@ def generate(
 
     `micro_batches` m bounds the cache: as many lanes as there are stages (at most m), each with
     slots for one m-th of the sequences. A waiting sequence takes the first slot that falls free.
-    Which one, and with whom, does not change what is sampled.
+    Which one, and with whom, does not change what is sampled. `watch`: see `Lane`.
     """
     num, context = len(prompt_lengths), decoder.context
     assert max_new_tokens >= 1, max_new_tokens
@@ -82,7 +83,7 @@ def generate(
         waiting = Waiting(range(num) if prompt_keys is None else prompt_keys)
         kept = Prompts(tuple(prompt_lengths), parts, draws)
         with torch.inference_mode(), _flushed_denormals():
-            _respond(decoder, links, kept, waiting, responses, rules, min(micro_batches, num))
+            _respond(decoder, links, kept, waiting, responses, rules, min(micro_batches, num), watch)
     links.finish()
     tokens = None if parts is None else responses.with_prompts(parts)
     logprobs = responses.packed_logprobs() if context.is_last else None
@@ -97,6 +98,7 @@ def _respond(
     responses: Responses,
     rules: Rules,
     groups: int,
+    watch: Watch | None,
 ) -> None:
     """Fills in the responses, one part of `groups` of the sequences in each lane at a time."""
     num = len(prompts.lengths)
@@ -105,7 +107,7 @@ def _respond(
     longest = max(prompts.lengths) + int(rules.limits.max()) - 1
     ready = RolloutDecoder(decoder, steps=responses.longest * (num // slots), longest=longest)
     lanes = [
-        Lane(ready, links, prompts, waiting, responses, rules, slots)
+        Lane(ready, links, prompts, waiting, responses, rules, slots, watch)
         for _ in range(min(decoder.context.strategy.pp, groups))
     ]
     _run(lanes, is_last=decoder.context.is_last)

@@ -27,6 +27,9 @@ ENTER_SHARE = 4
 an idle slot next to nothing: of 16 slots 4 at a time take 5% more steps, but a quarter of those."""
 
 
+Watch = Callable[[], None]
+
+
 @dataclass(frozen=True, eq=False)
 class Rules:
     """How tokens are drawn and when sequences end.
@@ -88,14 +91,17 @@ class Lane:
         responses: Responses,
         rules: Rules,
         slots: int,
+        watch: Watch | None = None,
     ) -> None:
+        """`watch` is called three times a step: when it has begun, after the model, and when it is done."""
+        self._watch: Watch = watch or _ignore
         self._decoder, self._links, self._rules = decoder, links, rules
         self._prompts, self._waiting, self._responses = prompts, waiting, responses
         self._slots = slots
         device = decoder.context.device
         self._cache: KVCache = decoder.new_cache(slots)
         self._graphs = DecodeGraphs(decoder, self._cache) if DecodeGraphs.suit(decoder) else None
-        self._awaits_tokens = False
+        self._tokens_to_come: Callable[[], torch.Tensor] | None = None
         self._begun: _Step | None = None
         self.last_tokens = torch.empty(0, dtype=torch.int64, device=device)
         self._occupy(self.last_tokens, torch.empty(3, 0, dtype=torch.int64, device=device))
@@ -136,14 +142,18 @@ class Lane:
         if self._begun is None:
             return
         step, self._begun = self._begun, None
+        self._watch()
         hidden = self._forward(step)
+        self._watch()
         if step.admission is not None:
             hidden = self._share_prompts(step.admission, step.live, step.prefill, hidden)
         if self._decoder.context.is_last:
             assert hidden is not None
             self._sample(hidden)
         else:
-            self._awaits_tokens = True
+            # asked for at once: the last stage may be computing with another lane when it has them
+            self._tokens_to_come = self._links.tokens_to_come(self.rows.shape[0])
+        self._watch()
 
     def _admits(self, live: int) -> bool:
         """Whether waiting sequences enter now: several at a time, if there are so many and any are live."""
@@ -152,9 +162,8 @@ class Lane:
 
     def _settle(self) -> None:
         """Learns the tokens of the last step from the last stage, if any are outstanding."""
-        if self._awaits_tokens:
-            self._awaits_tokens = False
-            signed = self._links.receive_tokens(self.rows.shape[0])
+        if self._tokens_to_come is not None:
+            signed, self._tokens_to_come = self._tokens_to_come(), None
             stopped = signed < 0
             self._append(torch.where(stopped, -1 - signed, signed), stopped)
 
@@ -294,6 +303,10 @@ class Lane:
         order[free] = movers
         self.last_tokens = self.last_tokens[order]
         self._occupy(self.rows[order], self._state[:, order])
+
+
+def _ignore() -> None:
+    pass
 
 
 def _rows_to_sample(

@@ -1,13 +1,16 @@
 """Times decoding through two pipeline stages, to learn what a step takes on a stage beside its model.
 
 Every stage keeps the books of every sequence, and its messages wait for the other's: for small batches of
-small models that is as much as the model. Run is the runtime's own code, on a model that is next to nothing.
+small models that is as much as the model. Run is the runtime's own code, on a model that is next to nothing
+and a core that is kept busy: messages go slower beside a computation than without.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import count
 
 import torch
 
@@ -21,8 +24,9 @@ from runtime.generation import generate
 from runtime.parallel import ParallelContext, single_rank
 from runtime.parameters import allocate
 
-_FEW, _MANY = 4, 36
+_FEW, _MANY = 4, 20
 _SEQUENCES, _PROMPT = 4, 2
+_MODEL_S = 1e-3
 _SHAPE = ModelShape(
     "llama", hidden=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, ffn_dim=32, vocab=64,
     max_positions=64, rotary_dim=8,
@@ -65,21 +69,35 @@ def _generate(decoder: Decoder | None, new_tokens: int) -> Callable[[], object]:
     if decoder is None:
         return lambda: None
     lanes = decoder.context.strategy.pp
-    count = lanes * _SEQUENCES
-    prompts = torch.zeros(count * _PROMPT, dtype=torch.int64) if decoder.context.is_first else None
+    sequences = lanes * _SEQUENCES
+    prompts = torch.zeros(sequences * _PROMPT, dtype=torch.int64) if decoder.context.is_first else None
 
     def run() -> None:
         generate(
             decoder,
             prompts=prompts,
-            prompt_lengths=[_PROMPT] * count,
-            sequence_ids=list(range(count)),
+            prompt_lengths=[_PROMPT] * sequences,
+            sequence_ids=list(range(sequences)),
             max_new_tokens=new_tokens,
             eos_ids=(),
             sampling=Sampling(ignore_eos=True),
             seed=0,
             iteration=0,
             micro_batches=lanes,
+            watch=_busy_in_each_step(),
         )
 
     return run
+
+
+def _busy_in_each_step() -> Callable[[], None]:
+    """Keeps the core busy when a step has begun, of the three times a step that it is called."""
+    calls = count()
+
+    def watch() -> None:
+        if next(calls) % 3 == 0:
+            until = time.perf_counter() + _MODEL_S
+            while time.perf_counter() < until:
+                pass
+
+    return watch

@@ -41,6 +41,8 @@ _T = TypeVar("_T")
 
 MANY_STEPS = 1 << 20
 """Of decoding: enough that whatever pays in the long run is done."""
+_BEFORE_A_STEP = (16, 16)
+"""Lengths of a pass before an optimizer step, which finds in caches what that has left there."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,23 @@ class Effort:
     seconds: float
     most: int = 50
     stopped: Callable[[], bool] | None = None
+
+
+@dataclass(frozen=True)
+class GenerateSeconds:
+    """A generate call: until the first token of each sequence, each step after it, and what follows.
+
+    `beside`: what each of these steps takes beside the model.
+    """
+
+    first: float
+    steps: tuple[float, ...]
+    beside: tuple[float, ...]
+    last: float
+
+    @property
+    def total(self) -> float:
+        return self.first + sum(self.steps) + self.last
 
 
 def pack_lengths(sequences: int, tokens_each: int, ragged: bool) -> tuple[int, ...]:
@@ -206,14 +225,19 @@ class ShardBenchmarks:
         return self.samples(once, effort)
 
     def optimizer(self, effort: Effort) -> list[float]:
-        """Seconds of one optimizer step with its clearing, norm and clipping."""
+        """Seconds of one optimizer step with its clearing, norm and clipping, after a pass as in a run."""
         trainer = self.trainer
+        train = self.training_pass(_BEFORE_A_STEP, sum(_BEFORE_A_STEP) // 2)
 
         def step() -> None:
             trainer.zero_gradients()
             trainer.step()
 
-        return self.samples(lambda: self.timed(step), effort)
+        def once() -> float:
+            train()
+            return self.timed(step)
+
+        return self.samples(once, effort)
 
     @torch.no_grad()
     def prefill(self, lengths: Sequence[int], effort: Effort) -> list[float]:
@@ -249,29 +273,33 @@ class ShardBenchmarks:
         return self.samples(lambda: self.timed(step), effort)
 
     def generate(
-        self, batch: int, prompt: int, new_tokens: Sequence[int], sampling: Sampling, effort: Effort
-    ) -> list[list[float]]:
-        """Seconds of whole calls, in rounds: one for each number of new tokens, all sequences full."""
+        self, batch: int, prompt: int, new_tokens: int, sampling: Sampling, effort: Effort
+    ) -> list[GenerateSeconds]:
+        """Whole calls, in which all slots are full."""
         decoder = self.decoder()
         prompts = self._tokens(batch * prompt)
 
-        def call(count: int) -> float:
-            def run() -> None:
-                generate(
-                    decoder,
-                    prompts=prompts,
-                    prompt_lengths=[prompt] * batch,
-                    sequence_ids=list(range(batch)),
-                    max_new_tokens=count,
-                    eos_ids=(),
-                    sampling=replace(sampling, ignore_eos=True, stop=()),
-                    seed=0,
-                    iteration=0,
-                )
+        def call() -> GenerateSeconds:
+            self.timer.start()
+            generate(
+                decoder,
+                prompts=prompts,
+                prompt_lengths=[prompt] * batch,
+                sequence_ids=list(range(batch)),
+                max_new_tokens=new_tokens,
+                eos_ids=(),
+                sampling=replace(sampling, ignore_eos=True, stop=()),
+                seed=0,
+                iteration=0,
+                watch=lambda: self.timer.stamp("step", ""),
+            )
+            *spans, last = self.timer.spans()
+            first, *steps = (spans[i : i + 3] for i in range(0, len(spans), 3))
+            return GenerateSeconds(
+                sum(first), tuple(map(sum, steps)), tuple(begin + end for begin, _, end in steps), last
+            )
 
-            return self.timed(run)
-
-        return self.samples(lambda: [call(count) for count in new_tokens], effort)
+        return self.samples(call, effort)
 
     def timed(self, action: Callable[[], object]) -> float:
         """Seconds of one action, until the device is done with it; on CPUs, of this process alone."""

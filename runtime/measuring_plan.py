@@ -17,6 +17,8 @@ from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy, forbidden
 
 _PLAIN = Sampling()
+_NEAR = 1.5
+"""The longest of these many times the usual length is left out when time is short."""
 
 
 class Work(StrEnum):
@@ -190,24 +192,26 @@ def _points(sizes: Sizes, tp: int, quick: bool) -> Iterator[Point]:
     whole = sizes.prompt + sizes.response
     # longer sequences weigh more in attention, so that a ragged pack counts as one of longer ones
     longest = max(whole, sizes.longest)
-    lengths = sorted({whole, longest} if quick else {max(1, whole // 2), whole, 2 * whole, longest})
+    lengths = _near(whole, longest) if quick else sorted({max(1, whole // 2), whole, 2 * whole, longest})
     variants = (False, True) if sizes.ragged and not quick else (sizes.ragged,)
     for ragged in variants:
         for length in lengths:
             yield from _pass_points(sizes, length, ragged, tp, quick)
         if sizes.trains:
-            mini = _counts(sizes.mini_batch or sizes.sequences, quick)
+            mini = _counts(sizes.mini_batch or sizes.sequences)
             for work in (Work.WEIGHT, Work.SELECTIVE, Work.FULL):
-                for count in mini[1:2] if quick else mini:
+                for count in mini[len(mini) // 2 :][:1] if quick else mini:
                     yield Point(work, count, whole, 1, ragged)
         if sizes.generates:
-            prompts = sorted({sizes.prompt, max(sizes.prompt, sizes.longest_prompt)})
-            for count in _counts(sizes.prompts or sizes.sequences, quick):
+            longest_prompt = max(sizes.prompt, sizes.longest_prompt)
+            both = sorted({sizes.prompt, longest_prompt})
+            prompts = _near(sizes.prompt, longest_prompt) if quick else both
+            for count in _counts(sizes.prompts or sizes.sequences):
                 for length in prompts:
                     yield Point(Work.PREFILL, count, length, 0, ragged)
     if sizes.generates:
         middle = sizes.prompt + max(1, sizes.response // 2)
-        for count in _counts(sizes.sequences, quick):
+        for count in _counts(sizes.sequences):
             contexts = {sizes.prompt + 1, longest} if quick else {sizes.prompt + 1, middle, whole, longest}
             for context in sorted(contexts):
                 yield Point(Work.DECODE, count, context, 0, sizes.ragged)
@@ -225,13 +229,15 @@ def _pass_points(sizes: Sizes, length: int, ragged: bool, tp: int, quick: bool) 
         wholes += [(Work.TRAINING, mini)] + ([(Work.TRAINING_SP, mini)] if splits else [])
     share = sizes.response / (sizes.prompt + sizes.response)
     for work, most in wholes:
-        for count in _counts(most, quick):
+        for count in _counts(most):
             yield Point(work, count, length, max(1, round(count * length * share)), ragged)
 
 
-def _counts(most: int, quick: bool) -> Sequence[int]:
-    """1, powers of two and `most`; when time is short, one between the ends."""
-    if quick:
-        middle = 1 << max(0, (most.bit_length() - 1) * 2 // 3)
-        return sorted({1, middle, most})
+def _near(usual: int, longest: int) -> Sequence[int]:
+    """Both lengths, or the usual alone: packs count as hardly longer where none is much longer than most."""
+    return [usual] if longest <= _NEAR * usual else [usual, longest]
+
+
+def _counts(most: int) -> Sequence[int]:
+    """1, powers of two and `most`: what a sequence more takes is least even where there are few."""
     return sorted({1 << i for i in range(32) if 1 << i < most} | {most})

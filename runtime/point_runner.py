@@ -25,8 +25,8 @@ from runtime.neighbours import Neighbours
 from runtime.table_rows import LEAST_S, STEP, Entry, typical
 from runtime.unit_timer import PassSeconds
 
-# New tokens of two generate calls: the second's further steps are all alike.
-_FEW, _MANY = 10, 26
+_NEW_TOKENS = 10
+"""Of a generate call."""
 _ALONE = (Work.SELECTIVE, Work.FULL, Work.DECODE)
 _NOT_BESIDE = ("pack_weights", "sample")
 """Work and quantities that are not measured beside others: small differences of large times, and parts of a
@@ -104,24 +104,20 @@ class PointRunner:
     def _generate(self, point: Point) -> tuple[float, list[Entry]]:
         """Sampling, and what a generate call takes beside its steps: whole calls less what they hold."""
         bench, effort = self._bench, self._effort
-        in_step = typical(bench.decode(point.count, point.length + (_FEW + _MANY) // 2, False, effort))
-        prefill_s = typical(bench.prefill((point.length,) * point.count, effort))
-        # differences of long times: more of them
-        often = replace(effort, samples=2 * effort.samples)
-        rounds = bench.generate(point.count, point.length, (_FEW, _MANY), point.sampling, often)
-        few_s, many_s = (typical([call[i] for call in rounds]) for i in (0, 1))
-        step_s = max(in_step, (many_s - few_s) / (_MANY - _FEW))
-        sample = [max(LEAST_S, (many - few_s) / (_MANY - _FEW) - in_step) for _, many in rounds]
-        last_s = step_s - in_step
-        fixed = [max(LEAST_S, few - prefill_s - (_FEW - 1) * step_s - last_s) for few, _ in rounds]
-        steps = [max(LEAST_S, (many - few) / (_MANY - _FEW)) for few, many in rounds]
+        # a neighbour goes on with whole calls until it is stopped
+        prefill_s = typical(bench.prefill((point.length,) * point.count, replace(effort, stopped=None)))
+        calls = bench.generate(point.count, point.length, _NEW_TOKENS, point.sampling, effort)
+        steps = [step for call in calls for step in call.steps]
+        sample = [seconds for call in calls for seconds in call.beside]
+        once = prefill_s + typical(sample)
+        fixed = [max(LEAST_S, call.first + call.last - once) for call in calls]
         entries = [
             self._of_ends("sample", point.count, sample),
             self._of_ends(STEP, point.count, steps),
             Entry(self._layer, STEP, False, float(point.count), 1.0, steps),
             Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
         ]
-        return max(many for _, many in rounds) / 4, entries
+        return max(call.total for call in calls) / 4, entries
 
     def _each(self, whole: Sequence[float]) -> list[float]:
         """A layer's part of passes; what little there is around the layers counts with them."""

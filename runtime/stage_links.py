@@ -54,9 +54,11 @@ class Links:
         for stage in range(self._last):
             self._send(tokens, stage, Channel.BACKWARD)
 
-    def receive_tokens(self, rows: int) -> torch.Tensor:
-        buffer = torch.empty(rows, dtype=torch.int64, device=self._context.device)
-        return self._receive(buffer, self._last, Channel.BACKWARD)
+    def tokens_to_come(self, rows: int) -> Callable[[], torch.Tensor]:
+        """The tokens that the last stage samples next, once they are asked for."""
+        make = partial(torch.empty, rows, dtype=torch.int64, device=self._context.device)
+        last = self._context.stage_rank(self._last)
+        return self._context.channels.to_come(make, last, Channel.BACKWARD)
 
     def finish(self) -> None:
         """Waits until everything is sent."""

@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,8 @@ from runtime.shared_cores import SharedCores, shared_cores
 from runtime.supported import check_runs
 from runtime.table_rows import Entry, Kept, table_rows
 
+ROUNDS = 2
+"""In which every point of a host is measured, minutes apart where there is much: its pace changes."""
 _MOST_SEQUENCES = 64
 """Of whole calls: what they do beside their models grows evenly with the sequences."""
 
@@ -87,36 +89,39 @@ def measure_tables(
     shares = not gpu and spec.ranks > 1 and bool(spec.experiments)
     graphs = [read_experiment(path).graph() for path in spec.experiments]
     calls = sum(len(_timed_calls(graph, role)) for graph in graphs for role in graph.roles)
-    steps = Steps(sum(len(subject.points) for subject in todo) + calls + shares)
+    rounds = 1 if gpu else ROUNDS
+    steps = Steps(rounds * sum(len(subject.points) for subject in todo) + calls + shares)
     effort = Effort(4, 0.08) if spec.quick else Effort(5, 0.4)
     longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
+    each = replace(effort, samples=-(-effort.samples // rounds), seconds=effort.seconds / rounds)
     kept = Kept(Path(spec.kept), fingerprint)
     collected: list[tuple[str, Entry]] = []
     notes: list[str] = []
     pace = TablePace(kept)
-    for subject in todo:
-        group = groups.get(subject.tp)
-        over: dict[tuple[object, ...], int] = {}
-        with closing(SubjectRunner(subject, group, device, effort, spec.ranks)) as runner:
-            for number, point in enumerate(subject.points):
-                steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
-                if point.line in over:
-                    continue
-                key = f"{subject.name} {point}"
-                found = kept.get(key)
-                if found is None:
-                    found = runner.run(number)
-                    kept.put(key, *found)
-                    pace.sample()
-                collected += [(subject.dtype, entry) for entry in found[1]]
-                if found[0] > longest_s:
-                    over[point.line] = point.count
+    for turn in range(rounds):
+        for subject in todo:
+            group = groups.get(subject.tp)
+            over: dict[tuple[object, ...], int] = {}
+            with closing(SubjectRunner(subject, group, device, each, spec.ranks)) as runner:
+                for number, point in enumerate(subject.points):
+                    steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
+                    if point.line in over:
+                        continue
+                    key = f"{subject.name} {point}" + (f", round {turn + 1}" if turn else "")
+                    found = kept.get(key)
+                    if found is None:
+                        found = runner.run(number)
+                        kept.put(key, *found)
+                        pace.sample()
+                    collected += [(subject.dtype, entry) for entry in found[1]]
+                    if found[0] > longest_s:
+                        over[point.line] = point.count
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device, steps)
     shared: SharedCores | None = None
     if shares:
         steps.begin(f"{spec.ranks} ranks at once")
-        shared = shared_cores(spec.experiments, spec.ranks, 4.0 if spec.quick else 24.0)
+        shared = shared_cores(spec.experiments, spec.ranks, 3.0 if spec.quick else 24.0)
     return {
         "tables": table_rows(collected),
         "notes": notes,

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -90,6 +91,13 @@ class UnitTimer:
             span = times[first : None if last else firsts[place + 1]]
             result.append(_pass_seconds(span, start, times[-1][2] if last else span[-1][2]))
         return result
+
+    def spans(self) -> list[float]:
+        """Seconds from each stamp to the next, since `start` and to now, which is the last."""
+        self.stamp("end", "")
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return [after - before for before, after in pairwise(self._seconds(s[2]) for s in self._stamps)]
 
     @property
     def elapsed_s(self) -> float:

@@ -173,8 +173,8 @@ def test_tables_of_an_experiment_predict_its_calls(tmp_path: Path):
         if call.kind is CallKind.GENERATE:
             # as many steps as the longest response takes
             longest = experiment.workload.response.maximum
-            rounds = bench.generate(12, 10, (longest,), experiment.sampling, effort)
-            seconds = median(spent for (spent,) in rounds)
+            calls = bench.generate(12, 10, longest, experiment.sampling, effort)
+            seconds = median(call.total for call in calls)
         else:
             seconds = median(CallBenchmarks(experiment, bench).whole(call, 12, 1, effort))
         assert costs.call_s(call, alone) == pytest.approx(seconds, rel=1.0), call.name

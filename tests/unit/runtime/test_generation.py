@@ -311,3 +311,10 @@ def test_weights_are_packed_only_for_many_steps(tmp_path: Path, monkeypatch: pyt
     matrices = sum(p.numel() for n, p in decoder.params.items() if p.dim() == 2) - shape.vocab * shape.hidden
     assert sum(packed) == matrices
     assert len(packed) == 4 * shape.num_layers + 1
+
+
+def test_a_watcher_hears_three_times_of_every_step(tmp_path: Path) -> None:
+    decoder = decoder_of(write_model(tmp_path, "llama"))
+    heard: list[None] = []
+    run(decoder, random_tokens(decoder.shape, LENGTHS), LENGTHS, watch=lambda: heard.append(None))
+    assert len(heard) == 3 * 20  # all sequences enter with the first step and take 20 tokens

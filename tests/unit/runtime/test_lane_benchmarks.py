@@ -9,9 +9,9 @@ from runtime.lane_benchmarks import lane_s
 
 @pytest.mark.parametrize("alone_s, expected", [(1e-3, 2e-3), (5e-3, 0.0)])
 def test_a_step_beside_its_model_by_hand(alone_s: float, expected: float) -> None:
-    """32 more tokens of both lanes take 6 ms each through two stages: 3 ms a lane, less a stage alone."""
+    """16 more tokens of both lanes take 6 ms each through two stages: 3 ms a lane, less a stage alone."""
     asked: list[Callable[[], object]] = []
-    times = iter([0.1, 0.1 + 32 * 6e-3, 0.2, 0.2 + 32 * alone_s])
+    times = iter([0.1, 0.1 + 16 * 6e-3, 0.2, 0.2 + 16 * alone_s])
 
     def seconds(action: Callable[[], object]) -> float:
         asked.append(action)

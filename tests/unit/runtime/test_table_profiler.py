@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,10 +17,11 @@ import experiments
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
 from realloc.model_zoo import named_shapes
-from runtime.layer_benchmarks import pack_lengths
+from realloc.sampling import Sampling
+from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
 from runtime.measuring_plan import Sizes, Work, experiment_sizes, subjects
 from runtime.point_runner import PointRunner
-from runtime.table_profiler import TableSpec, measure_tables, wanted
+from runtime.table_profiler import ROUNDS, TableSpec, measure_tables, wanted
 from runtime.table_rows import Kept, rising, table_rows
 from tests.ranks.engine import ppo_content, write_models
 
@@ -72,6 +74,20 @@ def test_points_end_at_what_the_workload_asks():
     assert max(p.length for p in subject.points if p.work is Work.DECODE) == 200
 
 
+def test_a_generate_call_is_all_of_its_parts():
+    shape = replace(SHAPE, num_layers=1, hidden=16, ffn_dim=16, vocab=64)
+    shape = replace(shape, num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8)
+    bench = ShardBenchmarks(shape, "float32", 1, None, torch.device("cpu"))
+    start = time.process_time()
+    first, second = bench.generate(3, 5, 7, Sampling(), Effort(2, 0.0))
+    spent = time.process_time() - start  # of three calls: the first does not count
+    for call in (first, second):
+        assert len(call.steps) == len(call.beside) == 6  # the first token comes with the prompts
+        assert all(0 < beside < whole for beside, whole in zip(call.beside, call.steps, strict=True))
+        assert call.total == pytest.approx(call.first + sum(call.steps) + call.last)
+    assert first.total + second.total < spent
+
+
 def test_models_that_do_not_run_are_refused():
     spec = TableSpec(("mixtral-8x7b",), (), ("float32",), 1, True, "unused")
     with pytest.raises(InputError, match="8 experts"):
@@ -110,7 +126,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(PointRunner, "run", counted)
     first = measure_tables(spec, cpu, "here", {})
-    total = sum(len(subject.points) for subject in wanted(spec, gpu=False))
+    total = ROUNDS * sum(len(subject.points) for subject in wanted(spec, gpu=False))
     assert len(ran) == total  # those of before the interruption were not run again
     assert measure_tables(spec, cpu, "here", {}) == first
     assert len(ran) == total
