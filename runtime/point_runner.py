@@ -26,7 +26,7 @@ from runtime.table_rows import LEAST_S, STEP, Entry, typical
 from runtime.unit_timer import PassSeconds
 
 _NEW_TOKENS = 10
-"""Of a generate call."""
+"""Of a generate call: enough that it packs its weights, as longer ones do."""
 _ALONE = (Work.SELECTIVE, Work.FULL, Work.DECODE)
 _NOT_BESIDE = ("pack_weights", "sample")
 """Work and quantities that are not measured beside others: small differences of large times, and parts of a
