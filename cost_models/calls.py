@@ -199,7 +199,7 @@ class CallPricer:
         one["optimizer"] += self._communication.copy_s(cleared) if cleared else 0.0
         one["optimizer"] += self._communication.all_reduce_s(self._mesh_group, 4)
         one["dp_communication"] = gradients_s(
-            self._costs, self._communication, self._dp_group, strategy, units, micro_batches
+            self._costs, self._communication, self._dp_group, strategy, units, params, micro_batches
         )
         partial = max(stage.layers for stage in self._stages)
         partial *= self._costs.partial_elements(strategy.sequence_parallel)

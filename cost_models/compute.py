@@ -34,6 +34,9 @@ _SAMPLE_OPS = 110
 _HEAD_OPS = 60
 # Decoding a micro-batch: cosines and sines of its positions, embedding, final norm.
 _PASS_OPS = 16
+# A parameter in an exchange of ZeRO's: copies into the buffer and out of it, and nine views of both, three of
+# which take about as long as an operator (measured, CPU: 13 microseconds where an operator takes 2.5).
+_EXCHANGE_OPS = 5
 # FlashAttention-2 (Dao 2023, section 4.1): the backward pass has 2.5 times the flops.
 _ATTENTION_BACKWARD = 2.5
 # What the runtime packs for decoding (runtime.packed_weights): more steps, larger matrices than this.
@@ -355,6 +358,10 @@ class ComputeCosts:
         seconds = step / self._profile.optimizer_bytes_per_s
         seconds += self.memory_s(passes, GRADIENT_BYTES * elements)
         return seconds + 3 * params * self._profile.launch_s
+
+    def exchange_s(self, params: int) -> float:
+        """Seconds of the operators that put rows of parameters into a buffer of ZeRO's and take them out."""
+        return _EXCHANGE_OPS * params * self._profile.launch_s
 
     def accumulate_s(self, elements: int) -> float:
         """Seconds to add a micro-batch's gradients to the fp32 buffer: two reads and a write."""

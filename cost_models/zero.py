@@ -41,9 +41,13 @@ def gradients_s(
     group: GroupShape,
     strategy: Strategy,
     units: Sequence[int],
+    params: int,
     micro_batches: int,
 ) -> float:
-    """Seconds of one mini-batch that bring replicas' gradients together and parameters apart."""
+    """Seconds of one mini-batch that bring replicas' gradients together and parameters apart.
+
+    `units`: elements of each, which have so many `params`, tensors, together.
+    """
     if strategy.dp == 1:
         return 0.0
     if not strategy.zero:
@@ -64,4 +68,5 @@ def gradients_s(
 
     reductions = 1 if strategy.zero == 1 else micro_batches
     gathers = 2 * micro_batches if strategy.zero == 3 else 1
-    return reductions * each(reduced) + gathers * each(gathered)
+    operators = (reductions + gathers) * costs.exchange_s(params)
+    return reductions * each(reduced) + gathers * each(gathered) + operators
