@@ -42,7 +42,7 @@ from runtime.supported import check_runs
 from runtime.table_rows import Entry, Kept, table_rows
 
 ROUNDS = 2
-"""In which every point of a host is measured, minutes apart where there is much: its pace changes."""
+"""In which points of a host are measured, minutes apart where there is much: its pace changes."""
 _MOST_SEQUENCES = 64
 """Of whole calls: what they do beside their models grows evenly with the sequences."""
 
@@ -90,7 +90,9 @@ def measure_tables(
     graphs = [read_experiment(path).graph() for path in spec.experiments]
     calls = sum(len(_timed_calls(graph, role)) for graph in graphs for role in graph.roles)
     rounds = 1 if gpu else ROUNDS
-    steps = Steps(rounds * sum(len(subject.points) for subject in todo) + calls + shares)
+    # when time is short, shards in the first round alone
+    turns = [(i, s) for i in range(rounds) for s in todo if not i or s.tp == 1 or not spec.quick]
+    steps = Steps(sum(len(subject.points) for _, subject in turns) + calls + shares)
     effort = Effort(4, 0.08) if spec.quick else Effort(5, 0.4)
     longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
     each = replace(effort, samples=-(-effort.samples // rounds), seconds=effort.seconds / rounds)
@@ -98,24 +100,23 @@ def measure_tables(
     collected: list[tuple[str, Entry]] = []
     notes: list[str] = []
     pace = TablePace(kept)
-    for turn in range(rounds):
-        for subject in todo:
-            group = groups.get(subject.tp)
-            over: dict[tuple[object, ...], int] = {}
-            with closing(SubjectRunner(subject, group, device, each, spec.ranks)) as runner:
-                for number, point in enumerate(subject.points):
-                    steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
-                    if point.line in over:
-                        continue
-                    key = f"{subject.name} {point}" + (f", round {turn + 1}" if turn else "")
-                    found = kept.get(key)
-                    if found is None:
-                        found = runner.run(number)
-                        kept.put(key, *found)
-                        pace.sample()
-                    collected += [(subject.dtype, entry) for entry in found[1]]
-                    if found[0] > longest_s:
-                        over[point.line] = point.count
+    for turn, subject in turns:
+        group = groups.get(subject.tp)
+        over: dict[tuple[object, ...], int] = {}
+        with closing(SubjectRunner(subject, group, device, each, spec.ranks)) as runner:
+            for number, point in enumerate(subject.points):
+                steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
+                if point.line in over:
+                    continue
+                key = f"{subject.name} {point}" + (f", round {turn + 1}" if turn else "")
+                found = kept.get(key)
+                if found is None:
+                    found = runner.run(number)
+                    kept.put(key, *found)
+                    pace.sample()
+                collected += [(subject.dtype, entry) for entry in found[1]]
+                if found[0] > longest_s:
+                    over[point.line] = point.count
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device, steps)
     shared: SharedCores | None = None
