@@ -31,7 +31,7 @@ def runners_up(problem: Problem, best: Choice, best_s: float, deadline: float) -
         if choice is not None:
             placed = problem.candidates[call][choice[call]].placement
             found.append(_alternative(problem, best, best_s, choice, f"{name} on {placed}", name))
-        elif len(problem.candidates[call]) > 1 and (crowded := _crowded(problem, best, call, name)):
+        elif crowded := _crowded(problem, best, call, name):
             found.append(crowded)
     symmetric = _everywhere(problem, same=True)
     if symmetric is not None:
@@ -63,11 +63,14 @@ def _best_other(problem: Problem, best: Choice, call: int, deadline: float) -> C
 
 def _crowded(problem: Problem, best: Choice, call: int, name: str) -> Alternative | None:
     """Of a call's other placements, if none fits beside the other calls, the smallest."""
+    chosen = _kind(problem.candidates[call][best[call]].placement)
     others = [
         (*best[:call], index, *best[call + 1 :])
-        for index in range(len(problem.candidates[call]))
-        if index != best[call]
+        for index, candidate in enumerate(problem.candidates[call])
+        if _kind(candidate.placement) != chosen
     ]
+    if not others:
+        return None
     choice = min(others, key=lambda other: (problem.peak_bytes(other), other))
     peak = problem.peak_bytes(choice)
     if peak <= problem.capacity_bytes:  # there was no time to find it

@@ -67,17 +67,14 @@ def test_search_and_plan_agree_on_evaluation() -> None:
 
 
 def test_mixing_costs_memory_and_time_even_where_nothing_moves() -> None:
+    mesh = parse_mesh("node0", Cluster(1, 2, "cpu"), "test")
+    placement = Placement(mesh, parse_strategy("d2t1p1", "test"))
     found = {}
     for decay in (0.9, 1.0):
         of = experiment(decay)
         assert of.cluster is not None
         costs = CostModel(of, of.graph(), of.cluster, load_profile(of.cluster.device))
-        call = of.graph().by_name["ref_inf"]
-        cluster = of.cluster
-        plan = search_plan(of, cluster, time_limit_s=2.0).plan
-        same = plan.placements["actor_train"]
-        placement = Placement(same.mesh, replace(plan.placements["ref_inf"].strategy, offload=False))
-        memory = costs.call_memory(call, placement)
+        memory = costs.call_memory(of.graph().by_name["ref_inf"], placement)
         found[decay] = (memory.parameters, costs.reallocate_s("ref", placement, placement))
     assert found[0.9][0] == 2 * found[1.0][0]
     assert found[0.9][1] > 0 == found[1.0][1]

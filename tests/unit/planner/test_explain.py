@@ -12,12 +12,14 @@ from planner.api import search_plan
 from planner.assess import Assessment
 from planner.explain import Explanation, explain
 from planner.explain_text import explanation_json, explanation_text
+from realloc.augmented import Placement
 from realloc.cluster import GIB, Cluster
 from realloc.constraints import parse_constraints
 from realloc.experiment import read_experiment
 from realloc.files import Reader
+from realloc.mesh import parse_mesh
 from realloc.plan import ExecutionPlan
-from realloc.strategy import Recompute
+from realloc.strategy import Recompute, parse_strategy
 
 RECIPE = Path(__file__).parents[3] / "experiments" / "recipes" / "ppo_llama7b_16xh100.yaml"
 
@@ -30,7 +32,7 @@ def searched(memory_gib: int) -> ExecutionPlan:
 @pytest.fixture(scope="module")
 def tight() -> Explanation:
     """As little memory as lets the plan fit: recomputation or offload is forced."""
-    return explain(searched(40), 3.0)
+    return explain(searched(40), 20.0)
 
 
 def test_next_best_and_gains_are_what_they_say(tight: Explanation) -> None:
@@ -49,6 +51,28 @@ def test_next_best_and_gains_are_what_they_say(tight: Explanation) -> None:
             placements = {**plan.placements, call.name: call.with_memory.placement}
             changed = replace(plan, placements=placements, order=call.with_memory.order)
             assert Assessment(changed).iteration_s == pytest.approx(call.with_memory.iteration_s, rel=1e-6)
+
+
+def test_a_call_that_fits_in_one_layout_only_is_told_so() -> None:
+    """All that fits beside the others has its degrees: the smallest other one is named, as too large."""
+    cluster = Cluster(1, 8, "h100-sxm", 40 * GIB)
+    mesh = parse_mesh("node0", cluster, "test")
+    strategies = {
+        "actor_gen": "d1t4p2m2",
+        "rew_inf": "d1t1p8m64+offload",
+        "ref_inf": "d4t2p1+sp+offload",
+        "critic_inf": "d4t2p1+sp",
+        "actor_train": "d1t4p2m4+sp+zb",
+        "critic_train": "d4t2p1z2+sp+selective+offload",
+    }
+    placements = {name: Placement(mesh, parse_strategy(text, "test")) for name, text in strategies.items()}
+    found = explain(ExecutionPlan(read_experiment(RECIPE), cluster, placements), 20.0)
+    crowded = next(call.next_best for call in found.calls if call.name == "critic_inf")
+    assert crowded is not None
+    assert crowded.iteration_s is None
+    assert crowded.peak_bytes > found.assessment.capacity_bytes
+    strategy = crowded.placements["critic_inf"].strategy
+    assert (strategy.dp, strategy.tp, strategy.pp) != (4, 2, 1)
 
 
 def test_what_memory_forced(tight: Explanation) -> None:
