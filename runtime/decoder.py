@@ -100,6 +100,8 @@ class Decoder:
         self.num_kv_heads = max(1, shape.num_kv_heads // strategy.tp)
         self.gradients: Mapping[str, torch.Tensor] = {}
         """fp32 memory of parameters' gradients, to which backward passes may add past autograd."""
+        self.embedding_rows: tp.AddRows | None = None
+        """Takes the embedding's gradient in place of autograd."""
         self._tp = context.tp_group
         self._source = source
         self._freqs = inverse_frequencies(shape).to(context.device)
@@ -189,7 +191,7 @@ class Decoder:
         if self.embeds(chunk):
             self._before(EMBEDDING_UNIT)
             start = self.boxes[EMBED].start[0]
-            x = tp.embedding(x, self.params[EMBED], start, region, self._gradient(EMBED))
+            x = tp.embedding(x, self.params[EMBED], start, region, self.embedding_rows)
             self._after(EMBEDDING_UNIT, x)
         rotary = Rotary(self._freqs, positions, x.dtype)
         first = sum(map(len, self._chunks[:chunk]))

@@ -184,7 +184,7 @@ class ShardBenchmarks:
         recompute: Recompute = Recompute.NONE,
     ) -> list[PassSeconds]:
         """Forward and backward passes that add to gradients which are there, as a run's do."""
-        run = self._training_pass(self.decoder(sequence_parallel=split, recompute=recompute), lengths, rows)
+        run = self._training_pass(lengths, rows, sequence_parallel=split, recompute=recompute)
 
         def once() -> PassSeconds:
             run()
@@ -194,10 +194,17 @@ class ShardBenchmarks:
 
     def training_pass(self, lengths: Sequence[int], rows: int) -> Callable[[], None]:
         """One forward and backward pass of a model as a function, for a load that only has to run."""
-        return self._training_pass(self.decoder(), lengths, rows)
+        return self._training_pass(lengths, rows)
 
-    def _training_pass(self, decoder: TimedDecoder, lengths: Sequence[int], rows: int) -> Callable[[], None]:
+    def _training_decoder(self, **changes: object) -> TimedDecoder:
+        """One whose backward passes add to the trainer's gradients, as a run's do."""
+        decoder = self.decoder(**changes)
+        self.trainer.serve(decoder)
         self.trainer.zero_gradients()
+        return decoder
+
+    def _training_pass(self, lengths: Sequence[int], rows: int, **changes: object) -> Callable[[], None]:
+        decoder = self._training_decoder(**changes)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             return self._output(decoder, hidden, batch, rows).sum()
@@ -210,8 +217,7 @@ class ShardBenchmarks:
 
     def weight_gradients(self, lengths: Sequence[int], rows: int, effort: Effort) -> list[float]:
         """Seconds, a layer, of the gradients that the zero-bubble schedule puts off."""
-        self.trainer.zero_gradients()
-        decoder = self.decoder(schedule=Schedule.ZERO_BUBBLE)
+        decoder = self._training_decoder(schedule=Schedule.ZERO_BUBBLE)
         put_off = decoder.weight_gradients
         assert put_off is not None
 

@@ -41,11 +41,15 @@ _WAIT = timedelta(hours=4)
 """How long ranks wait for the first one, which measures alone."""
 
 
+_WAY = 2
+"""Of measuring. Goes up when the same point means another number, so that no profile is of two kinds."""
+
+
 def fingerprint(quick: bool) -> str:
-    """What makes two measurements comparable: machine, versions, effort."""
+    """What makes two measurements comparable: machine, versions, effort, the way of measuring."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     versions = ", ".join(f"{name} {version}" for name, version in _versions().items())
-    return f"{device_name(device)}, {versions}{', quick' if quick else ''}"
+    return f"{device_name(device)}, {versions}{', quick' if quick else ''}, way {_WAY}"
 
 
 def _versions() -> Mapping[str, str]:

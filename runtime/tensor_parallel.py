@@ -13,6 +13,7 @@ reduce-scatter after the row-split ones take the place of the two all-reduces. E
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -167,20 +168,28 @@ class Region:
         return _apply(_JoinRows, x, self.num_rows, self.group)
 
 
+AddRows = Callable[[torch.Tensor, torch.Tensor], None]
+"""Takes row numbers [T] and what to add to the gradients of these rows [T, hidden]."""
+
+
 class _Rows(torch.autograd.Function):
-    """Rows of a table, whose gradient is added to `into` alone: no table of zeros is made for it."""
+    """Rows of a table, whose gradient goes to `add` alone: no table of zeros is made for it."""
 
     @staticmethod
-    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, into: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, tokens: torch.Tensor, weight: torch.Tensor, add: AddRows) -> torch.Tensor:
         ctx.save_for_backward(tokens)
-        ctx.into = into
+        ctx.add = add
         return F.embedding(tokens, weight)
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[None, None, None]:
-        (tokens,) = ctx.saved_tensors
-        ctx.into.index_add_(0, tokens, grads[0].to(ctx.into.dtype))
+        ctx.add(*ctx.saved_tensors, grads[0])
         return None, None, None
+
+
+def add_rows(into: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> None:
+    """Adds values [T, hidden] to rows of `into`, in its precision."""
+    into.index_add_(0, rows, values.to(into.dtype))
 
 
 def embedding(
@@ -188,18 +197,18 @@ def embedding(
     weight: torch.Tensor,
     vocab_start: int,
     region: Region,
-    into: torch.Tensor | None = None,
+    add: AddRows | None = None,
 ) -> torch.Tensor:
     """Rows of a vocabulary-split embedding: tokens [T] int64 -> [T, hidden], or this rank's rows.
 
-    `weight` holds the rows from `vocab_start` on. `into`, if given, is the memory of its gradient.
+    `weight` holds the rows from `vocab_start` on. `add`, if given, takes its gradient on CPUs.
     """
 
     def rows(tokens: torch.Tensor) -> torch.Tensor:
         # on GPUs rows are added in any order, so that a run would not repeat itself bit for bit
-        if into is None or into.device.type != "cpu" or not torch.is_grad_enabled():
+        if add is None or weight.device.type != "cpu" or not torch.is_grad_enabled():
             return F.embedding(tokens, weight)
-        return _apply(_Rows, tokens, weight, into)
+        return _apply(_Rows, tokens, weight, add)
 
     if region.group is None:
         return rows(tokens)
@@ -267,8 +276,6 @@ class _TargetLogprobs(torch.autograd.Function):
         grad = grads[0].float() * ctx.inv_temperature
         grad_hidden = torch.empty_like(hidden)
         grad_weight = ctx.into
-        if grad_weight is None:
-            grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         for i, part in enumerate(_chunks(hidden.shape[0], weight.shape[0])):
             if kept:
                 scale = -grad[part] * torch.exp(largest[part] - log_total[part])
@@ -281,10 +288,13 @@ class _TargetLogprobs(torch.autograd.Function):
             grad_logits.scatter_add_(1, local[part, None], target_grad)
             grad_logits = grad_logits.to(weight.dtype)
             grad_hidden[part] = linear(grad_logits, weight.t())
-            grad_weight += linear(grad_logits.t(), hidden[part].t())
-            del grad_logits  # before the next chunk's come
-        result = grad_weight.to(weight.dtype) if ctx.into is None else None
-        return grad_hidden, result, None, None, None, None, None
+            made = linear(grad_logits.t(), hidden[part].t())
+            grad_weight = made.float() if grad_weight is None else grad_weight.add_(made)
+            del grad_logits, made  # before the next chunk's come
+        if ctx.into is not None:
+            return grad_hidden, *[None] * 6
+        result = torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
+        return grad_hidden, result, *[None] * 5
 
 
 def _logits(hidden: torch.Tensor, weight: torch.Tensor, inv_temperature: float) -> torch.Tensor:

@@ -23,6 +23,7 @@ a tied embedding) from the end of the forward to that of the head's backward pas
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -37,6 +38,7 @@ from runtime.optimizer import AdamW
 from runtime.parallel import ParallelContext
 from runtime.parameters import FlatParameters, allocate
 from runtime.pipeline import MicroBatch, run_training
+from runtime.tensor_parallel import add_rows
 from runtime.zero import GatheredParameters, GradientSharder, Staging, exchanges, own_views
 
 NORM_ELEMENTS = 1 << 12
@@ -89,8 +91,20 @@ class Trainer:
             release = gathered.release if gathered else None
             self._sharder = GradientSharder(self._units, leaves, self._own_gradients, release)
         else:
-            decoder.gradients = self._gradients.views
             _collect(leaves, self._gradients.views)
+        self.serve(decoder)
+
+    def serve(self, decoder: Decoder) -> None:
+        """Has backward passes of a decoder of the same parameters put gradients where they belong.
+
+        Past autograd where they can be added to what is there, instead of made whole and added.
+        """
+        if self._sharder is None:
+            decoder.gradients = self._gradients.views
+            if EMBED in decoder.gradients:
+                decoder.embedding_rows = partial(add_rows, decoder.gradients[EMBED])
+        elif self._context.strategy.pp == 1 and _embed_on_both_ends(decoder.shape):
+            decoder.embedding_rows = self._sharder.add_rows
 
     @property
     def num_steps(self) -> int:

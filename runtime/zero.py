@@ -22,6 +22,7 @@ from runtime.collectives import all_gather, reduce_scatter
 from runtime.decoder import EMBEDDING_UNIT, HEAD_UNIT
 from runtime.parallel import ParallelContext
 from runtime.parameters import FlatParameters, views_of
+from runtime.tensor_parallel import add_rows
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -223,6 +224,7 @@ class GradientSharder:
     ) -> None:
         """`params` are the leaves, `own` this rank's fp32 gradients; `release` is told of units done with."""
         self._units, self._params, self._own, self._release = units, params, own, release
+        self._rows: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._missing = {unit: len(exchange.names) for unit, exchange in units.items()}
         for unit, exchange in units.items():
             for name in exchange.names:
@@ -241,6 +243,10 @@ class GradientSharder:
 
         return hook
 
+    def add_rows(self, rows: torch.Tensor, values: torch.Tensor) -> None:
+        """Keeps values [T, hidden] for rows of a tied embedding's gradient, until the head's is there."""
+        self._rows.append((rows, values))
+
     @torch.no_grad()
     def _reduce(self, unit: str) -> None:
         exchange = self._units[unit]
@@ -251,6 +257,8 @@ class GradientSharder:
             assert gradient is not None, name
             gradients[name] = gradient.contiguous()
             self._params[name].grad = None
+        while unit == EMBEDDING_UNIT and self._rows:
+            add_rows(gradients[EMBED], *self._rows.pop())
         exchange.reduce(gradients, self._own, accumulate=True)
         if self._release is not None:
             self._release(unit)

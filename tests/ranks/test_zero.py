@@ -72,6 +72,15 @@ PLANS: Mapping[str, tuple[Mapping[str, Any], int, Mapping[str, tuple[str, str]]]
             "critic_inf": ("node0:gpu[2-3]", "d1t2p1"),
         },
     ),
+    "tied embedding, zero 2 and tensor parallel": (
+        TIED,
+        4,
+        {
+            "*": ("node0", "d2t2p1"),
+            "actor_train": ("node0", "d2t2p1m3z2"),
+            "critic_train": ("node0", "d2t2p1z3"),
+        },
+    ),
     "sequence parallel": (
         GROUPED,
         4,

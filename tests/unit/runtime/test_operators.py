@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import pytest
 import torch
@@ -125,7 +126,8 @@ def test_table_gradients_add_to_the_memory_given(monkeypatch: pytest.MonkeyPatch
 
     def pass_over(table: torch.Tensor, into: torch.Tensor | None) -> None:
         region = tensor_parallel.Region(None)
-        hidden = tensor_parallel.embedding(tokens, table, 0, region, into)
+        add = None if into is None else partial(tensor_parallel.add_rows, into)
+        hidden = tensor_parallel.embedding(tokens, table, 0, region, add)
         tensor_parallel.target_logprobs(hidden, table, tokens.roll(1), 0, None, 0.7, into).sum().backward()
 
     whole, table = data.clone().requires_grad_(), data.clone().requires_grad_()

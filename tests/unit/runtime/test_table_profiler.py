@@ -88,6 +88,24 @@ def test_a_generate_call_is_all_of_its_parts():
     assert first.total + second.total < spent
 
 
+def test_training_is_measured_as_a_run_trains():
+    """A trainer's own decoder adds gradients where they stay: no second table is made and added."""
+    shape = replace(SHAPE, num_layers=1, hidden=16, ffn_dim=16, vocab=64, tied_embeddings=True)
+    shape = replace(shape, num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8)
+    bench = ShardBenchmarks(shape, "float32", 1, None, torch.device("cpu"))
+    train = bench.training_pass((5, 3), 6)
+    (gradients,) = bench.trainer.state_buffers["gradients"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        train()
+    operators = {event.key for event in found.key_averages()}
+    assert "aten::index_add_" in operators
+    assert not operators & {"aten::embedding_dense_backward", "aten::embedding_backward"}
+    once = gradients.clone()
+    assert once.any()
+    train()
+    assert not torch.equal(gradients, once)
+
+
 def test_models_that_do_not_run_are_refused():
     spec = TableSpec(("mixtral-8x7b",), (), ("float32",), 1, True, "unused")
     with pytest.raises(InputError, match="8 experts"):
