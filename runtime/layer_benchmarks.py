@@ -231,7 +231,10 @@ class ShardBenchmarks:
         return self.samples(once, effort)
 
     def optimizer(self, effort: Effort) -> list[float]:
-        """Seconds of one optimizer step with its clearing, norm and clipping, after a pass as in a run."""
+        """Seconds of one optimizer step with its clearing, norm and clipping, after a pass as in a run.
+
+        A neighbour makes steps alone: ranks of a run make theirs at the same time.
+        """
         trainer = self.trainer
         train = self.training_pass(_BEFORE_A_STEP, sum(_BEFORE_A_STEP) // 2)
 
@@ -240,7 +243,8 @@ class ShardBenchmarks:
             trainer.step()
 
         def once() -> float:
-            train()
+            if effort.stopped is None:
+                train()
             return self.timed(step)
 
         return self.samples(once, effort)

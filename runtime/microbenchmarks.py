@@ -25,6 +25,7 @@ _ROUNDS = 5
 """Of ranks that compute at once."""
 _PAIRS, _COLD_BYTES, _PIECE_BYTES = 6, 1 << 28, 1 << 19
 """Of copies: pairs of tensors at most, what they reach to together, and how much is copied at once."""
+_FEWEST_COPIES = 3
 
 
 @dataclass(frozen=True)
@@ -143,16 +144,17 @@ def memory_points(
     return points
 
 
-def copy_points(clock: Clock, device: torch.device, sets: Sequence[int]) -> list[list[float]]:
-    """[bytes touched, bytes/s read and written] of copies from some tensors to others, of all they hold.
+def copy_points(sets: Sequence[int], seconds: float, ready: Action) -> list[list[float]]:
+    """[bytes touched, bytes/s read and written] of a host that copies tensors, of all that these hold.
 
     In pieces, as parameters are, and of several such pairs in turn: between two copies of the same tensors a
-    run touches about as much other memory as they have, several times over.
+    run touches about as much other memory as they have, several times over. Every size is copied for so many
+    `seconds`, from the moment on when `ready` returns: ranks that meet there copy at once, all the while.
     """
     points = []
     for size in sets:
         pairs = max(1, min(_PAIRS, _COLD_BYTES // size))
-        memory = torch.zeros(pairs, 2, size // 8, device=device)
+        memory = torch.zeros(pairs, 2, size // 8)
         pieces = [pair.split(_PIECE_BYTES // 4, dim=1) for pair in memory]
 
         def copy(pieces: list[tuple[torch.Tensor, ...]] = pieces) -> None:
@@ -160,7 +162,15 @@ def copy_points(clock: Clock, device: torch.device, sets: Sequence[int]) -> list
                 for source, target in pair:
                     target.copy_(source)
 
-        points.append([float(size), pairs * size / clock.seconds(copy)])
+        copy()
+        ready()
+        samples: list[float] = []
+        until = time.perf_counter() + seconds
+        while len(samples) < _FEWEST_COPIES or time.perf_counter() < until:
+            start = time.process_time()
+            copy()
+            samples.append(time.process_time() - start)
+        points.append([float(size), pairs * size / median(samples)])
     return points
 
 

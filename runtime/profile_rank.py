@@ -37,6 +37,8 @@ from runtime.transfer_benchmarks import transfer_costs
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FRAGMENTS = 0.03
 """Of a GPU's memory, an estimate: what lies in gaps between tensors."""
+_COPY_S = 0.02
+"""As many of these as there are repeats are copies of each size measured for."""
 _WAIT = timedelta(hours=4)
 """How long ranks wait for the first one, which measures alone."""
 
@@ -87,7 +89,7 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         if device.type == "cpu":
             shared = bench.concurrency(clock, device, rank, len(local))
             result |= {"concurrency": shared.points, "pace": shared.pace}
-            result["copies"] = _copies(bench.Clock(device, budget, alone=True), budget, rank, local)
+            result["copies"] = _copies(budget, rank, local)
         link: dict[str, Any] = dict(message_costs(links, rank, [(local[0], local[1])]))
         in_memory = device.type == "cpu"
         link["collectives"] = collective_rows(links, rank, [local], in_memory=in_memory)
@@ -102,12 +104,12 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
     return result
 
 
-def _copies(clock: bench.Clock, budget: bench.Effort, rank: int, local: Sequence[int]) -> Mapping[str, Any]:
-    """Copies of one rank, then of all ranks of a host at once, which take about as long."""
-    copied = partial(bench.copy_points, clock, torch.device("cpu"), budget.working_sets)
-    alone = copied() if rank == local[0] else []
+def _copies(budget: bench.Effort, rank: int, local: Sequence[int]) -> Mapping[str, Any]:
+    """Copies of one rank, then of all ranks at once."""
+    copied = partial(bench.copy_points, budget.working_sets, _COPY_S * budget.repeats)
+    alone = copied(lambda: None) if rank == local[0] else []
     dist.barrier()
-    together = copied()
+    together = copied(dist.barrier)
     dist.barrier()
     shared = bench.turns(len(local))
     return {"alone": alone, "together": [[size, rate / shared] for size, rate in together]}
