@@ -25,10 +25,8 @@ SMALL_BYTES = 256
 _GAP_OPERATORS, _STREAM = 60, 1 << 20
 """Before each message of ranks on a host: as many small operators, some 60 microseconds, and a stream over as
 many numbers, after which what a message needs is in no cache, as between the calls of a run."""
-_SAMPLES, _FEW, _FEWEST = 100, 16, 5
+_SAMPLES, _FEW, _FEWEST = 100, 16, 3
 _BEYOND_CACHES = 8
-_MOST_S = 2.0
-"""About as long are messages of one size sent."""
 _TURNS = 3
 _ROUND = 20
 """Samples between two barriers."""
@@ -43,11 +41,12 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class LinkClock:
-    """Times what ranks do together. `large`: bytes of a large message."""
+    """Times what ranks do together. `large`: bytes of a large message; `most_s`: for how long one is sent."""
 
     clock: Clock
     device: torch.device
     large: int
+    most_s: float = 2.0
 
     def sizes(self) -> Sequence[int]:
         return SMALL_BYTES, max(SMALL_BYTES * 2, self.large // 64), self.large
@@ -83,7 +82,7 @@ class LinkClock:
         slowest = torch.tensor([sample()], dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # all ranks take as many
         found = []
-        for i in range(max(_FEWEST, min(count, int(_MOST_S / slowest.item())))):
+        for i in range(max(_FEWEST, min(count, int(self.most_s / slowest.item())))):
             if i % _ROUND == 0:
                 dist.barrier()
             found.append(sample())

@@ -37,6 +37,8 @@ from runtime.transfer_benchmarks import transfer_costs
 DTYPES: Mapping[str, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _FRAGMENTS = 0.03
 """Of a GPU's memory, an estimate: what lies in gaps between tensors."""
+_QUICK_S, _LONG_S = 0.7, 2.0
+"""For about how long a message of one size is sent."""
 _COPY_S = 0.02
 """As many of these as there are repeats are copies of each size measured for."""
 _WAIT = timedelta(hours=4)
@@ -84,7 +86,7 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
         result |= {"ranks": ranks, "nodes": len(hosts)}
     if ranks > 1:
         dist.barrier()
-    links = LinkClock(clock, device, budget.message_bytes)
+    links = LinkClock(clock, device, budget.message_bytes, _QUICK_S if quick else _LONG_S)
     if len(local) > 1:
         if device.type == "cpu":
             shared = bench.concurrency(clock, device, rank, len(local))
