@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from runtime import channels
 from runtime.parallel import ParallelContext
+from runtime.zero import UnitExchange
 
 COLLECTIVES = (
     "all_reduce",
@@ -31,9 +32,9 @@ COLLECTIVES = (
 class Stopwatch:
     """Seconds of one call by term, exclusive of each other.
 
-    `tp_communication`, `dp_communication` and `mesh_communication` are collectives of that group,
-    `pipeline` are receptions from other stages (their work before a message included), `optimizer`
-    is what `timed` is told to be that.
+    `tp_communication`, `dp_communication` and `mesh_communication` are collectives of that group, ZeRO's
+    with the copies around them; `pipeline` are receptions from other stages (their work before a message
+    included), `optimizer` is what `timed` is told to be that.
     """
 
     def __init__(self) -> None:
@@ -76,6 +77,10 @@ class Stopwatch:
             for door in ((dist, "recv"), (channels, "wait_for")):
                 own[door] = getattr(*door)
                 replaced[door] = self._receiving(own[door])
+        if context.strategy.zero:
+            for name in ("gather", "reduce"):
+                exchange = getattr(UnitExchange, name)
+                own[UnitExchange, name], replaced[UnitExchange, name] = exchange, self._exchanging(exchange)
         try:
             for door, function in replaced.items():
                 setattr(*door, function)
@@ -98,6 +103,13 @@ class Stopwatch:
             return self._run("pipeline", function, args, kwargs)
 
         return receiving
+
+    def _exchanging(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def exchanging(*args: Any, **kwargs: Any) -> Any:
+            with self.timed("dp_communication"):
+                return function(*args, **kwargs)
+
+        return exchanging
 
     def _run(self, term: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`timed` for what nothing is timed within: a third of its price, for decoding's many."""

@@ -14,6 +14,7 @@ from realloc.strategy import Strategy
 from runtime import stopwatch
 from runtime.parallel import ParallelContext, single_rank
 from runtime.stopwatch import Stopwatch
+from runtime.zero import UnitExchange
 
 DATA: Any = "data"
 TENSOR: Any = "tensor"
@@ -64,6 +65,28 @@ def test_collectives_are_told_apart_by_their_group(clock: Clock):
             dist.all_reduce(nothing, group=DATA)  # not the optimizer's, although within its step
     assert (dist.all_reduce, dist.recv) == before
     assert terms == {"dp_communication": 4.0, "tp_communication": 4.0, "pipeline": 2.0, "optimizer": 1.0}
+
+
+def test_an_exchange_is_communication_with_what_is_copied_for_it(
+    clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def gather(*_: object) -> None:
+        clock.work(0.5)
+        dist.all_reduce(torch.empty(0), group=DATA)
+        clock.work(0.25)
+
+    monkeypatch.setattr(UnitExchange, "gather", gather)
+    exchange: Any = UnitExchange.__new__(UnitExchange)
+    zero = replace(context(), strategy=Strategy(2, 2, 2, zero=1))
+    watch = Stopwatch()
+    with watch.during(zero) as terms, watch.timed("optimizer"):
+        clock.work(1.0)
+        exchange.gather({}, {})
+    assert terms == {"dp_communication": 2.75, "optimizer": 1.0}
+    assert UnitExchange.gather is gather
+    with watch.during(context()) as terms:
+        exchange.gather({}, {})  # none of ZeRO's: what it sends is timed alone
+    assert terms == {"dp_communication": 2.0}
 
 
 def test_an_error_leaves_torch_as_it_was():
