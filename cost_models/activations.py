@@ -141,10 +141,10 @@ def training_phases(at: StagePass) -> list[Phase]:
         phases.append(_head_phase(at, kept, waiting))
     if at.is_first:
         # a dense gradient of the whole table, except where CPUs add rows to what stays, and under ZeRO 2
-        # and 3 the head's with it; the activations of this micro-batch are gone, but for those that
-        # weight gradients wait for
-        tables = (2 if at.ties else 1) if strategy.zero >= 2 else int(not at.costs.is_cpu)
-        made = tables * width * at.table
+        # and 3 the head's with it, to which CPUs add rows; the activations of this micro-batch are gone,
+        # but for those that weight gradients wait for
+        added = at.costs.is_cpu and (at.ties or strategy.zero < 2)
+        made = (int(not added) + int(at.ties and strategy.zero >= 2)) * width * at.table
         others = at.kept if strategy.schedule is Schedule.ZERO_BUBBLE else at.kept - 1
         phase = {"activations": others * kept + 2 * at.hidden, IN_FLIGHT: made}
         phases.append(phase | (exchange if strategy.zero >= 2 else {}))
@@ -207,10 +207,12 @@ def _head_phase(at: StagePass, kept: float, waiting: float) -> Phase:
         # products on CPUs copy what is transposed; narrow parameters want narrow gradients
         copied = width * chunk if at.costs.is_cpu or width < GRADIENT_BYTES else 0.0
         phase["logits"] = GRADIENT_BYTES * (passes * logits if logits <= LOGITS_KEPT else chunk) + copied
-        # what one chunk adds to the gradient, which under ZeRO 2 and 3 is not yet in its place; CPUs widen
-        # it first
-        widened = at.costs.is_cpu and width < GRADIENT_BYTES
-        phase[IN_FLIGHT] = (width + GRADIENT_BYTES * ((strategy.zero >= 2) + widened)) * at.table
+        # what one chunk adds to the gradient, which under ZeRO 2 and 3 is the first one's in fp32; CPUs
+        # widen the others' before they add them
+        adds = logits > chunk or strategy.zero < 2
+        widened = int(at.costs.is_cpu and width < GRADIENT_BYTES and adds)
+        made = int(strategy.zero >= 2 and (adds or width < GRADIENT_BYTES))
+        phase[IN_FLIGHT] = (width + GRADIENT_BYTES * (made + widened)) * at.table
     if strategy.zero == 3:
         whole = at.units[-1] + (at.units[0] if at.ties else 0)
         received = width * (max(at.units) + -(-max(at.units) // strategy.dp))
