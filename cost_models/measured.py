@@ -128,7 +128,8 @@ class MeasuredCosts(ComputeCosts):
         return self._of_ends("sample", batch, lambda x: super(MeasuredCosts, self).sample_s(x))
 
     def call_s(self, name: str, computes: str, sequences: float, micro_batches: float) -> float:
-        table = self._tables.get((call_signature(name, computes), "call", False))
+        table = self._tables.get((call_signature(name, computes, self.shape), "call", False))
+        table = table or self._of_another_model(call_signature(name, computes))
         if table is None:
             return self._analytic("call", super().call_s(name, computes, sequences, micro_batches))
         # a micro-batch costs about as much as a few sequences; nothing here has a model of its own
@@ -154,6 +155,11 @@ class MeasuredCosts(ComputeCosts):
         if self._table(self._layer_name, "backward", False) is not None:
             return 0.0
         return super().accumulate_s(elements)
+
+    def _of_another_model(self, call: str) -> Table | None:
+        """What the same call takes around another model: the same Python on as many sequences."""
+        found = (table for (of, _, _), table in self._tables.items() if of.startswith(f"{call} of "))
+        return next(found, None)
 
     def _table(self, of: str, quantity: str, ragged: bool) -> Table | None:
         """The table, of packs of equal lengths in place of ragged ones if need be."""

@@ -54,6 +54,10 @@ def ends_signature(shape: ModelShape, tp: int) -> str:
     return " ".join(words + (["shard"] if tp > 1 else []))
 
 
-def call_signature(name: str, computes: str) -> str:
-    """What a call does around its model: its name, and its loss or output, such as `call actor_train ppo`."""
-    return f"call {name} {computes}"
+def call_signature(name: str, computes: str, shape: ModelShape | None = None) -> str:
+    """What a call does around a model: its name, and its loss or output, such as `call actor_train ppo`.
+
+    With a shape, around that one: ` of ` its layer follows. What passes lose by following each other is
+    counted with the call.
+    """
+    return f"call {name} {computes}" + (f" of {layer_signature(shape, 1)}" if shape else "")

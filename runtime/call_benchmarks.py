@@ -7,6 +7,7 @@ following each other is so counted with the call.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
@@ -19,7 +20,6 @@ from runtime.calls import CallExecutor
 from runtime.data_store import DTYPES, IterationData
 from runtime.functions import FunctionTable
 from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
-from runtime.table_rows import typical
 
 
 class CallBenchmarks:
@@ -32,16 +32,21 @@ class CallBenchmarks:
         self._functions = FunctionTable(experiment.resolve_algorithm().functions)
 
     def beside_model(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
-        """Seconds of the call on so many sequences, in all, less those of its model and optimizer."""
+        """Seconds of the call on so many sequences, in all, less those of its model and optimizer.
+
+        Both are timed in turn, as much work of the one as of the other: the difference is small, and the
+        machine's slow moments longer. Noise can make it less than nothing.
+        """
         data = self._data(sequences)
-        model_s = self._model_s(call, data, micro_batches, effort)
-        return [max(1e-6, s - model_s) for s in self._whole(call, data, micro_batches, effort)]
+        whole, model_s = self._whole(call, data, micro_batches), self._model_s(call, data, micro_batches)
+        return self._bench.samples(lambda: self._bench.timed(whole) - model_s(), effort)
 
     def whole(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
         """Seconds of the call on so many sequences."""
-        return self._whole(call, self._data(sequences), micro_batches, effort)
+        whole = self._whole(call, self._data(sequences), micro_batches)
+        return self._bench.samples(lambda: self._bench.timed(whole), effort)
 
-    def _whole(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> list[float]:
+    def _whole(self, call: Call, data: IterationData, micro_batches: int) -> Callable[[], object]:
         bench = self._bench
         executor = CallExecutor(
             # micro-batches of a mixture are priced as those of the batch, and selecting apart
@@ -54,10 +59,10 @@ class CallBenchmarks:
             decoder=bench.decoder(micro_batches=micro_batches),
             trainer=bench.trainer if call.kind is CallKind.TRAIN_STEP else None,
         )
-        return bench.samples(lambda: bench.timed(lambda: executor.run(data, 0)), effort)
+        return lambda: executor.run(data, 0)
 
-    def _model_s(self, call: Call, data: IterationData, micro_batches: int, effort: Effort) -> float:
-        """Seconds of the call's passes and optimizer steps, timed as those of the tables are."""
+    def _model_s(self, call: Call, data: IterationData, micro_batches: int) -> Callable[[], float]:
+        """Runs as many passes and optimizer steps as the call: their seconds, timed as for tables."""
         bench = self._bench
         layers = bench.shape.num_layers
         steps = call.mini_batches * call.epochs if call.kind is CallKind.TRAIN_STEP else 1
@@ -67,12 +72,20 @@ class CallBenchmarks:
         lengths = totals[:each]
         prompts = sum(data.prompt_lengths[:each])
         rows = each if call.output is Output.SCORES else sum(lengths) - prompts
-        if call.kind is not CallKind.TRAIN_STEP:
-            passes = bench.inference(lengths, rows, effort)
-            return micro_batches * typical([p.total + layers * p.layer for p in passes])
-        passes = bench.training(lengths, rows, effort)
-        one = typical([p.total + layers * (p.layer + p.layer_backward) for p in passes])
-        return steps * (micro_batches * one + typical(bench.optimizer(effort)))
+        trains = call.kind is CallKind.TRAIN_STEP
+        once = bench.training_pass(lengths, rows) if trains else bench.inference_pass(lengths, rows)
+
+        def model_s() -> float:
+            seconds = 0.0
+            for _ in range(steps):
+                for _ in range(micro_batches):
+                    found = once()
+                    seconds += found.total + layers * (found.layer + found.layer_backward)
+                if trains:
+                    seconds += bench.timed(bench.optimizer_step)
+            return seconds
+
+        return model_s
 
     def _data(self, sequences: int) -> IterationData:
         """Every key of the graph, of sequences with the workload's mean lengths."""

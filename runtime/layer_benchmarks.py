@@ -159,6 +159,12 @@ class ShardBenchmarks:
         self, lengths: Sequence[int], rows: int, effort: Effort, *, split: bool = False
     ) -> list[PassSeconds]:
         """Forward passes without gradients, `rows` rows of the head."""
+        return self.samples(self.inference_pass(lengths, rows, split=split), effort)
+
+    def inference_pass(
+        self, lengths: Sequence[int], rows: int, *, split: bool = False
+    ) -> Callable[[], PassSeconds]:
+        """One forward pass without gradients as a function."""
         decoder = self.decoder(sequence_parallel=split)
 
         def once() -> PassSeconds:
@@ -169,7 +175,7 @@ class ShardBenchmarks:
             )
             return self.timer.passes()[0]
 
-        return self.samples(once, effort)
+        return once
 
     def _drop(self, decoder: TimedDecoder, hidden: torch.Tensor, batch: MicroBatch, rows: int) -> None:
         self._output(decoder, hidden, batch, rows)
@@ -184,17 +190,8 @@ class ShardBenchmarks:
         recompute: Recompute = Recompute.NONE,
     ) -> list[PassSeconds]:
         """Forward and backward passes that add to gradients which are there, as a run's do."""
-        run = self._training_pass(lengths, rows, sequence_parallel=split, recompute=recompute)
-
-        def once() -> PassSeconds:
-            run()
-            return self.timer.passes()[0]
-
+        once = self.training_pass(lengths, rows, sequence_parallel=split, recompute=recompute)
         return self.samples(once, effort)
-
-    def training_pass(self, lengths: Sequence[int], rows: int) -> Callable[[], None]:
-        """One forward and backward pass of a model as a function, for a load that only has to run."""
-        return self._training_pass(lengths, rows)
 
     def _training_decoder(self, **changes: object) -> TimedDecoder:
         """One whose backward passes add to the trainer's gradients, as a run's do."""
@@ -203,15 +200,19 @@ class ShardBenchmarks:
         self.trainer.zero_gradients()
         return decoder
 
-    def _training_pass(self, lengths: Sequence[int], rows: int, **changes: object) -> Callable[[], None]:
+    def training_pass(
+        self, lengths: Sequence[int], rows: int, **changes: object
+    ) -> Callable[[], PassSeconds]:
+        """One forward and backward pass as a function; `changes` to the strategy."""
         decoder = self._training_decoder(**changes)
 
         def loss(hidden: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
             return self._output(decoder, hidden, batch, rows).sum()
 
-        def once() -> None:
+        def once() -> PassSeconds:
             self.timer.start()
             run_training(decoder, decoder.context, [self.batch(lengths)], loss)
+            return self.timer.passes()[0]
 
         return once
 
@@ -235,19 +236,19 @@ class ShardBenchmarks:
 
         A neighbour makes steps alone: ranks of a run make theirs at the same time.
         """
-        trainer = self.trainer
         train = self.training_pass(_BEFORE_A_STEP, sum(_BEFORE_A_STEP) // 2)
-
-        def step() -> None:
-            trainer.zero_gradients()
-            trainer.step()
 
         def once() -> float:
             if effort.stopped is None:
                 train()
-            return self.timed(step)
+            return self.timed(self.optimizer_step)
 
         return self.samples(once, effort)
+
+    def optimizer_step(self) -> None:
+        """One, with its clearing, norm and clipping."""
+        self.trainer.zero_gradients()
+        self.trainer.step()
 
     @torch.no_grad()
     def prefill(self, lengths: Sequence[int], effort: Effort) -> list[float]:

@@ -25,7 +25,7 @@ from runtime.microbenchmarks import group_sizes, turns
 from runtime.neighbours import Neighbours, Work
 from runtime.pace import Probe
 
-Load = Callable[[], None]
+Load = Callable[[], object]
 _ROUNDS = 6
 _PROBES = 4
 """Of the pace, in each round, alone and beside others."""

@@ -190,8 +190,9 @@ def _calls_of(
         subject = Subject(experiment.role_shape(graph, role), experiment.dtype, 1, ())
         bench: CallBenchmarks | None = None
         for call in _timed_calls(graph, role):
-            of = call_signature(call.name, str(call.loss or call.output))
-            steps.begin(of)
+            computes = str(call.loss or call.output)
+            of = call_signature(call.name, computes, subject.shape)
+            steps.begin(call_signature(call.name, computes))
             for sequences, micro_batches in sorted({(max(1, whole // 4), 1), (whole, 1), (whole, 4)}):
                 if sequences < micro_batches * call.mini_batches:
                     continue

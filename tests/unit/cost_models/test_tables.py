@@ -18,7 +18,7 @@ from cost_models.sources import Source, describe
 from cost_models.tables import Row, Table, read_tables, tables_content
 from realloc.errors import InputError
 from realloc.model_shape import ModelShape
-from realloc.signature import ends_signature, layer_signature
+from realloc.signature import call_signature, ends_signature, layer_signature
 from realloc.strategy import Recompute
 from tests.unit.cost_models.cases import profile
 
@@ -168,6 +168,20 @@ def test_another_model_gets_the_roofline():
 def test_gradients_were_added_to_where_backward_was_measured():
     assert measured("backward", {(1, 64): 1.0}).accumulate_s(1000) == 0.0
     assert measured("forward", {(1, 64): 1.0}).accumulate_s(1000) > 0.0
+
+
+def test_a_call_is_priced_around_its_own_model_or_else_around_another():
+    other = replace(SHAPE, ffn_dim=256)
+    layers = table("inference", {(1, 64): 1.0}, layer_signature(SHAPE, 1))
+
+    def around(shape: ModelShape, seconds: float) -> Table:
+        return table("call", {(8, 1): seconds}, call_signature("train", "loss", shape))
+
+    for tables, expected in (((around(other, 2.0),), 2.0), ((around(other, 2.0), around(SHAPE, 3.0)), 3.0)):
+        costs = compute_costs(replace(profile(), tables=(layers, *tables)), SHAPE, "float32", 1)
+        assert costs.call_s("train", "loss", 8, 1) == pytest.approx(expected)
+        analytic = ComputeCosts(profile(), SHAPE, "float32", 1)
+        assert costs.call_s("trained", "loss", 8, 1) == analytic.call_s("trained", "loss", 8, 1)
 
 
 def test_ends_are_read_from_their_own_tables():
