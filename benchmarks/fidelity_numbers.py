@@ -79,6 +79,14 @@ class Result:
         return [2 * abs(a - b) / (a + b) for a, b in pairs]
 
 
+def furthest_apart(
+    found: Mapping[tuple[str, str], Sequence[Round]], least: float
+) -> Sequence[tuple[str, str]]:
+    """Which plans have two rounds that are further apart than `least`, as a share; the furthest first."""
+    apart = {key: max(Result(*key, tuple(rounds)).repeats) for key, rounds in found.items()}
+    return sorted((key for key, share in apart.items() if share > least), key=lambda key: -apart[key])
+
+
 def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """Rank correlation; ties share their mean rank."""
     if len(predicted) < 2:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.fidelity import CASES, PLANS, place, prepare
-from benchmarks.fidelity_numbers import Result, Round, regret, spearman, summary
+from benchmarks.fidelity_numbers import Result, Round, furthest_apart, regret, spearman, summary
 from realloc.comparison import Comparison, Line
 from realloc.experiment import read_experiment
 
@@ -61,6 +61,15 @@ def test_what_one_profile_says_and_how_far_rounds_are_apart():
     assert found["repeat_worst"] == pytest.approx(0.4)
     assert found["repeat_mean"] == pytest.approx(0.8 / 3)
     assert summary([result("x", 1.0, 1.0)])["repeat_worst"] == 0.0  # one round says nothing
+
+
+def test_plans_of_uneven_rounds_run_again_the_most_uneven_first():
+    measured = {("a", "even"): (1.0, 1.04), ("a", "uneven"): (1.0, 1.2), ("b", "worst"): (1.5, 1.0)}
+    found = {key: [round_of(1.0, seconds) for seconds in both] for key, both in measured.items()}
+    assert furthest_apart(found, 0.05) == [("b", "worst"), ("a", "uneven")]
+    # of three the middle one counts, and a profile's prediction no more than another's
+    again = Result("b", "worst", (round_of(1.0, 1.5), round_of(1.2, 1.0), round_of(1.1, 1.1)))
+    assert (again.predicted_s, again.measured_s) == (1.1, 1.1)
 
 
 @pytest.mark.parametrize("name", [case.name for case in CASES if case.name.endswith("260K")])
