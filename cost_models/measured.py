@@ -129,9 +129,11 @@ class MeasuredCosts(ComputeCosts):
 
     def call_s(self, name: str, computes: str, sequences: float, micro_batches: float) -> float:
         table = self._tables.get((call_signature(name, computes, self.shape), "call", False))
-        table = table or self._of_another_model(call_signature(name, computes))
         if table is None:
-            return self._analytic("call", super().call_s(name, computes, sequences, micro_batches))
+            table = self._of_another_model(call_signature(name, computes))
+            if table is None:
+                return self._analytic("call", super().call_s(name, computes, sequences, micro_batches))
+            self._note("call", Source.SCALED, "around another model")
         # a micro-batch costs about as much as a few sequences; nothing here has a model of its own
         return self._at(table, "call", sequences, micro_batches, lambda x, y: x + _PER_MICRO_BATCH * y)
 

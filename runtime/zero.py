@@ -234,6 +234,7 @@ class GradientSharder:
         """All units must have been reduced, or ranks would differ in what they send."""
         late = [unit for unit, n in self._missing.items() if n != len(self._units[unit].names)]
         assert not late, f"a backward pass left out parameters of {late}"
+        assert not self._rows, "rows of the embedding's gradient were kept and forgotten"
 
     def _arrived(self, unit: str) -> Callable[[torch.Tensor], None]:
         def hook(_: torch.Tensor) -> None:

@@ -177,9 +177,14 @@ def test_a_call_is_priced_around_its_own_model_or_else_around_another():
     def around(shape: ModelShape, seconds: float) -> Table:
         return table("call", {(8, 1): seconds}, call_signature("train", "loss", shape))
 
-    for tables, expected in (((around(other, 2.0),), 2.0), ((around(other, 2.0), around(SHAPE, 3.0)), 3.0)):
+    for tables, expected, source in (
+        ((around(other, 2.0),), 2.0, (Source.SCALED, "around another model")),
+        ((around(other, 2.0), around(SHAPE, 3.0)), 3.0, (Source.MEASURED, "")),
+    ):
         costs = compute_costs(replace(profile(), tables=(layers, *tables)), SHAPE, "float32", 1)
+        assert isinstance(costs, MeasuredCosts)
         assert costs.call_s("train", "loss", 8, 1) == pytest.approx(expected)
+        assert costs.sources["call"] == source
         analytic = ComputeCosts(profile(), SHAPE, "float32", 1)
         assert costs.call_s("trained", "loss", 8, 1) == analytic.call_s("trained", "loss", 8, 1)
 
