@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -104,6 +105,30 @@ def test_training_is_measured_as_a_run_trains():
     assert once.any()
     train()
     assert not torch.equal(gradients, once)
+
+
+def test_a_neighbour_of_an_optimizer_step_makes_steps_alone(monkeypatch: pytest.MonkeyPatch):
+    shape = replace(SHAPE, num_layers=1, hidden=16, ffn_dim=16, vocab=64)
+    shape = replace(shape, num_heads=2, num_kv_heads=1, head_dim=8, rotary_dim=8)
+    bench = ShardBenchmarks(shape, "float32", 1, None, torch.device("cpu"))
+    passes, asked = [0], [0]
+
+    def training_pass(*_: object) -> Callable[[], None]:
+        def once() -> None:
+            passes[0] += 1
+
+        return once
+
+    def stopped() -> bool:
+        asked[0] += 1
+        return asked[0] > 3
+
+    monkeypatch.setattr(bench, "training_pass", training_pass)
+    bench.optimizer(Effort(1, 0.0, stopped=stopped))
+    assert bench.trainer.num_steps == 5  # the first does not count, one before it is asked
+    assert passes == [0]
+    bench.optimizer(Effort(2, 0.0))
+    assert passes == [3]
 
 
 def test_models_that_do_not_run_are_refused():
