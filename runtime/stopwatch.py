@@ -80,7 +80,8 @@ class Stopwatch:
         if context.strategy.zero:
             for name in ("gather", "reduce"):
                 exchange = getattr(UnitExchange, name)
-                own[UnitExchange, name], replaced[UnitExchange, name] = exchange, self._exchanging(exchange)
+                own[UnitExchange, name] = exchange
+                replaced[UnitExchange, name] = self.timed("dp_communication")(exchange)
         try:
             for door, function in replaced.items():
                 setattr(*door, function)
@@ -103,13 +104,6 @@ class Stopwatch:
             return self._run("pipeline", function, args, kwargs)
 
         return receiving
-
-    def _exchanging(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        def exchanging(*args: Any, **kwargs: Any) -> Any:
-            with self.timed("dp_communication"):
-                return function(*args, **kwargs)
-
-        return exchanging
 
     def _run(self, term: str, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """`timed` for what nothing is timed within: a third of its price, for decoding's many."""
