@@ -207,9 +207,8 @@ class CallPricer:
             one["tp_communication"] += self._communication.all_reduce_s(
                 self._tp_group, partial * GRADIENT_BYTES
             )
-        shape = self._costs.shape
-        if shape.tied_embeddings and shape.head == "lm" and self._strategy.pp > 1:
-            table = self._costs.vocab * shape.hidden * GRADIENT_BYTES
+        if self._ties and self._strategy.pp > 1:
+            table = self._costs.vocab * self._costs.shape.hidden * GRADIENT_BYTES
             one["dp_communication"] += self._communication.all_reduce_s(self._ends_group, table)
         for name, seconds in one.items():
             terms[name] += seconds * call.mini_batches * call.epochs
@@ -281,6 +280,11 @@ class CallPricer:
         messages = messages_on_path(self._strategy, micro_batches)
         terms["pp_communication"] += messages * self._communication.stage_message_s(message_bytes)
 
+    @property
+    def _ties(self) -> bool:
+        """Whether the head is the embedding."""
+        return self._costs.shape.tied_embeddings and self._costs.shape.head == "lm"
+
     def _held(self, stage: Stage) -> tuple[tuple[int, ...], int]:
         """Elements of the stage's units, and how many parameter tensors it has."""
         where = (self._strategy.pp, stage.index, self._strategy.virtual_stages)
@@ -350,6 +354,8 @@ class CallPricer:
             tp += stage.layers * self._layer_backward_tp_s(pack.tokens)
         if stage.first:
             compute += costs.embedding_backward_s(pack.tokens)
+            if self._strategy.zero >= 2 and not (stage.last and self._ties):
+                compute += costs.zero_table_s()
             tp += self._enter_s(pack.tokens)
         if stage.last:
             compute += costs.head_backward_s(pack.head_tokens)

@@ -325,6 +325,10 @@ class ComputeCosts:
         moved = 3.0 * (self.vocab + tokens) * self.shape.hidden * self.element_bytes
         return self.memory_s(moved) + 2 * self._profile.launch_s
 
+    def zero_table_s(self) -> float:
+        """Seconds that a table of zeros for the embedding's gradient adds to `embedding_backward_s`."""
+        return 0.0
+
     def head_s(self, tokens: float, use: Pass = Pass.TRAIN) -> float:
         """Seconds of the head and, for a language model, of the log-probabilities of `tokens` rows."""
         launches = _HEAD_OPS * self._profile.launch_s

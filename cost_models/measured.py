@@ -117,6 +117,12 @@ class MeasuredCosts(ComputeCosts):
             "enter_backward", tokens, lambda x: super(MeasuredCosts, self).embedding_backward_s(x)
         )
 
+    def zero_table_s(self) -> float:
+        """Measured passes of hosts added rows to a table that was there."""
+        if not self.is_cpu or self._table(self._ends_name, "enter_backward", False) is None:
+            return super().zero_table_s()
+        return self.memory_s(self.vocab * self.shape.hidden * self.element_bytes)
+
     def head_s(self, tokens: float, use: Pass = Pass.TRAIN) -> float:
         quantity = "head_train" if use is Pass.TRAIN else "head"
         return self._of_ends(quantity, tokens, lambda x: super(MeasuredCosts, self).head_s(x))

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from cost_models.activations import activation_bytes
-from cost_models.compute import Pack
+from cost_models.compute import ComputeCosts, Pack
 from cost_models.pipeline import bubble_s, messages_on_path, most_in_flight
 from cost_models.profile import load_profile
+from realloc.model_zoo import named_shapes
 from realloc.pipeline_schedule import Pipeline, makespan, max_in_flight
 from realloc.strategy import Recompute, Schedule, Strategy
 from tests.unit.cost_models.cases import FREE, cost_model, experiment, place, profile
@@ -56,6 +57,20 @@ def test_zero_messages_by_hand():
     for zero, seconds in expected.items():
         _, terms = train(f"d2t1p1m4z{zero}", free_copies, sequences=32)
         assert terms["dp_communication"] == pytest.approx(4 * seconds), zero
+
+
+@pytest.mark.parametrize(
+    ("strategy", "tied", "tables"),
+    [("d2t1p1m4z1", False, 0), ("d2t1p1m4z2", False, 16), ("d2t1p1m4z3", False, 16), ("d2t1p1m4z3", True, 0)],
+)
+def test_zero_makes_a_table_for_rows_that_no_head_shares(
+    monkeypatch: pytest.MonkeyPatch, strategy: str, tied: bool, tables: int
+) -> None:
+    """In every micro-batch of four mini-batches, where passes were measured without."""
+    shape = replace(named_shapes()["llama-7b"], tied_embeddings=tied)
+    without = train(strategy, shape=shape)[1]["compute"]
+    monkeypatch.setattr(ComputeCosts, "zero_table_s", lambda _: 1.0)
+    assert train(strategy, shape=shape)[1]["compute"] - without == pytest.approx(tables)
 
 
 @pytest.mark.parametrize("degrees", ["d8t1p1m8", "d2t4p1m2", "d4t2p1m4", "d2t2p2m4"])

@@ -189,6 +189,16 @@ def test_a_call_is_priced_around_its_own_model_or_else_around_another():
         assert costs.call_s("trained", "loss", 8, 1) == analytic.call_s("trained", "loss", 8, 1)
 
 
+def test_a_table_of_zeros_is_priced_where_hosts_were_measured_without():
+    rows = table("enter_backward", {(1, 1): 1.0}, ends_signature(SHAPE, 1))
+    gpu = replace(profile(), tables=(rows,))
+    host = replace(gpu, attention=replace(gpu.attention, per_sequence=True))
+    # 100 GB/s
+    assert compute_costs(host, SHAPE, "float32", 1).zero_table_s() == pytest.approx(4 * 1000 * 64 / 1e11)
+    assert compute_costs(gpu, SHAPE, "float32", 1).zero_table_s() == 0.0
+    assert compute_costs(replace(host, tables=()), SHAPE, "float32", 1).zero_table_s() == 0.0
+
+
 def test_ends_are_read_from_their_own_tables():
     costs = measured("sample", {(1, 1): 1.0, (8, 1): 8.0}, of=ends_signature(SHAPE, 1))
     assert costs.sample_s(4) == pytest.approx(4.0)
