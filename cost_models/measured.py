@@ -13,12 +13,10 @@ from cost_models.compute import ComputeCosts, Pack, Pass
 from cost_models.profile import HardwareProfile
 from cost_models.sources import Found, Source
 from cost_models.tables import Table
+from realloc.lengths import MOST_RAGGED, raggedness
 from realloc.model_shape import ModelShape
 from realloc.signature import call_signature, ends_signature, layer_signature
 from realloc.strategy import Recompute
-
-RAGGED_SQUARES = 13 / 12
-"""Mean square over squared mean of lengths that lie evenly between a half and one and a half of it."""
 
 _PER_MICRO_BATCH = 8.0
 
@@ -57,6 +55,7 @@ class MeasuredCosts(ComputeCosts):
         self._dtype = dtype
         self._layer_name, self._ends_name = layer_signature(shape, tp), ends_signature(shape, tp)
         self._tables = profile.tables_of(dtype)
+        self._nearest: dict[tuple[str, str, float], Table | None] = {}
         self._decoded: dict[tuple[float, float, float, bool], float] = {}
         self._whole_bytes = sum(self.stage_units(1, 0)) * self.element_bytes
         self.sources: dict[str, tuple[Source, str]] = {}
@@ -99,7 +98,7 @@ class MeasuredCosts(ComputeCosts):
             return super(MeasuredCosts, self).decode_layer_s(size, tokens, self._whole_bytes, ragged)
 
         here = super().decode_layer_s(batch, context, working_set, ragged)
-        table = self._table(self._layer_name, "decode", ragged)
+        table = self._table(self._layer_name, "decode", MOST_RAGGED if ragged else 0.0)
         if table is None:
             return self._analytic("decode", here)
         # measured with all layers; a stage that holds fewer may keep them in a nearer cache
@@ -107,7 +106,7 @@ class MeasuredCosts(ComputeCosts):
         return self._at(table, "decode", batch, context, analytic) * nearer
 
     def embedding_s(self, tokens: float, use: Pass = Pass.TRAIN) -> float:
-        if use is Pass.PREFILL and self._table(self._layer_name, "prefill", False) is not None:
+        if use is Pass.PREFILL and self._table(self._layer_name, "prefill") is not None:
             return 0.0  # generation's passes were measured whole
         quantity = "enter_train" if use is Pass.TRAIN else "enter"
         return self._of_ends(quantity, tokens, lambda x: super(MeasuredCosts, self).embedding_s(x))
@@ -119,7 +118,7 @@ class MeasuredCosts(ComputeCosts):
 
     def zero_table_s(self) -> float:
         """Measured passes of hosts added rows to a table that was there."""
-        if not self.is_cpu or self._table(self._ends_name, "enter_backward", False) is None:
+        if not self.is_cpu or self._table(self._ends_name, "enter_backward") is None:
             return super().zero_table_s()
         return self.memory_s(self.vocab * self.shape.hidden * self.element_bytes)
 
@@ -134,7 +133,7 @@ class MeasuredCosts(ComputeCosts):
         return self._of_ends("sample", batch, lambda x: super(MeasuredCosts, self).sample_s(x))
 
     def call_s(self, name: str, computes: str, sequences: float, micro_batches: float) -> float:
-        table = self._tables.get((call_signature(name, computes, self.shape), "call", False))
+        table = self._tables.get((call_signature(name, computes, self.shape), "call", 0.0))
         if table is None:
             table = self._of_another_model(call_signature(name, computes))
             if table is None:
@@ -145,7 +144,7 @@ class MeasuredCosts(ComputeCosts):
 
     def generate_s(self, layers: int) -> float:
         """Seconds of a generate call beside its steps, on a stage of so many layers."""
-        table = self._table(self._layer_name, "pack_weights", False)
+        table = self._table(self._layer_name, "pack_weights")
         if table is None:
             return self._analytic("pack_weights", super().generate_s(layers))
         # all of it grows with the layers, the head aside
@@ -153,14 +152,14 @@ class MeasuredCosts(ComputeCosts):
 
     def optimizer_s(self, elements: int, params: int) -> float:
         analytic = super().optimizer_s
-        table = self._table("optimizer", "optimizer", False)
+        table = self._table("optimizer", "optimizer")
         if table is None or not elements:
             return self._analytic("optimizer", analytic(elements, params))
         return self._at(table, "optimizer", float(elements), 1.0, lambda x, _: analytic(int(x), params))
 
     def accumulate_s(self, elements: int) -> float:
         """Nothing, where backward passes were measured: they added to gradients that were there."""
-        if self._table(self._layer_name, "backward", False) is not None:
+        if self._table(self._layer_name, "backward") is not None:
             return 0.0
         return super().accumulate_s(elements)
 
@@ -169,13 +168,16 @@ class MeasuredCosts(ComputeCosts):
         found = (table for (of, _, _), table in self._tables.items() if of.startswith(f"{call} of "))
         return next(found, None)
 
-    def _table(self, of: str, quantity: str, ragged: bool) -> Table | None:
-        """The table, of packs of equal lengths in place of ragged ones if need be."""
-        found = self._tables.get((of, quantity, ragged))
-        return found or self._tables.get((of, quantity, not ragged))
+    def _table(self, of: str, quantity: str, ragged: float = 0.0) -> Table | None:
+        """The table, of packs that are most nearly as ragged."""
+        key = (of, quantity, ragged)
+        if key not in self._nearest:
+            found = [table for table in self._tables.values() if (table.of, table.quantity) == (of, quantity)]
+            self._nearest[key] = min(found, key=lambda table: abs(table.ragged - ragged), default=None)
+        return self._nearest[key]
 
     def _of_ends(self, quantity: str, rows: float, analytic: Callable[[float], float]) -> float:
-        table = self._table(self._ends_name, quantity, False)
+        table = self._table(self._ends_name, quantity)
         if table is None:
             return self._analytic(quantity, analytic(rows))
         return self._at(table, quantity, rows, 1.0, lambda x, _: analytic(x))
@@ -188,7 +190,7 @@ class MeasuredCosts(ComputeCosts):
 
     def _pack_s(self, quantity: str, pack: Pack, split: bool) -> float:
         """From the quantity's own table; else from a related one, scaled."""
-        ragged = pack.runs > 1
+        ragged = raggedness(pack.tokens / pack.runs, pack.sum_squares / pack.runs) if pack.runs > 1 else 0.0
         for name, rows_split in ((quantity, split), *((other, split) for other in _RELATED[quantity])):
             for suffix in ("_sp", "") if rows_split else ("",):
                 table = self._table(self._layer_name, name + suffix, ragged)
@@ -203,14 +205,12 @@ class MeasuredCosts(ComputeCosts):
         return self._analytic(quantity, self._roofline(quantity, pack, split))
 
     def _read_pack(self, table: Table, quantity: str, pack: Pack, split: bool) -> float:
-        squares = RAGGED_SQUARES if table.ragged else 1.0
-
         def slope(sequences: float, length: float) -> float:
             tokens = sequences * length
-            made = Pack(tokens, tokens * length * squares, sequences if table.ragged else 1.0, 0.0)
+            made = Pack(tokens, tokens * length * table.squares, sequences if table.ragged else 1.0, 0.0)
             return self._roofline(quantity, made, split)
 
-        length = pack.sum_squares / pack.tokens / squares
+        length = pack.sum_squares / pack.tokens / table.squares
         return self._at(table, quantity, pack.tokens / length, length, slope)
 
     def _roofline(self, quantity: str, pack: Pack, split: bool) -> float:

@@ -34,8 +34,6 @@ def mean_pack(workload: Workload, output: Output | None, size: float) -> Pack:
     """A micro-batch of so many sequences, for a model that computes `output`."""
     prompt, response = workload.prompt, workload.response
     length = prompt.mean + response.mean
-    # prompts and responses are taken to be of independent lengths
-    square = prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
     rows = 1.0 if output is Output.SCORES else response.mean
     kernels = max(runs(size, prompt), runs(size, response))
-    return Pack(size * length, size * square, kernels, size * rows)
+    return Pack(size * length, size * workload.sequence_square, kernels, size * rows)

@@ -118,13 +118,13 @@ class HardwareProfile:
     reserved_bytes: int = 0
     copies: Copies | None = None
 
-    def tables_of(self, dtype: str) -> Mapping[tuple[str, str, bool], Table]:
-        """The tables of a dtype by what they are of, their quantity, and whether lengths were ragged."""
+    def tables_of(self, dtype: str) -> Mapping[tuple[str, str, float], Table]:
+        """The tables of a dtype by what they are of, their quantity, and how ragged lengths were."""
         return self._tables.get(dtype, {})
 
     @cached_property
-    def _tables(self) -> Mapping[str, Mapping[tuple[str, str, bool], Table]]:
-        found: dict[str, dict[tuple[str, str, bool], Table]] = {}
+    def _tables(self) -> Mapping[str, Mapping[tuple[str, str, float], Table]]:
+        found: dict[str, dict[tuple[str, str, float], Table]] = {}
         for table in self.tables:
             found.setdefault(table.dtype, {})[table.of, table.quantity, table.ragged] = table
         return found

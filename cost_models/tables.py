@@ -18,6 +18,7 @@ from typing import Any
 from cost_models.curve import positive
 from realloc.errors import InputError
 from realloc.files import Reader, nearest
+from realloc.lengths import MOST_RAGGED
 from realloc.model_shape import DTYPE_BYTES
 
 # Quantity -> its variables. Packs have so many sequences of so many tokens each.
@@ -83,18 +84,24 @@ class Reading:
 class Table:
     """`of`: a name from `realloc.signature`, or `optimizer`.
 
-    `ragged`: the lengths of a pack lay evenly between a half and one and a half of `tokens_each`.
+    `ragged`: by which share of `tokens_each` the lengths of a pack differed from it at most, lying evenly
+    between; 0 for equal ones.
     """
 
     of: str
     dtype: str
     quantity: str
-    ragged: bool
+    ragged: float
     rows: tuple[Row, ...]
 
     @property
-    def key(self) -> tuple[str, str, str, bool]:
+    def key(self) -> tuple[str, str, str, float]:
         return (self.of, self.dtype, self.quantity, self.ragged)
+
+    @property
+    def squares(self) -> float:
+        """Mean square of a pack's lengths over their squared mean."""
+        return 1 + self.ragged**2 / 3
 
     @cached_property
     def together(self) -> Table | None:
@@ -176,7 +183,7 @@ def read_tables(rows: Any, where: str) -> tuple[Table, ...]:
     """Reads a profile's `tables`. Raises InputError naming the table and the row."""
     if not isinstance(rows, list):
         raise InputError(f"{where}: expected a list of tables.")
-    tables: dict[tuple[str, str, str, bool], Table] = {}
+    tables: dict[tuple[str, str, str, float], Table] = {}
     for number, entry in enumerate(rows, 1):
         table = _read_table(Reader(entry, f"{where}, table {number}"))
         if table.key in tables:
@@ -207,7 +214,7 @@ def _read_table(reader: Reader) -> Table:
         of=reader.get("of", str),
         dtype=dtype,
         quantity=quantity,
-        ragged=reader.get("ragged", bool, False),
+        ragged=reader.number("ragged", 0.0, minimum=0.0, maximum=MOST_RAGGED),
         rows=rows,
     )
     reader.done()

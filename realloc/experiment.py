@@ -17,7 +17,7 @@ from realloc.dataflow import CallKind, DataflowGraph, Output, Per
 from realloc.errors import InputError
 from realloc.evaluation import EvaluationSpec, evaluation_content, parse_evaluation, with_evaluation
 from realloc.files import Reader, nearest, read_file, resolve_path
-from realloc.lengths import MOST, Lengths, Measure, lengths_content, parse_lengths
+from realloc.lengths import MOST, Lengths, Measure, lengths_content, parse_lengths, raggedness
 from realloc.model_shape import DTYPE_BYTES, ModelShape, resolve_shape
 from realloc.model_zoo import named_shapes
 from realloc.pretrain import SECTION, PretrainData, check_mixtures, parse_pretrain, pretrain_content
@@ -75,6 +75,17 @@ class Workload:
     def prompts(self) -> int:
         """Distinct prompts of an iteration."""
         return self.sequences // self.samples_per_prompt
+
+    @property
+    def sequence_square(self) -> float:
+        """Mean of the squared lengths of sequences; prompts and responses are taken to be independent."""
+        prompt, response = self.prompt, self.response
+        return prompt.mean_square + 2 * prompt.mean * response.mean + response.mean_square
+
+    @property
+    def sequence_raggedness(self) -> float:
+        """How ragged a pack of sequences is."""
+        return raggedness(self.prompt.mean + self.response.mean, self.sequence_square)
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
-from math import exp, expm1, isfinite
+from math import exp, expm1, isfinite, sqrt
 from typing import Any
 
 from realloc.errors import InputError
@@ -21,6 +21,10 @@ from realloc.trace import Counts, Trace
 MOST = 100_000_000
 BINS = 64
 """A measured distribution is kept in so many bins."""
+
+MOST_RAGGED = 0.5
+_EQUAL = 1e-9
+"""What rounding makes of equal lengths."""
 
 Histogram = tuple[tuple[int, float], ...]
 """(tokens, share of the sequences), lengths rising, shares adding up to 1."""
@@ -40,6 +44,11 @@ class Lengths:
     @property
     def is_fixed(self) -> bool:
         return self.mean == self.maximum
+
+    @property
+    def raggedness(self) -> float:
+        """How ragged a pack of such sequences is (see `raggedness`)."""
+        return raggedness(self.mean, self.mean_square)
 
     def less(self, tokens: int) -> Lengths:
         """These lengths but so many tokens of each sequence, of which at least one is left."""
@@ -76,6 +85,15 @@ class Lengths:
             x = (low + high) / 2
             low, high = (x, high) if -expm1(-x) > ratio * x else (low, x)
         return (low + high) / 2
+
+
+def raggedness(mean: float, mean_square: float) -> float:
+    """The share of their mean by which lengths differ from it at most, were they spread evenly.
+
+    0 for equal ones; up to `MOST_RAGGED`, where spreading evenly is far from what lengths are like.
+    """
+    excess = mean_square / mean**2 - 1
+    return min(MOST_RAGGED, sqrt(3 * excess)) if excess > _EQUAL else 0.0
 
 
 def lengths_of(counts: Mapping[int, int], maximum: int | None = None) -> Lengths:

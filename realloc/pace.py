@@ -1,6 +1,6 @@
 """Pace: how fast a machine runs a fixed piece of work, when it was profiled and while it runs a plan.
 
-Cores that share a host, its memory and its clock with others change their pace by a third within
+Cores that share a host, its memory and its clock with others change their pace by half within
 seconds. Ranks therefore run the same short piece of work at the ends of iterations (`runtime.pace`);
 how long it had a core, against when the profile was made, and for which share of their computing ranks
 had a core at all, tell a slow machine from a wrong model. Decides how the two are compared; knows no
@@ -10,7 +10,7 @@ hardware and runs nothing.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil
 
@@ -20,9 +20,11 @@ from realloc.trace import Trace, TraceRecord, median
 PACE = "pace"
 """The kind, and the node, of the records of such work."""
 COST_SHARE = 0.004
-"""Of an iteration, at most, for which ranks are at it: nothing prices it."""
+"""Of an iteration, at most, for which ranks are at it. Nothing prices it."""
 EVERY = 8
 """Iterations from one to the next where nobody has predicted how long they take."""
+ALIKE = 1.12
+"""Times: the work varies by some percent, and by half where somebody else is at the same physical core."""
 _CUT = 0.1
 
 
@@ -76,19 +78,10 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
     on each) as there were at its middle. What counts of the samples is their mean, as an iteration adds
     up what it meets.
     """
-    at_work = {(record.iteration, record.rank) for record in trace.records if record.kind == "call"}
-    records = [r for r in trace.steady() if r.kind == PACE and (r.iteration, r.rank) in at_work]
-    if not records:
+    found = _ratios(trace, trace.steady(), profiled, per_node)
+    if not found:
         return None
-    computing = _by_rank(trace)
-    ratios = []
-    for record in records:
-        host = record.rank // per_node
-        middle = (record.start_s + record.end_s) / 2
-        others = range(host * per_node, min((host + 1) * per_node, trace.world_size))
-        busy = 1 + sum(_is_busy(computing.get(r, ()), middle) for r in others if r != record.rank)
-        ratios.append(record.cpu_s / profiled.expected_s(busy))
-    ratios.sort()
+    ratios = sorted(ratio for _, ratio in found)
     quarter = len(ratios) // 4
     work = usual(ratios)
     shares, seconds = core_shares(trace), trace.each_iteration_s()
@@ -96,6 +89,32 @@ def pace_of(trace: Trace, profiled: Pace, per_node: int) -> PaceFound | None:
     share = median([shares.get(iteration, 1.0) for iteration in seconds])
     ratio = trace.iteration_seconds() / at_pace_s
     return PaceFound(ratio, work, ratios[quarter], ratios[-1 - quarter], share, len(ratios))
+
+
+def _ratios(
+    trace: Trace, records: Iterable[TraceRecord], profiled: Pace, per_node: int
+) -> Sequence[tuple[TraceRecord, float]]:
+    """Records of the pace, of ranks with calls in the iteration, and how many times longer they took."""
+    at_work = {(record.iteration, record.rank) for record in trace.records if record.kind == "call"}
+    computing = _by_rank(trace)
+    found = []
+    for record in records:
+        if record.kind != PACE or (record.iteration, record.rank) not in at_work:
+            continue
+        host = record.rank // per_node
+        middle = (record.start_s + record.end_s) / 2
+        others = range(host * per_node, min((host + 1) * per_node, trace.world_size))
+        busy = 1 + sum(_is_busy(computing.get(r, ()), middle) for r in others if r != record.rank)
+        found.append((record, record.cpu_s / profiled.expected_s(busy)))
+    return found
+
+
+def iterations_at_pace(trace: Trace, profiled: Pace, per_node: int) -> Collection[int]:
+    """Iterations at whose beginning and end every rank had the pace of the profile, within `ALIKE`."""
+    alike: dict[int, set[bool]] = {}
+    for record, ratio in _ratios(trace, trace.records, profiled, per_node):
+        alike.setdefault(record.iteration, set()).add(max(ratio, 1 / ratio) <= ALIKE)
+    return {i for i in alike if alike[i] == {True} and alike.get(i - 1) == {True}}
 
 
 def usual(samples: Sequence[float]) -> float:

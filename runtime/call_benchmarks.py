@@ -41,6 +41,10 @@ class CallBenchmarks:
         whole, model_s = self._whole(call, data, micro_batches), self._model_s(call, data, micro_batches)
         return self._bench.samples(lambda: self._bench.timed(whole) - model_s(), effort)
 
+    def pace_s(self) -> float:
+        """As `ShardBenchmarks.pace_s`."""
+        return self._bench.pace_s()
+
     def whole(self, call: Call, sequences: int, micro_batches: int, effort: Effort) -> list[float]:
         """Seconds of the call on so many sequences."""
         whole = self._whole(call, self._data(sequences), micro_batches)
@@ -92,7 +96,7 @@ class CallBenchmarks:
         workload, graph = self._experiment.workload, self._graph
         prompt = max(1, round(workload.prompt.mean))
         responses = list(
-            pack_lengths(sequences, max(1, round(workload.response.mean)), not workload.response.is_fixed)
+            pack_lengths(sequences, max(1, round(workload.response.mean)), workload.response.raggedness)
         )
         samples = workload.samples_per_prompt
         data = IterationData(

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from statistics import mean
 from time import perf_counter, process_time
 from typing import TypeVar
 
@@ -25,6 +26,7 @@ from realloc.model_shape import ModelShape
 from realloc.sampling import Sampling
 from realloc.strategy import Coordinates, Recompute, Schedule, Strategy
 from runtime.attention import PackedSequences
+from runtime.calm import CalmMoments, Paced
 from runtime.decode_graph import DecodeGraphs
 from runtime.decoder import DTYPES
 from runtime.generation import generate
@@ -41,21 +43,26 @@ _T = TypeVar("_T")
 
 MANY_STEPS = 1 << 20
 """Of decoding: enough that whatever pays in the long run is done."""
+_WARM = 2
+"""Samples that do not count: on hosts the first of a size took 1.2 times as long, the second 1.05 times."""
+_PATIENCE = 2.5
+"""Times as long as samples take, a measurement may go on until there are enough of calm moments."""
 _BEFORE_A_STEP = (16, 16)
 """Lengths of a pass before an optimizer step, which finds in caches what that has left there."""
 
 
 @dataclass(frozen=True)
 class Effort:
-    """At least `samples` of each size after a first that does not count, for `seconds` if they are short.
+    """At least `samples` of each size after some that do not count, for `seconds` if they are short.
 
-    Where there is `stopped`, so many as until it says so.
+    Where there is `stopped`, so many as until it says so. `beside`: others are at it too.
     """
 
     samples: int
     seconds: float
     most: int = 50
     stopped: Callable[[], bool] | None = None
+    beside: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,11 +82,11 @@ class GenerateSeconds:
         return self.first + sum(self.steps) + self.last
 
 
-def pack_lengths(sequences: int, tokens_each: int, ragged: bool) -> tuple[int, ...]:
-    """Lengths of a pack with this mean; ragged ones lie evenly between a half and one and a half of it."""
+def pack_lengths(sequences: int, tokens_each: int, ragged: float) -> tuple[int, ...]:
+    """Lengths of a pack with this mean, which differ from it by up to a share `ragged`, evenly spread."""
     if not ragged:
         return (tokens_each,) * sequences
-    ends = [tokens_each * i // 2 + tokens_each * i * i // (2 * sequences) for i in range(sequences + 1)]
+    ends = [int(tokens_each * i * (1 - ragged + ragged * i / sequences) + 1e-6) for i in range(sequences + 1)]
     lengths = [max(1, stop - start) for start, stop in pairwise(ends)]
     # neighbours differ by half the range, as in a batch that nobody has sorted
     return (*lengths[::2], *lengths[1::2])
@@ -109,6 +116,8 @@ class ShardBenchmarks:
                 if name.endswith("norm.weight"):
                     view.fill_(1.0)
         self._trainer: Trainer | None = None
+        self._calm = CalmMoments() if device.type == "cpu" else None
+        self._paces: dict[bool, list[float]] = {False: [], True: []}
 
     @property
     def num_elements(self) -> int:
@@ -264,7 +273,7 @@ class ShardBenchmarks:
         return self.samples(lambda: self.timed(run), effort)
 
     @torch.no_grad()
-    def decode(self, batch: int, context: int, ragged: bool, effort: Effort) -> list[float]:
+    def decode(self, batch: int, context: int, ragged: float, effort: Effort) -> list[float]:
         """Seconds of a step of `batch` sequences, of which the longest then has `context` tokens."""
         rollout = RolloutDecoder(self.decoder(), MANY_STEPS, context)
         cache = rollout.new_cache(batch)
@@ -325,21 +334,47 @@ class ShardBenchmarks:
         return perf_counter() - start
 
     def samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
-        """What `once` gives, as often as the effort says, after a first that does not count."""
+        """What `once` gives, as often as the effort says, after some that do not count."""
         with nullcontext() if self._stand_ins is None else self._stand_ins.waiting():
             return self._samples(once, effort)
 
     def _samples(self, once: Callable[[], _T], effort: Effort) -> list[_T]:
-        once()
+        for _ in range(1 if effort.beside else _WARM):  # it has just run alone
+            once()
         samples: list[_T] = []
         if effort.stopped is not None:
             samples.append(once())
             while not effort.stopped():
                 samples[0] = once()
             return samples
-        start = perf_counter()
-        while len(samples) < effort.samples or (
-            perf_counter() - start < effort.seconds and len(samples) < effort.most
-        ):
-            samples.append(once())
-        return samples
+        if self._calm is None:
+            start = perf_counter()
+            while _goes_on(len(samples), perf_counter() - start, effort):
+                samples.append(once())
+            return samples
+        return self._calm_samples(self._calm, once, effort)
+
+    def _calm_samples(self, calm: CalmMoments, once: Callable[[], _T], effort: Effort) -> list[_T]:
+        """Samples of calm moments, for which it waits a while."""
+        taken: list[Paced[_T]] = []
+        start, until_s = perf_counter(), 0.0
+        for each in calm.taken(once):
+            taken.append(each)
+            spent_s = perf_counter() - start
+            if _goes_on(len(taken), spent_s, effort):
+                continue
+            until_s = until_s or _PATIENCE * spent_s
+            if spent_s > until_s or len(calm.calm(taken)) >= effort.samples:
+                break
+        chosen = calm.chosen(taken, effort.samples)
+        self._paces[effort.beside] += [each.pace_s for each in chosen]
+        return [each.value for each in chosen]
+
+    def pace_s(self, *, beside: bool = False) -> float:
+        """The pace of the samples since this was asked last, alone or beside others; 0 without any."""
+        paces, self._paces[beside] = self._paces[beside], []
+        return mean(paces) if paces else 0.0
+
+
+def _goes_on(count: int, spent_s: float, effort: Effort) -> bool:
+    return count < effort.samples or (spent_s < effort.seconds and count < effort.most)

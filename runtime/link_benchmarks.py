@@ -1,21 +1,23 @@
 """Times messages and collectives between ranks: typical seconds by size and group, no judgement.
 
 On hosts a rank computes a little before each of them, as ranks do: what is asked while the other side is
-asleep takes longer than what follows closely. Every rank calls every function here, at the same time.
+asleep takes longer than what follows closely. Samples count in which all ranks were at their usual pace.
+Every rank calls every function here, at the same time.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import accumulate
+from dataclasses import dataclass, field
+from itertools import accumulate, islice
 from statistics import median
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
+from runtime.calm import SLOW, CalmMoments
 from runtime.collectives import all_gather, reduce_scatter
 from runtime.gloo_threads import let_ranks_go_first
 from runtime.microbenchmarks import Clock, group_sizes
@@ -47,6 +49,7 @@ class LinkClock:
     device: torch.device
     large: int
     most_s: float = 2.0
+    moments: CalmMoments = field(default_factory=CalmMoments)
 
     def sizes(self) -> Sequence[int]:
         return SMALL_BYTES, max(SMALL_BYTES * 2, self.large // 64), self.large
@@ -81,15 +84,27 @@ class LinkClock:
         sample()
         slowest = torch.tensor([sample()], dtype=torch.float64, device=self.device)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)  # all ranks take as many
-        found = []
-        for i in range(max(_FEWEST, min(count, int(self.most_s / slowest.item())))):
-            if i % _ROUND == 0:
-                dist.barrier()
-            found.append(sample())
-        found.sort()
+        count = max(_FEWEST, min(count, int(self.most_s / slowest.item())))
+        found = sorted(self._samples(sample, count))
         quarter, middle = len(found) // 4, median(found)
         # slow ones belong to messages: ranks are never quite in step
         return Timing(middle, (found[-1 - quarter] - found[quarter]) / middle)
+
+    def _samples(self, sample: Callable[[], float], count: int) -> Sequence[float]:
+        """So many; on hosts those of them in which all ranks were at their usual pace."""
+        if self.device.type != "cpu":
+            return [self._in_step(sample, i) for i in range(count)]
+        number = iter(range(count))
+        taken = list(islice(self.moments.taken(lambda: self._in_step(sample, next(number))), count))
+        paces = torch.tensor([self.moments.times_usual(each.pace_s) for each in taken], dtype=torch.float64)
+        dist.all_reduce(paces, op=dist.ReduceOp.MAX)
+        most = max(SLOW, paces.sort().values[min(_FEWEST, count) - 1].item())
+        return [each.value for each, pace in zip(taken, paces.tolist(), strict=True) if pace <= most]
+
+    def _in_step(self, sample: Callable[[], float], number: int) -> float:
+        if number % _ROUND == 0:
+            dist.barrier()
+        return sample()
 
 
 def message_costs(clock: LinkClock, rank: int, pairs: Sequence[tuple[int, int]]) -> dict[str, float]:

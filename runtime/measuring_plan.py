@@ -11,12 +11,15 @@ from enum import StrEnum
 
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Experiment, Workload
+from realloc.lengths import MOST_RAGGED
 from realloc.model_shape import ModelShape
 from realloc.sampling import Sampling
 from realloc.signature import ends_signature, layer_signature
 from realloc.strategy import Strategy, forbidden
 
 _PLAIN = Sampling()
+_STEP = 0.05
+"""Of raggedness."""
 _NEAR = 1.5
 """The longest of these many times the usual length is left out when time is short."""
 
@@ -41,15 +44,15 @@ class Work(StrEnum):
 class Point:
     """One size of one kind of work. `count` sequences (slots) of `length` tokens (of context).
 
-    `rows` are those of the head. Points of one `line` differ in `count` alone and come in its order:
-    once one takes too long, so do the rest.
+    `rows` are those of the head; `ragged`: how ragged lengths are (`realloc.lengths`). Points of one `line`
+    differ in `count` alone and come in its order: once one takes too long, so do the rest.
     """
 
     work: Work
     count: int = 1
     length: int = 1
     rows: int = 1
-    ragged: bool = False
+    ragged: float = 0.0
     sampling: Sampling = _PLAIN
 
     @property
@@ -73,12 +76,15 @@ class Subject:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a workload asks of a model: sequences at once, tokens of prompts and of whole sequences."""
+    """What a workload asks of a model: sequences at once, tokens of prompts and of responses.
+
+    `ragged`, `ragged_prompts`: how ragged sequences and prompts are (`realloc.lengths`).
+    """
 
     sequences: int
     prompt: int
     response: int
-    ragged: bool
+    ragged: float
     trains: bool = True
     generates: bool = True
     prompts: int = 0
@@ -88,6 +94,7 @@ class Sizes:
     longest: int = 0
     """Tokens of the longest sequence; 0: those of the mean."""
     longest_prompt: int = 0
+    ragged_prompts: float = 0.0
 
 
 def default_sizes(shape: ModelShape, *, gpu: bool) -> Sequence[Sizes]:
@@ -96,16 +103,16 @@ def default_sizes(shape: ModelShape, *, gpu: bool) -> Sequence[Sizes]:
     lengths = lengths or [shape.max_positions]
     most = 64 if gpu else 32
     return [
-        Sizes(most, max(1, n // 2), max(1, n - n // 2), ragged, prompts=most)
+        Sizes(most, max(1, n // 2), max(1, n - n // 2), ragged, prompts=most, ragged_prompts=ragged)
         for n in lengths
-        for ragged in (False, True)
+        for ragged in (0.0, MOST_RAGGED)
     ]
 
 
 def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes]]:
     """The shape of every role with the sizes that its calls meet on one rank or several."""
     graph, work = experiment.graph(), experiment.workload
-    ragged = work.prompt.mean != work.prompt.maximum or work.response.mean != work.response.maximum
+    ragged, ragged_prompts = _ragged(work.sequence_raggedness), _ragged(work.prompt.raggedness)
     result = []
     for role in graph.roles:
         calls = graph.calls_of(role)
@@ -129,6 +136,7 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
             ),
             work.prompt.maximum + work.response.maximum,
             work.prompt.maximum,
+            ragged_prompts,
         )
         result.append((experiment.role_shape(graph, role), sizes))
         result += [
@@ -139,6 +147,11 @@ def experiment_sizes(experiment: Experiment) -> Sequence[tuple[ModelShape, Sizes
     return result
 
 
+def _ragged(raggedness: float) -> float:
+    """In steps, so that models of much the same workload share their points; 0 for equal lengths alone."""
+    return round(max(1, round(raggedness / _STEP)) * _STEP, 2) if raggedness else 0.0
+
+
 def _mixed_sizes(mixed: Workload, call: Call) -> Sizes:
     """What a train_step's mixture asks of its model."""
     response = mixed.response
@@ -147,7 +160,7 @@ def _mixed_sizes(mixed: Workload, call: Call) -> Sizes:
         step,
         mixed.prompt.maximum,
         max(1, round(response.mean)),
-        not response.is_fixed,
+        _ragged(mixed.sequence_raggedness),
         generates=False,
         longest=mixed.prompt.maximum + response.maximum,
     )
@@ -193,8 +206,7 @@ def _points(sizes: Sizes, tp: int, quick: bool) -> Iterator[Point]:
     # longer sequences weigh more in attention, so that a ragged pack counts as one of longer ones
     longest = max(whole, sizes.longest)
     lengths = _near(whole, longest) if quick else sorted({max(1, whole // 2), whole, 2 * whole, longest})
-    variants = (False, True) if sizes.ragged and not quick else (sizes.ragged,)
-    for ragged in variants:
+    for ragged in _variants(sizes.ragged, quick=quick):
         for length in lengths:
             yield from _pass_points(sizes, length, ragged, tp, quick)
         if sizes.trains:
@@ -202,25 +214,31 @@ def _points(sizes: Sizes, tp: int, quick: bool) -> Iterator[Point]:
             for work in (Work.WEIGHT, Work.SELECTIVE, Work.FULL):
                 for count in mini[len(mini) // 2 :][:1] if quick else mini:
                     yield Point(work, count, whole, 1, ragged)
-        if sizes.generates:
-            longest_prompt = max(sizes.prompt, sizes.longest_prompt)
-            both = sorted({sizes.prompt, longest_prompt})
-            prompts = _near(sizes.prompt, longest_prompt) if quick else both
-            for count in _counts(sizes.prompts or sizes.sequences):
-                for length in prompts:
-                    yield Point(Work.PREFILL, count, length, 0, ragged)
     if sizes.generates:
+        longest_prompt = max(sizes.prompt, sizes.longest_prompt)
+        prompts = sorted({sizes.prompt, longest_prompt})
+        for ragged in _variants(sizes.ragged_prompts, quick=quick):
+            for count in _counts(sizes.prompts or sizes.sequences):
+                for length in _near(sizes.prompt, longest_prompt) if quick else prompts:
+                    yield Point(Work.PREFILL, count, length, 0, ragged)
         middle = sizes.prompt + max(1, sizes.response // 2)
         for count in _counts(sizes.sequences):
             contexts = {sizes.prompt + 1, longest} if quick else {sizes.prompt + 1, middle, whole, longest}
             for context in sorted(contexts):
-                yield Point(Work.DECODE, count, context, 0, sizes.ragged)
-            yield Point(Work.GENERATE, count, sizes.prompt, count, False, sizes.sampling)
+                yield Point(Work.DECODE, count, context, 0, MOST_RAGGED if sizes.ragged else 0.0)
+        counts = _counts(sizes.sequences)
+        for count in sorted({*counts[::2], counts[-1]}) if quick else counts:
+            yield Point(Work.GENERATE, count, sizes.prompt, count, 0.0, sizes.sampling)
     if sizes.trains:
         yield Point(Work.OPTIMIZER, rows=0)
 
 
-def _pass_points(sizes: Sizes, length: int, ragged: bool, tp: int, quick: bool) -> Iterator[Point]:
+def _variants(ragged: float, *, quick: bool) -> Sequence[float]:
+    """Ragged packs, and where there is time, even ones too."""
+    return (ragged,) if quick else sorted({0.0, ragged})
+
+
+def _pass_points(sizes: Sizes, length: int, ragged: float, tp: int, quick: bool) -> Iterator[Point]:
     """Forward passes, and with backward passes where the model is trained."""
     splits = tp > 1 and not quick
     wholes = [(Work.INFERENCE, sizes.sequences)] + ([(Work.INFERENCE_SP, sizes.sequences)] if splits else [])

@@ -22,7 +22,7 @@ from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
 from runtime.measuring_plan import Point, Subject, Work
 from runtime.microbenchmarks import turns
 from runtime.neighbours import Neighbours
-from runtime.table_rows import LEAST_S, STEP, Entry, typical
+from runtime.table_rows import LEAST_S, STEP, Entry, Found, typical
 from runtime.unit_timer import PassSeconds
 
 _NEW_TOKENS = 10
@@ -45,7 +45,7 @@ class PointRunner:
         """Seconds of the point's longest pass, and what was measured."""
         if point.work is Work.OPTIMIZER:
             samples = self._bench.optimizer(self._effort)
-            entry = Entry("optimizer", "optimizer", False, float(self._bench.num_elements), 1.0, samples)
+            entry = Entry("optimizer", "optimizer", 0.0, float(self._bench.num_elements), 1.0, samples)
             return max(samples), [entry]
         if point.work is Work.DECODE:
             steps = self._bench.decode(point.count, point.length, point.ragged, self._effort)
@@ -114,8 +114,8 @@ class PointRunner:
         entries = [
             self._of_ends("sample", point.count, sample),
             self._of_ends(STEP, point.count, steps),
-            Entry(self._layer, STEP, False, float(point.count), 1.0, steps),
-            Entry(self._layer, "pack_weights", False, float(bench.shape.num_layers), 1.0, fixed),
+            Entry(self._layer, STEP, 0.0, float(point.count), 1.0, steps),
+            Entry(self._layer, "pack_weights", 0.0, float(bench.shape.num_layers), 1.0, fixed),
         ]
         return max(call.total for call in calls) / 4, entries
 
@@ -127,7 +127,7 @@ class PointRunner:
         return Entry(self._layer, quantity, point.ragged, float(point.count), float(point.length), samples)
 
     def _of_ends(self, quantity: str, rows: int, samples: list[float]) -> Entry:
-        return Entry(self._ends, quantity, False, float(rows), 1.0, samples)
+        return Entry(self._ends, quantity, 0.0, float(rows), 1.0, samples)
 
 
 def _seconds(passes: Sequence[PassSeconds], bench: ShardBenchmarks) -> float:
@@ -145,30 +145,39 @@ class SubjectRunner:
         device: torch.device,
         effort: Effort,
         ranks: int,
+        *,
+        beside: bool = True,
     ) -> None:
-        """`group`: of the subject's tensor-parallel degree, None for 1. `ranks`: of the host."""
+        """`group`: of the subject's tensor-parallel degree, None for 1. `ranks`: of the host.
+
+        `beside`: whether points run beside others too.
+        """
         self._subject, self._group, self._device, self._effort = subject, group, device, effort
         self._ranks = ranks if device.type == "cpu" else 1
+        self._beside_others = beside
         self._bench: ShardBenchmarks | None = None
         self._neighbours: Neighbours | None = None
 
-    def run(self, number: int) -> tuple[float, list[Entry]]:
-        """What `PointRunner.run` finds of the point, with what it is together."""
+    def run(self, number: int) -> Found:
+        """What `PointRunner.run` finds of the point, with what it is together, and the pace."""
         beside = min(self._ranks, len(os.sched_getaffinity(0))) - 1  # more of them would only take turns
-        if self._neighbours is None and beside > 0:  # before there is anything for them to share
+        if self._neighbours is None and self._beside_others and beside > 0:
+            # before there is anything for them to share
             self._neighbours = Neighbours(beside, self._beside)
         seconds, entries = self._run(number, self._effort)
+        assert self._bench is not None
         if self._neighbours is None or self._subject.points[number].work in _ALONE:
-            return seconds, entries
+            return Found(seconds, entries, self._bench.pace_s())
         with self._neighbours.at(number):
-            together = self._run(number, self._effort)[1]
+            together = self._run(number, replace(self._effort, beside=True))[1]
         shared = turns(self._ranks)
-        return seconds, [
+        both = [
             replace(alone, together=[shared * sample for sample in other.samples])
             if alone.quantity not in _NOT_BESIDE
             else alone
             for alone, other in zip(entries, together, strict=True)
         ]
+        return Found(seconds, both, self._bench.pace_s(), self._bench.pace_s(beside=True))
 
     def _run(self, number: int, effort: Effort) -> tuple[float, list[Entry]]:
         if self._bench is None:

@@ -36,8 +36,6 @@ def profile_content(
     intra = measured.get("link", (known or {}).get("intra_node", _NO_LINK))
     inter, notes = _inter_node(measured, intra, known, is_cpu=is_cpu)
     notes += measured.get("notes", [])
-    if tables is not None:
-        notes += tables["notes"]
     best = {dtype: max(y for _, y in points) for dtype, points in measured["matmul"].items()}
     attention = measured["attention"]
     content: dict[str, Any] = {

@@ -41,11 +41,12 @@ _QUICK_S, _LONG_S = 0.7, 2.0
 """For about how long a message of one size is sent."""
 _COPY_S = 0.02
 """As many of these as there are repeats are copies of each size measured for."""
+_PACES = 50
 _WAIT = timedelta(hours=4)
 """How long ranks wait for the first one, which measures alone."""
 
 
-_WAY = 2
+_WAY = 3
 """Of measuring. Goes up when the same point means another number, so that no profile is of two kinds."""
 
 
@@ -87,6 +88,11 @@ def measure(rank: int, hosts: Sequence[Sequence[int]], quick: bool, device: torc
     if ranks > 1:
         dist.barrier()
     links = LinkClock(clock, device, budget.message_bytes, _QUICK_S if quick else _LONG_S)
+    if device.type == "cpu" and ranks > 1:
+        for turn in range(ranks):  # what the pace is with nobody beside
+            if turn == rank:
+                links.moments.learn(_PACES)
+            dist.barrier()
     if len(local) > 1:
         if device.type == "cpu":
             shared = bench.concurrency(clock, device, rank, len(local))

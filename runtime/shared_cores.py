@@ -14,21 +14,22 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from functools import cache, partial
-from statistics import mean, median
+from statistics import mean
 
 import torch
 
 from realloc.dataflow import Call, CallKind
 from realloc.experiment import Experiment, read_experiment
+from runtime.calm import CalmMoments, Paced
 from runtime.layer_benchmarks import ShardBenchmarks, pack_lengths
 from runtime.microbenchmarks import group_sizes, turns
 from runtime.neighbours import Neighbours, Work
-from runtime.pace import Probe
+from runtime.table_rows import typical
 
 Load = Callable[[], object]
 _ROUNDS = 6
-_PROBES = 4
-"""Of the pace, in each round, alone and beside others."""
+_FEWEST = 2
+"""Samples of the load in each round, alone and beside others."""
 
 
 @dataclass(frozen=True)
@@ -71,29 +72,30 @@ def _lengths(experiment: Experiment, call: Call) -> tuple[int, ...]:
     work = experiment.workload
     count = max(1, call.num_sequences(work.sequences) // call.mini_batches // 2)
     length = max(2, round(work.prompt.mean + work.response.mean))
-    return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, not work.response.is_fixed))
+    return tuple(pack_lengths(min(count, max(1, 2048 // length)), length, work.sequence_raggedness))
 
 
 def _slowdowns(make: Callable[[], Load], ranks: int, seconds: float) -> Mapping[int, tuple[float, float]]:
     """Ranks at once -> slowdown of the load, of the probe. Every process makes a load of its own.
 
-    In turns with the load alone, in windows of seconds, and the median over them: hosts change pace.
+    In turns with the load alone, in windows of seconds: hosts change pace.
     """
     window = seconds / 2 / _ROUNDS
     # forked before there is a load that they could share
     with closing(Neighbours(ranks - 1, _beside(make))) as others:
-        load, probe = make(), Probe()
+        load, moments = make(), CalmMoments()
         load()
         found = {1: (1.0, 1.0)}
         for busy in group_sizes(ranks, first=2):
-            ratios, probed = [], []
+            alone: list[Paced[float]] = []
+            beside: list[Paced[float]] = []
             for _ in range(_ROUNDS):
-                alone = _time(load, probe, window)
+                alone += _taken(load, moments, window)
                 with others.at(0, busy - 1):
-                    beside = _time(load, probe, window)
-                ratios.append(beside[0] / alone[0])
-                probed.append(beside[1] / alone[1])
-            found[busy] = (median(ratios) * turns(busy), median(probed) * turns(busy))
+                    beside += _taken(load, moments, window)
+            alone_s, alone_pace_s = _typical(moments, alone)
+            beside_s, beside_pace_s = _typical(moments, beside)
+            found[busy] = (beside_s / alone_s * turns(busy), beside_pace_s / alone_pace_s * turns(busy))
     return found
 
 
@@ -109,15 +111,24 @@ def _beside(make: Callable[[], Load]) -> Work:
     return work
 
 
-def _time(load: Load, probe: Probe, seconds: float) -> tuple[float, float]:
-    """Mean seconds on a core of the load, run again and again for so many, and of the probe between."""
-    probed: list[float] = []
-    start, spent, count = time.perf_counter(), 0.0, 0
-    while count < _PROBES or time.perf_counter() < start + seconds:
-        if count < _PROBES:
-            probed.append(probe.seconds())
+def _taken(load: Load, moments: CalmMoments, seconds: float) -> Sequence[Paced[float]]:
+    """Seconds on a core of the load, run again and again for so many."""
+
+    def once() -> float:
         begin = time.process_time()
         load()
-        spent += time.process_time() - begin
-        count += 1
-    return spent / count, mean(probed)
+        return time.process_time() - begin
+
+    taken: list[Paced[float]] = []
+    start = time.perf_counter()
+    for each in moments.taken(once):
+        taken.append(each)
+        if len(taken) >= _FEWEST and time.perf_counter() >= start + seconds:
+            break
+    return taken
+
+
+def _typical(moments: CalmMoments, taken: Sequence[Paced[float]]) -> tuple[float, float]:
+    """Typical seconds of the load in calm moments, and of the pace meanwhile."""
+    chosen = moments.chosen(taken, _FEWEST)
+    return typical([each.value for each in chosen]), mean(each.pace_s for each in chosen)

@@ -10,9 +10,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,8 @@ import torch.distributed as dist
 
 from realloc.dataflow import Call, CallKind, DataflowGraph
 from realloc.errors import InputError
-from realloc.experiment import read_experiment
+from realloc.experiment import Experiment, read_experiment
 from realloc.model_shape import ModelShape, resolve_shape
-from realloc.pace import usual
 from realloc.signature import call_signature
 from runtime.call_benchmarks import CallBenchmarks
 from runtime.host_memory import keep_freed_memory
@@ -35,11 +35,11 @@ from runtime.measuring_plan import (
     experiment_sizes,
     subjects,
 )
-from runtime.pace import Probe
 from runtime.point_runner import SubjectRunner, fitting
 from runtime.shared_cores import SharedCores, shared_cores
 from runtime.supported import check_runs
-from runtime.table_rows import Entry, Kept, table_rows
+from runtime.table_pace import evened, pace_content
+from runtime.table_rows import Entry, Found, Kept, table_rows
 
 ROUNDS = 2
 """In which points of a host are measured, minutes apart where there is much: its pace changes."""
@@ -80,7 +80,7 @@ def wanted(spec: TableSpec, *, gpu: bool) -> Sequence[Subject]:
 def measure_tables(
     spec: TableSpec, device: torch.device, fingerprint: str, groups: Mapping[int, dist.ProcessGroup]
 ) -> Mapping[str, Any]:
-    """Measures a spec's points; returns `tables`, `notes`, `concurrency` and `pace`, empty where unknown.
+    """Measures a spec's points; returns `tables`, `concurrency` and `pace`, empty where unknown.
 
     Says on stdout how far it is.
     """
@@ -90,32 +90,27 @@ def measure_tables(
     graphs = [read_experiment(path).graph() for path in spec.experiments]
     calls = sum(len(_timed_calls(graph, role)) for graph in graphs for role in graph.roles)
     rounds = 1 if gpu else ROUNDS
-    # when time is short, shards in the first round alone
+    # when time is short, shards, and points beside others, in the first round alone
     turns = [(i, s) for i in range(rounds) for s in todo if not i or s.tp == 1 or not spec.quick]
     steps = Steps(sum(len(subject.points) for _, subject in turns) + calls + shares)
     effort = Effort(4, 0.08) if spec.quick else Effort(5, 0.4)
     longest_s = (0.3 if spec.quick else 2.5) * (0.2 if gpu else 1.0)
     each = replace(effort, samples=-(-effort.samples // rounds), seconds=effort.seconds / rounds)
     kept = Kept(Path(spec.kept), fingerprint)
-    collected: list[tuple[str, Entry]] = []
-    notes: list[str] = []
-    pace = TablePace(kept)
+    collected: list[tuple[str, Found]] = []
     for turn, subject in turns:
         group = groups.get(subject.tp)
         over: dict[tuple[object, ...], int] = {}
-        with closing(SubjectRunner(subject, group, device, each, spec.ranks)) as runner:
+        beside = not (turn and spec.quick)
+        with closing(SubjectRunner(subject, group, device, each, spec.ranks, beside=beside)) as runner:
             for number, point in enumerate(subject.points):
                 steps.begin(f"{point.work}, {point.count} x {point.length} tokens, tp {subject.tp}")
                 if point.line in over:
                     continue
                 key = f"{subject.name} {point}" + (f", round {turn + 1}" if turn else "")
-                found = kept.get(key)
-                if found is None:
-                    found = runner.run(number)
-                    kept.put(key, *found)
-                    pace.sample()
-                collected += [(subject.dtype, entry) for entry in found[1]]
-                if found[0] > longest_s:
+                measured = kept.found(key, partial(runner.run, number))
+                collected.append((subject.dtype, measured))
+                if measured.pass_s > longest_s:
                     over[point.line] = point.count
     for path in spec.experiments:
         collected += _calls_of(path, kept, effort, device, steps)
@@ -123,11 +118,16 @@ def measure_tables(
     if shares:
         steps.begin(f"{spec.ranks} ranks at once")
         shared = shared_cores(spec.experiments, spec.ranks, 3.0 if spec.quick else 24.0)
+    found = [each for _, each in collected]
+    entries = [
+        (dtype, entry)
+        for (dtype, _), entries in zip(collected, evened(found, shared), strict=True)
+        for entry in entries
+    ]
     return {
-        "tables": table_rows(collected),
-        "notes": notes,
+        "tables": table_rows(entries),
         "concurrency": [] if shared is None else shared.points,
-        "pace": {} if gpu else pace.content(spec.ranks, shared),
+        "pace": pace_content(found, spec.ranks, shared),
     }
 
 
@@ -142,37 +142,6 @@ class Steps:
         self._done += 1
 
 
-class TablePace:
-    """The pace of the machine while tables are measured, of one rank as they are."""
-
-    _KEY = "pace"
-
-    def __init__(self, kept: Kept) -> None:
-        self._kept, self._probe = kept, Probe()
-        found = kept.get(self._KEY)
-        self._samples = [] if found is None else list(found[1][0].samples)
-
-    def sample(self) -> None:
-        """Beside every point."""
-        self._samples.append(self._probe.seconds())
-        entry = Entry(self._KEY, self._KEY, False, 1.0, 1.0, self._samples)
-        self._kept.put(self._KEY, 0.0, [entry])
-
-    def content(self, ranks: int, shared: SharedCores | None) -> Mapping[str, Any]:
-        """What a profile holds of it: what more ranks do to it counts where that was measured."""
-        if not self._samples:
-            return {}
-        alone_s = usual(self._samples)
-        quarter = len(self._samples) // 4
-        ordered = sorted(self._samples)
-        return {
-            "alone_s": alone_s,
-            "together_s": alone_s * (1.0 if shared is None else shared.probe),
-            "ranks": 1 if shared is None else ranks,
-            "spread": (ordered[-1 - quarter] - ordered[quarter]) / alone_s,
-        }
-
-
 def _timed_calls(graph: DataflowGraph, role: str) -> Sequence[Call]:
     """Calls of the role whose work beside the model is timed."""
     return [call for call in graph.calls_of(role) if call.kind is not CallKind.GENERATE]
@@ -180,15 +149,15 @@ def _timed_calls(graph: DataflowGraph, role: str) -> Sequence[Call]:
 
 def _calls_of(
     path: str, kept: Kept, effort: Effort, device: torch.device, steps: Steps
-) -> list[tuple[str, Entry]]:
+) -> list[tuple[str, Found]]:
     """What the calls of an experiment take beside their models: by sequences and micro-batches."""
     experiment = read_experiment(path)
     graph = experiment.graph()
     whole = min(experiment.workload.sequences, _MOST_SEQUENCES)
-    found: list[tuple[str, Entry]] = []
+    collected: list[tuple[str, Found]] = []
     for role in graph.roles:
         subject = Subject(experiment.role_shape(graph, role), experiment.dtype, 1, ())
-        bench: CallBenchmarks | None = None
+        bench = cache(partial(_call_benchmarks, experiment, subject, device))
         for call in _timed_calls(graph, role):
             computes = str(call.loss or call.output)
             of = call_signature(call.name, computes, subject.shape)
@@ -197,19 +166,27 @@ def _calls_of(
                 if sequences < micro_batches * call.mini_batches:
                     continue
                 key = f"{of}, {subject.name}, {experiment.workload}, {sequences} / {micro_batches}"
-                known = kept.get(key)
-                if known is None:
-                    if bench is None:
-                        shape = fitting(subject, device)
-                        bench = CallBenchmarks(
-                            experiment, ShardBenchmarks(shape, experiment.dtype, 1, None, device)
-                        )
-                    samples = bench.beside_model(call, sequences, micro_batches, effort)
-                    entry = Entry(of, "call", False, float(sequences), float(micro_batches), samples)
-                    known = (0.0, [entry])
-                    kept.put(key, *known)
-                found += [(experiment.dtype, entry) for entry in known[1]]
-    return found
+                measure = partial(_beside, bench, call, of, sequences, micro_batches, effort)
+                collected.append((experiment.dtype, kept.found(key, measure)))
+    return collected
+
+
+def _call_benchmarks(experiment: Experiment, subject: Subject, device: torch.device) -> CallBenchmarks:
+    shape = fitting(subject, device)
+    return CallBenchmarks(experiment, ShardBenchmarks(shape, experiment.dtype, 1, None, device))
+
+
+def _beside(
+    bench: Callable[[], CallBenchmarks],
+    call: Call,
+    of: str,
+    sequences: int,
+    micro_batches: int,
+    effort: Effort,
+) -> Found:
+    samples = bench().beside_model(call, sequences, micro_batches, effort)
+    entry = Entry(of, "call", 0.0, float(sequences), float(micro_batches), samples)
+    return Found(0.0, [entry], bench().pace_s())
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
@@ -29,11 +29,25 @@ class Entry:
 
     of: str
     quantity: str
-    ragged: bool
+    ragged: float
     x: float
     y: float
     samples: list[float]
     together: list[float] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Found:
+    """What was measured of a point: seconds of its longest pass, entries, and the pace they are at.
+
+    `pace_s`, `beside_pace_s`: seconds of `runtime.pace.Probe`, of the samples alone and of those with all
+    ranks at it; 0 where they are not known.
+    """
+
+    pass_s: float
+    entries: list[Entry]
+    pace_s: float = 0.0
+    beside_pace_s: float = 0.0
 
 
 class Kept:
@@ -50,23 +64,32 @@ class Kept:
         except (FileNotFoundError, ValueError, KeyError, TypeError):
             pass  # nothing that could be used: measured anew
 
-    def get(self, key: str) -> tuple[float, list[Entry]] | None:
-        """Seconds of one pass, and the entries; None when the point has not been measured."""
+    def get(self, key: str) -> Found | None:
+        """None when the point has not been measured."""
         found = self._points.get(key)
         if found is None:
             return None
-        return float(found["pass_s"]), [Entry(**entry) for entry in found["entries"]]
+        entries = [Entry(**entry) for entry in found["entries"]]
+        return Found(float(found["pass_s"]), entries, float(found["pace_s"]), float(found["beside_pace_s"]))
 
-    def put(self, key: str, pass_s: float, entries: Iterable[Entry]) -> None:
-        self._points[key] = {"pass_s": pass_s, "entries": [asdict(entry) for entry in entries]}
+    def put(self, key: str, found: Found) -> None:
+        self._points[key] = asdict(found)
         content = {"fingerprint": self._fingerprint, "points": self._points}
         write_text(self._path, json.dumps(content))
+
+    def found(self, key: str, measure: Callable[[], Found]) -> Found:
+        """What is kept of a point, or what `measure` gives, kept from then on."""
+        found = self.get(key)
+        if found is None:
+            found = measure()
+            self.put(key, found)
+        return found
 
 
 def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, Any]]:
     """`tables` of a `profile/1` file: typical seconds, never falling as a variable grows."""
-    samples: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
-    ratios: dict[tuple[str, str, str, bool], dict[tuple[float, float], list[float]]] = {}
+    samples: dict[tuple[str, str, str, float], dict[tuple[float, float], list[float]]] = {}
+    ratios: dict[tuple[str, str, str, float], dict[tuple[float, float], list[float]]] = {}
     for dtype, entry in dtype_entries:
         key = (entry.of, dtype, entry.quantity, entry.ragged)
         samples.setdefault(key, defaultdict(list))[entry.x, entry.y] += entry.samples
@@ -79,7 +102,7 @@ def table_rows(dtype_entries: Iterable[tuple[str, Entry]]) -> list[Mapping[str, 
             continue
         seconds = rising({at: max(LEAST_S, typical(values)) for at, values in points.items()})
         two = not quantity.startswith(_ONE_VARIABLE)
-        asked = (of, dtype, STEP, False) if quantity in _OF_A_STEP else (of, dtype, quantity, ragged)
+        asked = (of, dtype, STEP, 0.0) if quantity in _OF_A_STEP else (of, dtype, quantity, ragged)
         beside = _beside(quantity, ratios.get(asked, {}), points)
         rows = [
             [
@@ -106,8 +129,10 @@ def _beside(
     Of all other tables the median of their rows: a row's two times are as far apart as the pace has changed
     between them.
     """
-    if quantity == "optimizer":
-        return {at: max(1.0, typical(found)) for at, found in ratios.items()}
+    if quantity == "optimizer" and ratios:
+        # of a size without a ratio that of the nearest
+        nearest = {at: min(ratios, key=lambda known: abs(known[0] - at[0])) for at in points}
+        return {at: max(1.0, typical(ratios[known])) for at, known in nearest.items()}
     every = [ratio for found in ratios.values() for ratio in found]
     return dict.fromkeys(points, max(1.0, median(every))) if every else {}
 

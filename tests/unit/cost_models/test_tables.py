@@ -28,9 +28,9 @@ SHAPE = ModelShape(
 )  # fmt: skip
 
 
-def table(quantity: str, rows: dict[tuple[float, float], float], of: str = "layer", **more: bool) -> Table:
+def table(quantity: str, rows: dict[tuple[float, float], float], of: str = "layer", **more: float) -> Table:
     made = tuple(Row(x, y, seconds) for (x, y), seconds in sorted(rows.items()))
-    return Table(of, "float32", quantity, more.get("ragged", False), made)
+    return Table(of, "float32", quantity, more.get("ragged", 0.0), made)
 
 
 @st.composite
@@ -98,7 +98,7 @@ def test_beyond_the_last_point_the_roofline_goes_on_and_it_is_said():
 
 
 def measured(
-    quantity: str, rows: dict[tuple[float, float], float], of: str = "", **more: bool
+    quantity: str, rows: dict[tuple[float, float], float], of: str = "", **more: float
 ) -> MeasuredCosts:
     made = replace(profile(), tables=(table(quantity, rows, of or layer_signature(SHAPE, 1), **more),))
     costs = compute_costs(made, SHAPE, "float32", 1)
@@ -114,11 +114,23 @@ def test_a_pack_is_found_by_its_tokens_and_squares():
 
 
 def test_a_ragged_pack_is_read_as_its_table_was_measured():
-    costs = measured("inference", {(4, 64): 2.0, (4, 128): 4.0}, ragged=True)
+    costs = measured("inference", {(4, 64): 2.0, (4, 128): 4.0}, ragged=0.5)
     # four lengths around 64 whose squares are those of a range from 32 to 96
     assert costs.forward_layer_s(Pack(256, 4 * 64**2 * 13 / 12, 4, 0), use=Pass.INFERENCE) == pytest.approx(
         2.0
     )
+
+
+def test_of_several_tables_the_most_nearly_as_ragged_is_read():
+    made = [
+        table("inference", {(4, 64): seconds, (8, 64): 2 * seconds}, layer_signature(SHAPE, 1), ragged=ragged)
+        for ragged, seconds in ((0.0, 1.0), (0.15, 2.0), (0.5, 3.0))
+    ]
+    costs = compute_costs(replace(profile(), tables=tuple(made)), SHAPE, "float32", 1)
+    for ragged, seconds in ((0.05, 1.0), (0.1, 2.0), (0.2, 2.0), (0.4, 3.0)):
+        pack = Pack(256, 4 * 64**2 * (1 + ragged**2 / 3), 4, 0)
+        assert costs.forward_layer_s(pack, use=Pass.INFERENCE) == pytest.approx(seconds, rel=0.06)
+    assert costs.forward_layer_s(Pack(256, 4 * 64**2, 1, 0), use=Pass.INFERENCE) == pytest.approx(1.0)
 
 
 def test_what_was_not_measured_is_scaled_from_what_was():
@@ -137,7 +149,7 @@ def test_what_feels_others_more_than_the_rest_is_told_so():
     rows = (Row(1, 64, 1.0, 0.0, beside=2.0), Row(4, 64, 2.0, 0.0, beside=3.0))
     made = replace(
         profile(),
-        tables=(Table(layer_signature(SHAPE, 1), "float32", "inference", False, rows),),
+        tables=(Table(layer_signature(SHAPE, 1), "float32", "inference", 0.0, rows),),
         concurrency=Curve(((1, 1.0), (2, 1.1), (4, 1.5))),
     )
 

@@ -19,7 +19,7 @@ from realloc.comparison import (
 )
 from realloc.comparison_text import comparison_content, comparison_text
 from realloc.errors import InputError
-from realloc.pace import Pace, pace_of
+from realloc.pace import Pace, iterations_at_pace, pace_of
 from realloc.plan import ExecutionPlan, Predictions, read_plan
 from realloc.trace import BatchLengths, Machine, Trace, TraceRecord, read_trace, trace_lines
 from tests.unit.realloc.make import plan_mapping, write
@@ -221,6 +221,33 @@ def test_pace_is_compared_with_what_it_was_beside_as_many_ranks(plan: ExecutionP
     assert found is not None
     assert found.ratio == pytest.approx(1.2)
     assert pace_of(trace, PACE, 2) is None
+
+
+def test_iterations_count_that_began_and_ended_at_the_profiles_pace():
+    paces = {
+        0: (1.0, 1.0),
+        1: (1.05, 0.95),
+        2: (1.0, 1.6),
+        3: (1.0, 1.0),
+        4: (1.1, 1.0),
+        5: (1.0, 0.8),
+        6: (1, 1),
+    }
+    records = [
+        record
+        for iteration, of_ranks in paces.items()
+        for rank, pace in enumerate(of_ranks)
+        for record in (
+            TraceRecord(iteration, rank, "gen", "call", iteration + 0.1, iteration + 0.5),
+            TraceRecord(iteration, rank, "pace", "pace", iteration + 0.6, iteration + 0.7, cpu_s=pace * 1e-3),
+        )
+    ]
+    trace = Trace(world_size=2, records=tuple(records))
+    # 2 ended slow, 3 began so; 5 ended too fast; of 0 nothing is known before
+    assert iterations_at_pace(trace, Pace(1e-3, 1e-3, 2), 2) == {1, 4}
+    assert iterations_at_pace(trace, Pace(2e-3, 2e-3, 2), 2) == set()
+    unknown = replace(trace, records=tuple(r for r in records if (r.iteration, r.kind) != (0, "pace")))
+    assert iterations_at_pace(unknown, Pace(1e-3, 1e-3, 2), 2) == {4}
 
 
 def test_ranks_without_work_and_without_a_core(plan: ExecutionPlan):

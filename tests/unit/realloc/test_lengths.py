@@ -8,8 +8,17 @@ from itertools import pairwise
 import pytest
 
 from realloc.errors import InputError
+from realloc.experiment import Workload
 from realloc.files import Reader
-from realloc.lengths import BINS, Lengths, lengths_content, lengths_of, parse_lengths
+from realloc.lengths import (
+    BINS,
+    MOST_RAGGED,
+    Lengths,
+    lengths_content,
+    lengths_of,
+    parse_lengths,
+    raggedness,
+)
 
 
 def parse(value: object) -> Lengths:
@@ -34,6 +43,19 @@ def test_mean_and_maximum_are_those_of_the_law_that_is_assumed(mean: float):
     # E[L^2] is the integral of 2 t P(L > t)
     square = sum(2 * t * share for t, share in zip(steps, alive, strict=True)) / 100
     assert lengths.mean_square == pytest.approx(square, rel=0.01)
+
+
+def test_how_ragged_lengths_are():
+    assert parse(64).raggedness == 0.0
+    # lengths from 80 to 120, evenly: a fifth of their mean
+    evenly = parse({"histogram": [[tokens, 1] for tokens in range(80, 121)], "max": 120})
+    assert evenly.raggedness == pytest.approx(0.2, abs=0.01)
+    assert parse({"mean": 20, "max": 64}).raggedness == MOST_RAGGED
+    # prompts and responses of equal lengths; and such that differ by as much as rounding
+    assert Workload(4, parse(100), parse(11)).sequence_raggedness == 0.0
+    assert raggedness(0.1, 0.1**2 * (1 + 1e-15)) == 0.0
+    # responses of equal length make sequences less ragged
+    assert Workload(4, evenly, parse(100)).sequence_raggedness == pytest.approx(0.1, abs=0.005)
 
 
 def test_a_histogram_speaks_for_itself():

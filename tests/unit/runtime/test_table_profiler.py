@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 import experiments
 from realloc.errors import InputError
 from realloc.experiment import read_experiment
+from realloc.lengths import raggedness
 from realloc.model_zoo import named_shapes
 from realloc.sampling import Sampling
 from runtime.layer_benchmarks import Effort, ShardBenchmarks, pack_lengths
@@ -27,19 +28,23 @@ from runtime.table_rows import Kept, rising, table_rows
 from tests.ranks.engine import ppo_content, write_models
 
 SHAPE = named_shapes()["qwen2.5-0.5b"]
-SIZES = Sizes(64, 100, 50, ragged=True, mini_batch=16, longest=200)
+SIZES = Sizes(64, 100, 50, ragged=0.5, ragged_prompts=0.5, mini_batch=16, longest=200)
 
 
-@given(st.integers(1, 64), st.integers(1, 500), st.booleans())
-def test_packs_have_the_mean_asked_for(sequences: int, tokens: int, ragged: bool):
+@given(st.integers(1, 64), st.integers(1, 500), st.sampled_from((0.0, 0.15, 0.5)))
+def test_packs_have_the_mean_asked_for(sequences: int, tokens: int, ragged: float):
     lengths = pack_lengths(sequences, tokens, ragged)
     assert len(lengths) == sequences
     assert min(lengths) >= 1
     if tokens >= 8:
         assert sum(lengths) == pytest.approx(sequences * tokens, abs=1)
-    if ragged and sequences > 1 and tokens >= 8 * sequences:
+    assert tokens * (1 - ragged) - 1 <= min(lengths) <= max(lengths) <= tokens * (1 + ragged) + 1
+    if ragged == 0.5 and sequences > 1 and tokens >= 8 * sequences:
         assert len(set(lengths)) == sequences
-        assert tokens * 0.49 <= min(lengths) <= max(lengths) <= tokens * 1.51
+    if sequences == 64 and tokens >= 100:
+        mean = sum(lengths) / sequences
+        square = sum(length**2 for length in lengths) / sequences
+        assert raggedness(mean, square) == pytest.approx(ragged, abs=0.05)
 
 
 @given(st.dictionaries(st.tuples(*[st.integers(1, 5).map(float)] * 2), st.floats(1e-6, 10), min_size=1))
@@ -125,10 +130,28 @@ def test_a_neighbour_of_an_optimizer_step_makes_steps_alone(monkeypatch: pytest.
 
     monkeypatch.setattr(bench, "training_pass", training_pass)
     bench.optimizer(Effort(1, 0.0, stopped=stopped))
-    assert bench.trainer.num_steps == 5  # the first does not count, one before it is asked
+    assert bench.trainer.num_steps == 6  # the first two do not count, one before it is asked
     assert passes == [0]
     bench.optimizer(Effort(2, 0.0))
-    assert passes == [3]
+    assert passes[0] == bench.trainer.num_steps - 6 >= 4  # more where it waits for calm moments
+
+
+def test_packs_are_as_ragged_as_those_of_the_experiment(tmp_path: Path):
+    models = write_models(tmp_path, hidden=16, layers=1, heads=2, kv_heads=1, ffn=16)
+    prompts = {"histogram": [[tokens, 1] for tokens in range(8, 13)], "max": 12}
+    workload = {"sequences": 8, "prompt_tokens": prompts, "response_tokens": 10}
+    content = ppo_content(tmp_path, models, workload=workload, hyperparameters={"mini_batches": 1})
+    path = tmp_path / "experiment.yaml"
+    path.write_text(yaml.safe_dump({"realloc": "experiment/1", **content}), encoding="utf-8")
+    spec = TableSpec((), (str(path),), ("float32",), 1, True, "unused")
+    points = [point for subject in wanted(spec, gpu=False) for point in subject.points]
+    ragged = {work: {point.ragged for point in points if point.work is work} for work in Work}
+    # prompts of 8 to 12 tokens: a quarter around their mean; half of that with ten tokens of response
+    assert ragged[Work.PREFILL] == {0.25}
+    assert ragged[Work.TRAINING] == ragged[Work.INFERENCE] == {0.1}
+    assert ragged[Work.DECODE] == {0.5}  # which says no more than that contexts differ
+    both = [p for s in wanted(replace(spec, quick=False), gpu=False) for p in s.points]
+    assert {point.ragged for point in both if point.work is Work.TRAINING} == {0.0, 0.1}
 
 
 def test_models_that_do_not_run_are_refused():
@@ -161,7 +184,7 @@ def test_what_was_measured_is_not_measured_again(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         measure_tables(spec, cpu, "here", {})
     points = json.loads(kept.read_text(encoding="utf-8"))["points"]
-    assert len(points) == 5  # and the pace beside them
+    assert len(points) == 4
 
     def counted(self, point):
         ran.append(point)

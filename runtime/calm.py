@@ -1,0 +1,79 @@
+"""Samples from moments in which the machine had its usual pace, where there are such.
+
+Cores of a shared machine are slower while somebody else is at the same physical core: for tenths of a second
+to seconds, by half. What is measured meanwhile is of another machine. Decides which samples count; on a
+machine that is slow all the time, all do. Only of hosts.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from runtime.pace import Probe
+
+_T = TypeVar("_T")
+SLOW = 1.12
+"""Times the usual seconds of a piece of work that varies by some percent, or by half."""
+
+
+@dataclass(frozen=True)
+class Paced(Generic[_T]):
+    """A sample, and the slower of the pace before and after it: seconds of `runtime.pace.Probe`."""
+
+    value: _T
+    pace_s: float
+
+
+class CalmMoments:
+    """What is known of the pace so far: the tenth part of the moments that were fastest is the usual one."""
+
+    def __init__(self) -> None:
+        self._probe = Probe()
+        self._known: list[float] = []
+
+    def learn(self, count: int) -> None:
+        """Takes the pace so many times, with nobody beside."""
+        for _ in range(count):
+            self._sample()
+
+    def taken(self, once: Callable[[], _T]) -> Iterator[Paced[_T]]:
+        """What `once` gives, again and again, with the pace around it."""
+        before = self._sample()
+        while True:
+            value = once()
+            after = self._sample()
+            yield Paced(value, max(before, after))
+            before = after
+
+    def _sample(self) -> float:
+        seconds = self._probe.seconds()
+        insort(self._known, seconds)
+        return seconds
+
+    def calm(self, taken: Sequence[Paced[_T]]) -> Sequence[Paced[_T]]:
+        """Those that were taken at the usual pace."""
+        return _up_to(SLOW * _fast(self._known), taken)
+
+    def chosen(self, taken: Sequence[Paced[_T]], least: int) -> Sequence[Paced[_T]]:
+        """Those; where they are fewer than there must be, those of the faster moments among these."""
+        calm = self.calm(taken)
+        if len(calm) >= least:
+            return calm
+        ordered = sorted(taken, key=lambda each: each.pace_s)
+        alike = _up_to(SLOW * _fast([each.pace_s for each in ordered]), ordered)
+        return alike if len(alike) >= least else ordered[:least]
+
+    def times_usual(self, pace_s: float) -> float:
+        """How many times longer than the usual one a pace is."""
+        return pace_s / _fast(self._known)
+
+
+def _fast(ordered: Sequence[float]) -> float:
+    return ordered[len(ordered) // 10]
+
+
+def _up_to(most_s: float, taken: Sequence[Paced[_T]]) -> Sequence[Paced[_T]]:
+    return [each for each in taken if each.pace_s <= most_s]
