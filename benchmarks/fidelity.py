@@ -9,16 +9,19 @@ runs), predictions are made from it, and then every plan runs, one after the oth
 profile and run should meet the same one. Predicted is the median over rounds; measured the median over rounds
 of the median distance between the ends of successive iterations, without the first half of them.
 
-`error` is |predicted - measured| / measured; `..._one_profile` is the same of the first round's predictions.
-Where there are two rounds, plans of which they are more than 5% apart run once more, those furthest apart
-first and as long as ten minutes allow: the median of three counts, whatever it is.
-`repeat` is how far two rounds of one plan are apart, 2 |a - b| / (a + b): what nobody can predict here. Ranks
-also take the pace of the machine (`realloc.pace`): `..._at_pace` are errors with measured seconds divided by
-how much slower the machine was than while it was profiled. `spearman` is the rank correlation of predicted
-and measured seconds among the plans of one experiment, `regret` how much slower the plan predicted best ran
-than the fastest that ran; both are those of the worst experiment. Between experiments ranking is easy and
-says nothing. `core_share` says whether the machine was quiet: below about 0.95 other work took the ranks'
-cores, and no time is to be trusted.
+`error` is |predicted - measured| / measured. A prediction is of the machine that was profiled, and a shared
+machine is another one for tenths of a second or for minutes, while others are at its physical cores. So
+ranks take its pace after every iteration, by a fixed piece of work that knows nothing of plans
+(`realloc.pace`), and iterations count that began and ended at the pace of the round's profile, whatever was
+predicted. Plans with fewer than two rounds that have such iterations, or whose rounds are more than 5%
+apart, run again as long as time allows. Where no round of a plan has any, all iterations of the one nearest
+to the profile's pace count (`disturbed` says of how many plans). `..._all` are the same numbers with all
+iterations of all rounds; `..._at_pace` those with measured seconds divided by how much slower the machine
+was than while it was profiled. `repeat` is how far two rounds of one plan are apart, 2 |a - b| / (a + b),
+all iterations counted. `spearman` is the rank correlation of predicted and measured seconds among the plans
+of one experiment, `regret` how much slower the plan predicted best ran than the fastest that ran; both are
+those of the worst experiment. Between experiments ranking is easy and says nothing. `core_share` says
+whether other work of this host took the ranks' cores; below about 0.95 no time is to be trusted.
 
     python benchmarks/fidelity.py [--quick] [--json] [--experiments NAME ...] [--profile FILE] [--verbose]
 
@@ -35,7 +38,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -50,8 +53,8 @@ from benchmarks.fidelity_numbers import (  # noqa: E402
     WORST,
     Result,
     Round,
-    furthest_apart,
     summary,
+    to_repeat,
 )
 from benchmarks.provenance import provenance  # noqa: E402
 from experiments import toy  # noqa: E402
@@ -64,6 +67,7 @@ from realloc.dataflow import CallKind  # noqa: E402
 from realloc.experiment import Experiment, read_experiment  # noqa: E402
 from realloc.files import dump_yaml  # noqa: E402
 from realloc.mesh import parse_mesh  # noqa: E402
+from realloc.pace import iterations_at_pace  # noqa: E402
 from realloc.plan import ExecutionPlan, write_plan  # noqa: E402
 from realloc.strategy import parse_strategy  # noqa: E402
 from realloc.trace import Trace, read_trace  # noqa: E402
@@ -76,8 +80,10 @@ QUICK_S, FULL_S = 4.0, 8.0
 QUICK_ROUNDS, FULL_ROUNDS = 2, 3
 FEWEST = 12
 """Iterations of a round, however long they take."""
-APART, QUICK_LIMIT_S = 0.05, 560.0
-"""Plans whose two rounds are further apart run again, if that begins within so many seconds."""
+FEWEST_CALM = 3
+"""Iterations at the profile's pace, for a round to count."""
+APART, QUICK_LIMIT_S, FULL_LIMIT_S = 0.05, 560.0, 5400.0
+"""Plans whose rounds are further apart run again, if that begins within so many seconds."""
 WARMING = 1 / 2
 """Of a round's iterations, which do not count: under ZeRO 3 it takes eight until memory comes from the system
 no more, and what comes is slow at first."""
@@ -215,10 +221,17 @@ def round_of(plan: ExecutionPlan, trace: Trace) -> Round:
     assert plan.predictions is not None
     comparison = compare(plan, trace)
     iterations = len({record.iteration for record in trace.records})
+    skipped = ceil(WARMING * iterations)
+    profiled, calm = plan.predictions.pace, []
+    if profiled is not None:
+        at_pace = iterations_at_pace(trace, profiled, plan.cluster.gpus_per_node)
+        each = trace.each_iteration_s(skip_iterations=skipped)
+        calm = [seconds for iteration, seconds in each.items() if iteration in at_pace]
     return Round(
         predicted_s=plan.predictions.iteration_s,
-        measured_s=trace.iteration_seconds(skip_iterations=ceil(WARMING * iterations)),
-        pace=1.0 if comparison.pace is None else comparison.pace.ratio,
+        measured_s=trace.iteration_seconds(skip_iterations=skipped),
+        calm_s=median(calm) if len(calm) >= FEWEST_CALM else None,
+        pace=1.0 if comparison.pace is None else comparison.pace.work,
         core_share=core_share(trace),
         comparison=comparison,
     )
@@ -269,6 +282,7 @@ def run(folder: Path, options: argparse.Namespace) -> Sequence[Result]:
     cases = [case for case in CASES if case.name in names]
     experiments = [prepare(case, folder / case.name, options.quick) for case in cases]
     seconds, rounds = (QUICK_S, QUICK_ROUNDS) if options.quick else (FULL_S, FULL_ROUNDS)
+    limit_s = QUICK_LIMIT_S if options.quick else FULL_LIMIT_S
     found: dict[tuple[str, str], list[Round]] = {}
     begun, profile = time.monotonic(), Path()
     for number in range(rounds):
@@ -281,12 +295,11 @@ def run(folder: Path, options: argparse.Namespace) -> Sequence[Result]:
                 found.setdefault((case.name, label), []).append(each)
         if not options.json:
             print(f"round {number + 1} of {rounds} done", flush=True)
-    for name, label in furthest_apart(found, APART) if rounds == 2 else ():
-        if time.monotonic() - begun > QUICK_LIMIT_S:
+    for name, label in to_repeat(found, APART):
+        if time.monotonic() - begun > limit_s:
             break
         again = run_round(folder / name, profile.resolve(), seconds, [label])[label]
-        predicted_s = median(each.predicted_s for each in found[name, label])  # each profile counts once
-        found[name, label].append(replace(again, predicted_s=predicted_s))
+        found[name, label].append(again)
     return [Result(case, label, tuple(rounds)) for (case, label), rounds in found.items()]
 
 

@@ -10,17 +10,18 @@ from typing import Any
 
 from realloc.comparison import Comparison
 
-MEANS = ("error_mean", "error_mean_at_pace", "error_mean_one_profile", "repeat_mean")
-WORST = ("error_worst", "error_worst_at_pace", "error_worst_one_profile", "repeat_worst")
-RANKING = ("spearman", "spearman_at_pace", "regret")
+MEANS = ("error_mean", "error_mean_all", "error_mean_at_pace", "repeat_mean")
+WORST = ("error_worst", "error_worst_all", "error_worst_at_pace", "repeat_worst")
+RANKING = ("spearman", "spearman_all", "spearman_at_pace", "regret", "regret_all")
 
 
 @dataclass(frozen=True)
 class Round:
     """What one round of one plan gives: seconds per iteration predicted and measured.
 
-    `pace`: 1 where it is not known. `core_share`: for how much of their computing time ranks had their
-    core; below 0.95 the machine was not quiet.
+    `calm_s`: of the iterations at the profile's pace, None where they were too few. `pace`: how many times
+    longer than in the profile a fixed piece of work had a core; 1 where it is not known. `core_share`: for
+    how much of their computing time ranks had their core; below 0.95 the machine was not quiet.
     """
 
     predicted_s: float
@@ -28,50 +29,84 @@ class Round:
     pace: float
     core_share: float | None
     comparison: Comparison
+    calm_s: float | None = None
+
+    @property
+    def off_pace(self) -> float:
+        """How far the machine was from the pace of its profile, as a share."""
+        return max(self.pace, 1 / self.pace) - 1
 
 
 @dataclass(frozen=True)
 class Result:
-    """The rounds of one plan of one experiment."""
+    """The rounds of one plan of one experiment.
+
+    Those count that have iterations at the profile's pace, and these iterations: of another machine nothing
+    was predicted. Where there are none, all iterations of the round that is nearest to that pace.
+    """
 
     case: str
     plan: str
     rounds: tuple[Round, ...]
 
     @property
+    def counted(self) -> Sequence[Round]:
+        calm = [each for each in self.rounds if each.calm_s is not None]
+        return calm or [min(self.rounds, key=lambda each: each.off_pace)]
+
+    @property
+    def is_disturbed(self) -> bool:
+        """Whether no round has iterations at the pace of its profile."""
+        return self.counted[0].calm_s is None
+
+    @property
+    def counted_s(self) -> Sequence[float]:
+        """Measured seconds of the rounds that count."""
+        return [each.measured_s if each.calm_s is None else each.calm_s for each in self.counted]
+
+    @property
     def predicted_s(self) -> float:
-        return median(each.predicted_s for each in self.rounds)
+        return median(each.predicted_s for each in self.counted)
 
     @property
     def measured_s(self) -> float:
-        return median(each.measured_s for each in self.rounds)
+        return median(self.counted_s)
+
+    @property
+    def of_all(self) -> tuple[float, float]:
+        """Seconds predicted and measured, had every iteration of every round counted."""
+        predicted_s = median(each.predicted_s for each in self.rounds)
+        return predicted_s, median(each.measured_s for each in self.rounds)
 
     @property
     def at_pace_s(self) -> float:
-        """Measured seconds had the machine been as fast as when it was profiled."""
+        """Measured seconds had the machine been as fast as when it was profiled, of all rounds."""
         return median(each.measured_s / each.pace for each in self.rounds)
 
     @property
     def core_share(self) -> float | None:
-        shares = [each.core_share for each in self.rounds if each.core_share is not None]
+        shares = [each.core_share for each in self.counted if each.core_share is not None]
         return median(shares) if shares else None
 
     @property
     def typical(self) -> Round:
-        """The round in the middle."""
-        return sorted(self.rounds, key=lambda each: each.measured_s)[(len(self.rounds) - 1) // 2]
+        """Of the rounds that count, the one in the middle."""
+        ordered = sorted(self.counted, key=lambda each: each.measured_s)
+        return ordered[(len(ordered) - 1) // 2]
 
     @property
     def error(self) -> float:
         return abs(self.predicted_s - self.measured_s) / self.measured_s
 
     @property
-    def error_one_profile(self) -> float:
-        return abs(self.rounds[0].predicted_s - self.measured_s) / self.measured_s
+    def error_all(self) -> float:
+        predicted_s, measured_s = self.of_all
+        return abs(predicted_s - measured_s) / measured_s
 
     @property
     def error_at_pace(self) -> float:
-        return abs(self.predicted_s - self.at_pace_s) / self.at_pace_s
+        predicted_s, _ = self.of_all
+        return abs(predicted_s - self.at_pace_s) / self.at_pace_s
 
     @property
     def repeats(self) -> Sequence[float]:
@@ -79,12 +114,22 @@ class Result:
         return [2 * abs(a - b) / (a + b) for a, b in pairs]
 
 
-def furthest_apart(
-    found: Mapping[tuple[str, str], Sequence[Round]], least: float
-) -> Sequence[tuple[str, str]]:
-    """Which plans have two rounds that are further apart than `least`, as a share; the furthest first."""
-    apart = {key: max(Result(*key, tuple(rounds)).repeats) for key, rounds in found.items()}
-    return sorted((key for key, share in apart.items() if share > least), key=lambda key: -apart[key])
+def to_repeat(found: Mapping[tuple[str, str], Sequence[Round]], least: float) -> Sequence[tuple[str, str]]:
+    """Which plans should run again: those without a round that counts, then those with fewer than two or
+    whose rounds are further apart than `least`, as a share; of each the furthest off first."""
+
+    def apart(key: tuple[str, str]) -> tuple[bool, float]:
+        result = Result(*key, tuple(found[key]))
+        if result.is_disturbed:
+            return True, result.counted[0].off_pace
+        if len(result.counted) < 2:
+            return False, 1.0
+        return False, max(result.counted_s) / min(result.counted_s) - 1
+
+    ranks = {key: apart(key) for key in found}
+    return sorted((key for key, (_, share) in ranks.items() if share > least), key=lambda key: ranks[key])[
+        ::-1
+    ]
 
 
 def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -103,10 +148,9 @@ def _ranks(values: Sequence[float]) -> Sequence[float]:
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def regret(results: Sequence[Result]) -> float:
+def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """How much slower the plan predicted best is than the fastest, as a share."""
-    chosen = min(results, key=lambda result: result.predicted_s)
-    return chosen.measured_s / min(result.measured_s for result in results) - 1
+    return min(zip(predicted, measured, strict=True))[1] / min(measured) - 1
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:
@@ -114,31 +158,18 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
     by_case: dict[str, list[Result]] = {}
     for result in results:
         by_case.setdefault(result.case, []).append(result)
-    cases = {
-        name: {
-            "error_mean": mean(r.error for r in found),
-            "error_worst": max(r.error for r in found),
-            "error_mean_at_pace": mean(r.error_at_pace for r in found),
-            "error_worst_at_pace": max(r.error_at_pace for r in found),
-            "error_mean_one_profile": mean(r.error_one_profile for r in found),
-            "error_worst_one_profile": max(r.error_one_profile for r in found),
-            "repeat_mean": mean(apart for r in found for apart in r.repeats or (0.0,)),
-            "repeat_worst": max(apart for r in found for apart in r.repeats or (0.0,)),
-            "spearman": spearman([r.predicted_s for r in found], [r.measured_s for r in found]),
-            "spearman_at_pace": spearman([r.predicted_s for r in found], [r.at_pace_s for r in found]),
-            "regret": regret(found),
-        }
-        for name, found in by_case.items()
-    }
+    cases = {name: _numbers(found) for name, found in by_case.items()}
     # every experiment has as many plans
     means = {key: mean(case[key] for case in cases.values()) for key in MEANS}
     worst = {key: max(case[key] for case in cases.values()) for key in WORST}
     return {
         **means,
         **worst,
-        "spearman": min(case["spearman"] for case in cases.values()),
-        "spearman_at_pace": min(case["spearman_at_pace"] for case in cases.values()),
-        "regret": max(case["regret"] for case in cases.values()),
+        **{
+            key: (min if key.startswith("spearman") else max)(case[key] for case in cases.values())
+            for key in RANKING
+        },
+        "disturbed": sum(result.is_disturbed for result in results),
         "plans": [
             {
                 "experiment": r.case,
@@ -150,6 +181,7 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
                 "predictions_s": [each.predicted_s for each in r.rounds],
                 "rounds_s": [each.measured_s for each in r.rounds],
                 "paces": [each.pace for each in r.rounds],
+                "calm_s": [each.calm_s for each in r.rounds],
                 "core_share": r.core_share,
             }
             for r in results
@@ -157,6 +189,29 @@ def summary(results: Sequence[Result]) -> dict[str, Any]:
         "experiments": cases,
         "core_share": min((r.core_share for r in results if r.core_share is not None), default=None),
         "terms": _term_ratios(results),
+    }
+
+
+def _numbers(found: Sequence[Result]) -> Mapping[str, float]:
+    """Of one experiment."""
+    predicted, measured = [r.predicted_s for r in found], [r.measured_s for r in found]
+    every = [r.of_all for r in found]
+    all_predicted, all_measured = [p for p, _ in every], [m for _, m in every]
+    repeats = [apart for r in found for apart in r.repeats or (0.0,)]
+    return {
+        "error_mean": mean(r.error for r in found),
+        "error_worst": max(r.error for r in found),
+        "error_mean_all": mean(r.error_all for r in found),
+        "error_worst_all": max(r.error_all for r in found),
+        "error_mean_at_pace": mean(r.error_at_pace for r in found),
+        "error_worst_at_pace": max(r.error_at_pace for r in found),
+        "repeat_mean": mean(repeats),
+        "repeat_worst": max(repeats),
+        "spearman": spearman(predicted, measured),
+        "spearman_all": spearman(all_predicted, all_measured),
+        "spearman_at_pace": spearman(all_predicted, [r.at_pace_s for r in found]),
+        "regret": regret(predicted, measured),
+        "regret_all": regret(all_predicted, all_measured),
     }
 
 
