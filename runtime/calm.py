@@ -8,7 +8,7 @@ machine that is slow all the time, all do. Only of hosts.
 from __future__ import annotations
 
 from bisect import insort
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -53,27 +53,24 @@ class CalmMoments:
         insort(self._known, seconds)
         return seconds
 
-    def calm(self, taken: Sequence[Paced[_T]]) -> Sequence[Paced[_T]]:
-        """Those that were taken at the usual pace."""
-        return _up_to(SLOW * _fast(self._known), taken)
+    def times_usual(self, taken: Iterable[Paced[_T]]) -> list[float]:
+        """How many times longer than the usual one the pace of each is."""
+        usual_s = self._known[len(self._known) // 10]
+        return [each.pace_s / usual_s for each in taken]
+
+    def num_calm(self, taken: Iterable[Paced[_T]]) -> int:
+        """How many were taken at the usual pace."""
+        return sum(times <= SLOW for times in self.times_usual(taken))
 
     def chosen(self, taken: Sequence[Paced[_T]], least: int) -> Sequence[Paced[_T]]:
         """Those; where they are fewer than there must be, those of the faster moments among these."""
-        calm = self.calm(taken)
-        if len(calm) >= least:
-            return calm
-        ordered = sorted(taken, key=lambda each: each.pace_s)
-        alike = _up_to(SLOW * _fast([each.pace_s for each in ordered]), ordered)
-        return alike if len(alike) >= least else ordered[:least]
-
-    def times_usual(self, pace_s: float) -> float:
-        """How many times longer than the usual one a pace is."""
-        return pace_s / _fast(self._known)
+        times = self.times_usual(taken)
+        most = most_times(times, least)
+        return [each for each, found in zip(taken, times, strict=True) if found <= most]
 
 
-def _fast(ordered: Sequence[float]) -> float:
-    return ordered[len(ordered) // 10]
-
-
-def _up_to(most_s: float, taken: Sequence[Paced[_T]]) -> Sequence[Paced[_T]]:
-    return [each for each in taken if each.pace_s <= most_s]
+def most_times(times: Sequence[float], least: int) -> float:
+    """Up to how many times the usual pace samples count, of which there must be so many at least."""
+    ordered = sorted(times)
+    slowest = ordered[min(least, len(ordered)) - 1]
+    return SLOW if slowest <= SLOW else max(slowest, SLOW * ordered[len(ordered) // 10])

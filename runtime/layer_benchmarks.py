@@ -45,7 +45,7 @@ MANY_STEPS = 1 << 20
 """Of decoding: enough that whatever pays in the long run is done."""
 _WARM = 2
 """Samples that do not count: on hosts the first of a size took 1.2 times as long, the second 1.05 times."""
-_PATIENCE = 2.5
+_PATIENCE = 2.0
 """Times as long as samples take, a measurement may go on until there are enough of calm moments."""
 _BEFORE_A_STEP = (16, 16)
 """Lengths of a pass before an optimizer step, which finds in caches what that has left there."""
@@ -364,7 +364,7 @@ class ShardBenchmarks:
             if _goes_on(len(taken), spent_s, effort):
                 continue
             until_s = until_s or _PATIENCE * spent_s
-            if spent_s > until_s or len(calm.calm(taken)) >= effort.samples:
+            if spent_s > until_s or calm.num_calm(taken) >= effort.samples:
                 break
         chosen = calm.chosen(taken, effort.samples)
         self._paces[effort.beside] += [each.pace_s for each in chosen]

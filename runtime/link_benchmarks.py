@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from runtime.calm import SLOW, CalmMoments
+from runtime.calm import CalmMoments, most_times
 from runtime.collectives import all_gather, reduce_scatter
 from runtime.gloo_threads import let_ranks_go_first
 from runtime.microbenchmarks import Clock, group_sizes
@@ -91,15 +91,15 @@ class LinkClock:
         return Timing(middle, (found[-1 - quarter] - found[quarter]) / middle)
 
     def _samples(self, sample: Callable[[], float], count: int) -> Sequence[float]:
-        """So many; on hosts those of them in which all ranks were at their usual pace."""
+        """So many; on hosts those in which all ranks were at their usual pace (`CalmMoments.chosen`)."""
         if self.device.type != "cpu":
             return [self._in_step(sample, i) for i in range(count)]
         number = iter(range(count))
         taken = list(islice(self.moments.taken(lambda: self._in_step(sample, next(number))), count))
-        paces = torch.tensor([self.moments.times_usual(each.pace_s) for each in taken], dtype=torch.float64)
-        dist.all_reduce(paces, op=dist.ReduceOp.MAX)
-        most = max(SLOW, paces.sort().values[min(_FEWEST, count) - 1].item())
-        return [each.value for each, pace in zip(taken, paces.tolist(), strict=True) if pace <= most]
+        times = torch.tensor(self.moments.times_usual(taken), dtype=torch.float64)
+        dist.all_reduce(times, op=dist.ReduceOp.MAX)
+        most = most_times(times.tolist(), _FEWEST)
+        return [each.value for each, found in zip(taken, times.tolist(), strict=True) if found <= most]
 
     def _in_step(self, sample: Callable[[], float], number: int) -> float:
         if number % _ROUND == 0:
