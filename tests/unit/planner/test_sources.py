@@ -21,7 +21,7 @@ def test_a_plan_keeps_what_was_measured_extrapolated_or_analytic(tmp_path: Path)
     made = replace(made, models=named)
     shape = named["actor"].shape
     rows = tuple(Row(count, 32, count * 1e-3) for count in (1, 2))
-    tables = (Table(layer_signature(shape, 1), "float32", "inference", False, rows),)
+    tables = (Table(layer_signature(shape, 1), "float32", "inference", 0.0, rows),)
     hardware = tmp_path / "here.yaml"
     write_profile(replace(profile(), name="here", tables=tables), hardware)
     graph = made.graph()
