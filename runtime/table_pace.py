@@ -22,9 +22,9 @@ _ALIKE = 0.05
 def evened(found: Sequence[Found], shared: SharedCores | None = None) -> Sequence[Sequence[Entry]]:
     """The entries of points as they would have been at the usual pace of all.
 
-    Cores that slow each other down do so at every point, and that stays. But virtual ones are at one physical
-    core for minutes, and apart again: where a tenth of the points, or `shared`, had a faster pace with all
-    ranks at it, the slower points say nothing of that.
+    Cores that slow each other down do so at every point, and that stays. But virtual ones may be at one
+    physical core for minutes, and apart again: where a tenth of the points, or `shared`, had a faster pace
+    with all ranks at it, the slower points say nothing of that.
     """
     alone_s = usual_s(each.pace_s for each in found)
     beside = sorted(each.beside_pace_s for each in found if each.beside_pace_s)
