@@ -127,9 +127,8 @@ def to_repeat(found: Mapping[tuple[str, str], Sequence[Round]], least: float) ->
         return False, max(result.counted_s) / min(result.counted_s) - 1
 
     ranks = {key: apart(key) for key in found}
-    return sorted((key for key, (_, share) in ranks.items() if share > least), key=lambda key: ranks[key])[
-        ::-1
-    ]
+    chosen = [key for key, (_, share) in ranks.items() if share > least]
+    return sorted(chosen, key=lambda key: ranks[key], reverse=True)
 
 
 def spearman(predicted: Sequence[float], measured: Sequence[float]) -> float:
@@ -150,7 +149,8 @@ def _ranks(values: Sequence[float]) -> Sequence[float]:
 
 def regret(predicted: Sequence[float], measured: Sequence[float]) -> float:
     """How much slower the plan predicted best is than the fastest, as a share."""
-    return min(zip(predicted, measured, strict=True))[1] / min(measured) - 1
+    chosen = predicted.index(min(predicted))
+    return measured[chosen] / min(measured) - 1
 
 
 def summary(results: Sequence[Result]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ COST_SHARE = 0.004
 EVERY = 8
 """Iterations from one to the next where nobody has predicted how long they take."""
 ALIKE = 1.12
-"""Times: the work varies by some percent, and by half where somebody else is at the same physical core."""
+"""Times the usual seconds, up to which a moment is at that pace: they vary by some percent, or by half."""
 _CUT = 0.1
 
 
@@ -32,7 +32,7 @@ _CUT = 0.1
 class Pace:
     """What the work took on the profiled machine: by itself, and with all `ranks` of a host computing.
 
-    `spread`: the distance of the quartiles of all samples, as a share of their median.
+    `spread`: the distance of the quartiles over the profile's points, as a share of their median.
     """
 
     alone_s: float
@@ -118,7 +118,7 @@ def iterations_at_pace(trace: Trace, profiled: Pace, per_node: int) -> Collectio
 
 
 def usual(samples: Sequence[float]) -> float:
-    """Their mean without a tenth of them at either end, of the profile's samples as of a run's."""
+    """Their mean without a tenth of them at either end, as an iteration adds up what it meets."""
     cut = int(_CUT * len(samples))
     kept = sorted(samples)[cut : len(samples) - cut]
     return sum(kept) / len(kept)

@@ -1,8 +1,8 @@
 """Samples from moments in which the machine had its usual pace, where there are such.
 
-Cores of a shared machine are slower while somebody else is at the same physical core: for tenths of a second
-to seconds, by half. What is measured meanwhile is of another machine. Decides which samples count; on a
-machine that is slow all the time, all do. Only of hosts.
+Cores of a shared machine are slower at times, by half, for tenths of a second to minutes: as if somebody else
+was at the same physical core. What is measured meanwhile is of another machine. Decides which samples count;
+on a machine that is slow all the time, all do. Only of hosts.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
+from realloc.pace import ALIKE
 from runtime.pace import Probe
 
 _T = TypeVar("_T")
-SLOW = 1.12
-"""Times the usual seconds of a piece of work that varies by some percent, or by half."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class CalmMoments:
 
     def num_calm(self, taken: Iterable[Paced[_T]]) -> int:
         """How many were taken at the usual pace."""
-        return sum(times <= SLOW for times in self.times_usual(taken))
+        return sum(times <= ALIKE for times in self.times_usual(taken))
 
     def chosen(self, taken: Sequence[Paced[_T]], least: int) -> Sequence[Paced[_T]]:
         """Those; where they are fewer than there must be, those of the faster moments among these."""
@@ -73,4 +72,4 @@ def most_times(times: Sequence[float], least: int) -> float:
     """Up to how many times the usual pace samples count, of which there must be so many at least."""
     ordered = sorted(times)
     slowest = ordered[min(least, len(ordered)) - 1]
-    return SLOW if slowest <= SLOW else max(slowest, SLOW * ordered[len(ordered) // 10])
+    return ALIKE if slowest <= ALIKE else max(slowest, ALIKE * ordered[len(ordered) // 10])

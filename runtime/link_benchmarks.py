@@ -43,7 +43,10 @@ class Timing(NamedTuple):
 
 @dataclass(frozen=True)
 class LinkClock:
-    """Times what ranks do together. `large`: bytes of a large message; `most_s`: for how long one is sent."""
+    """Times what ranks do together. `large`: bytes of a large message; `most_s`: for how long one is sent.
+
+    `moments`: what this rank knows of its pace so far.
+    """
 
     clock: Clock
     device: torch.device

@@ -42,6 +42,7 @@ _QUICK_S, _LONG_S = 0.7, 2.0
 _COPY_S = 0.02
 """As many of these as there are repeats are copies of each size measured for."""
 _PACES = 50
+"""How often ranks take their pace with nobody beside, to know calm moments of links by."""
 _WAIT = timedelta(hours=4)
 """How long ranks wait for the first one, which measures alone."""
 

@@ -11,7 +11,7 @@ from dataclasses import replace
 from statistics import median
 from typing import Any
 
-from runtime.calm import SLOW
+from realloc.pace import ALIKE
 from runtime.shared_cores import SharedCores
 from runtime.table_rows import Entry, Found
 
@@ -31,7 +31,7 @@ def evened(found: Sequence[Found], shared: SharedCores | None = None) -> Sequenc
     fastest = [beside[len(beside) // 10]] if beside else []
     if shared is not None:
         fastest.append(alone_s * shared.probe)
-    most_s = SLOW * min(fastest, default=0.0)
+    most_s = ALIKE * min(fastest, default=0.0)
     return [
         [
             replace(

@@ -9,7 +9,8 @@ from itertools import islice
 import pytest
 import torch
 
-from runtime.calm import SLOW, CalmMoments, Paced
+from realloc.pace import ALIKE
+from runtime.calm import CalmMoments, Paced
 from runtime.layer_benchmarks import Effort, ShardBenchmarks
 from runtime.pace import Probe
 from tests.unit.runtime.test_table_profiler import SHAPE
@@ -60,9 +61,9 @@ def test_where_too_few_are_alike_the_faster_ones_count(monkeypatch: pytest.Monke
     moments = CalmMoments()
     monkeypatch.setattr(Probe, "seconds", lambda _: 1e-4)
     list(islice(moments.taken(lambda: None), 9))
-    taken = [Paced(pace, pace * 1e-4) for pace in (3.0, 2.0, SLOW * 2.0 - 0.01, 9.0)]
-    assert [each.value for each in moments.chosen(taken, 2)] == [2.0, SLOW * 2.0 - 0.01]
-    assert [each.value for each in moments.chosen(taken, 3)] == [3.0, 2.0, SLOW * 2.0 - 0.01]
+    taken = [Paced(pace, pace * 1e-4) for pace in (3.0, 2.0, ALIKE * 2.0 - 0.01, 9.0)]
+    assert [each.value for each in moments.chosen(taken, 2)] == [2.0, ALIKE * 2.0 - 0.01]
+    assert [each.value for each in moments.chosen(taken, 3)] == [3.0, 2.0, ALIKE * 2.0 - 0.01]
     assert len(moments.chosen(taken, 9)) == 4
 
 
